@@ -1,0 +1,95 @@
+"""Text and tokens: ids of a text, what each token says by itself, and where a subject stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def subject_positions(
+    model: Any, prompt: str, subject: str, prepend_bos: bool | None = None
+) -> tuple[int, ...]:
+    """Positions of the tokens that hold the subject, found by character offsets.
+
+    The last occurrence of the subject counts, as it is the one the answer follows.
+
+    Raises:
+        ValueError: The subject does not occur in the prompt, or is empty.
+        NotImplementedError: The tokenizer gives no offsets (it is not a fast one).
+    """
+    start = prompt.rfind(subject) if subject.strip() else -1
+    if start < 0:
+        raise ValueError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
+    stop = start + len(subject)
+    offsets = token_offsets(model, prompt, prepend_bos)
+    return tuple(index for index, (low, high) in enumerate(offsets) if low < stop and high > start)
+
+
+def token_offsets(
+    model: Any, prompt: str, prepend_bos: bool | None = None
+) -> list[tuple[int, int]]:
+    """The stretch of characters [start, stop) of each token; (0, 0) for BOS.
+
+    A token's leading white space is not counted as part of its stretch.
+    """
+    if not getattr(model.tokenizer, "is_fast", False):
+        raise NotImplementedError(
+            f"{type(model.tokenizer).__name__} gives no character offsets; load the model with a"
+            f" fast tokenizer"
+        )
+    encoding = model.tokenizer(prompt, return_offsets_mapping=True, add_special_tokens=False)
+    ids = text_to_ids(model, prompt, prepend_bos)
+    lead = len(ids) - len(encoding["input_ids"])
+    if lead < 0 or ids[lead:] != list(encoding["input_ids"]):
+        raise NotImplementedError("the tokenizer's offsets do not match the model's own tokens")
+    offsets = [(0, 0)] * lead
+    for low, high in encoding["offset_mapping"]:
+        piece = prompt[low:high]
+        offsets.append(
+            (low + len(piece) - len(piece.lstrip()), high) if piece.strip() else (low, low)
+        )
+    return offsets
+
+
+def text_to_ids(model: Any, text: str, prepend_bos: bool | None) -> list[int]:
+    """Token ids of a text, with or without BOS, never cut at the context's length."""
+    if model.tokenizer is None:
+        raise ValueError(
+            "the model has no tokenizer; pass tokens instead of text, or boot with one"
+        )
+    return model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token says by itself, leading space included.
+
+    Tokens that hold part of a character show their bytes ("\\\\xe2\\\\x80"); no token gives a
+    replacement sign.
+    """
+    return [_token_text(tokenizer, index) for index in ids]
+
+
+def _token_text(tokenizer: Any, index: int) -> str:
+    piece = tokenizer.convert_ids_to_tokens(int(index))
+    if piece is None:  # an id past the tokenizer's own vocabulary (padded embedding)
+        return f"<{int(index)}>"
+    if "\u2581" in piece:  # SentencePiece marks a space so; decoding one token would drop it
+        return piece.replace("\u2581", " ")
+    text = tokenizer.decode([int(index)], clean_up_tokenization_spaces=False)
+    if "\ufffd" in text and "\ufffd" not in piece:
+        held = bytes(_BYTE_OF.get(character, 0x3F) for character in piece)
+        return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in held)
+    return text
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE writes each byte as a printable character: those that are so already as
+    themselves, the rest, in order, from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    alphabet = {chr(b): b for b in printable}
+    rest = [b for b in range(256) if b not in set(printable)]
+    alphabet.update({chr(0x100 + i): b for i, b in enumerate(rest)})
+    return alphabet
+
+
+_BYTE_OF = _byte_alphabet()

@@ -1,0 +1,39 @@
+"""Shapes are checked at run time throughout the suite; nothing here needs a network."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("bwlens", "beartype.beartype")
+
+import pytest
+import torch
+
+from tests import tiny
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tiny models gain nothing from threads, and workers would fight over the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def boot(tokenizer):
+    """A bridge around a tiny random model; `boot("llama", compatibility=True)`."""
+
+    def make(name, dtype=torch.float32, compatibility=False, hf=None):
+        return tiny.bridge(name, tokenizer, dtype, compatibility, hf)
+
+    return make

@@ -1,0 +1,88 @@
+"""Slow and obvious: the dense gradient of each matrix from an unbridged Hugging Face model.
+
+`loss.backward()` on the Hugging Face model fills `.grad`; each matrix is then cut out of the
+parameter that holds it and turned to [d_in, d_out].
+"""
+
+from __future__ import annotations
+
+import torch
+
+_LINEAR = {
+    "W_in": ("mlp.up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc_in", "fc1"),
+    "W_gate": ("mlp.gate_proj",),
+    "W_out": (
+        "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "fc2",
+    ),
+    "W_Q": ("self_attn.q_proj", "attn.q_proj"),
+    "W_K": ("self_attn.k_proj", "attn.k_proj"),
+    "W_V": ("self_attn.v_proj", "attn.v_proj"),
+    "W_O": (
+        "self_attn.o_proj", "attn.c_proj", "attention.dense", "attn.out_proj", "self_attn.out_proj",
+    ),
+}  # fmt: skip
+
+
+def layers(hf):
+    return next(
+        getattr(*path)
+        for path in (
+            (getattr(hf, "transformer", None), "h"),
+            (getattr(hf, "gpt_neox", None), "layers"),
+            (getattr(getattr(hf, "model", None), "decoder", None), "layers"),
+            (getattr(hf, "model", None), "layers"),
+        )
+        if hasattr(*path)
+    )
+
+
+def dense(hf, matrix, layer, expert=None):
+    """dL/dW [d_in, d_out] of one matrix, out of the parameters' `.grad`."""
+    block = layers(hf)[layer]
+    if expert is not None:
+        gate_up = block.mlp.experts.gate_up_proj.grad[expert].T
+        half = gate_up.shape[1] // 2
+        if matrix == "W_out":
+            return block.mlp.experts.down_proj.grad[expert].T
+        return gate_up[:, :half] if matrix == "W_gate" else gate_up[:, half:]
+    for path in _LINEAR[matrix]:
+        try:
+            module = block.get_submodule(path)
+        except AttributeError:
+            continue
+        return module.weight.grad if type(module).__name__ == "Conv1D" else module.weight.grad.T
+    return _fused(hf.config, block, matrix)
+
+
+def _fused(config, block, matrix):
+    d_model, n_heads = config.hidden_size, config.num_attention_heads
+    if hasattr(block, "attn"):  # GPT-2: q, k, v side by side
+        index = ("W_Q", "W_K", "W_V").index(matrix)
+        return block.attn.c_attn.weight.grad[:, index * d_model : (index + 1) * d_model]
+    if hasattr(block, "attention"):  # GPT-NeoX: q, k, v within each head
+        grad = block.attention.query_key_value.weight.grad.T
+        index = ("W_Q", "W_K", "W_V").index(matrix)
+        return grad.reshape(d_model, n_heads, 3, -1)[:, :, index].reshape(d_model, d_model)
+    if matrix in ("W_in", "W_gate"):  # Phi-3
+        gate, up = block.mlp.gate_up_proj.weight.grad.T.chunk(2, dim=1)
+        return gate if matrix == "W_gate" else up
+    d_head = d_model // n_heads
+    widths = [n_heads * d_head] + [config.num_key_value_heads * d_head] * 2
+    parts = block.self_attn.qkv_proj.weight.grad.T.split(widths, dim=1)
+    return parts[("W_Q", "W_K", "W_V").index(matrix)]
+
+
+def backward(hf, tokens, attention_mask, loss):
+    """Fill `.grad` from the summed losses; positions count the real tokens only."""
+    hf.zero_grad()
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    extra = {} if hf.config.model_type == "opt" else {"position_ids": positions}
+    logits = hf(tokens, attention_mask=attention_mask, use_cache=False, **extra).logits
+    losses = loss(logits)
+    losses.sum().backward()
+    return losses.detach()
+
+
+def relative_error(found, expected):
+    scale = torch.linalg.norm(expected.double())
+    return float(torch.linalg.norm(found.double() - expected.double()) / scale.clamp(min=1e-30))

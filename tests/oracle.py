@@ -7,6 +7,7 @@ parameter that holds it and turned to [d_in, d_out].
 from __future__ import annotations
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 _LINEAR = {
     "W_in": ("mlp.up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc_in", "fc1"),
@@ -75,6 +76,7 @@ def _fused(config, block, matrix):
 def backward(hf, tokens, attention_mask, loss):
     """Fill `.grad` from the summed losses; positions count the real tokens only."""
     hf.zero_grad()
+    hf.config._experts_implementation = "eager"  # the batched kernels know no float64
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     extra = {} if hf.config.model_type == "opt" else {"position_ids": positions}
     logits = hf(tokens, attention_mask=attention_mask, use_cache=False, **extra).logits
@@ -86,3 +88,20 @@ def backward(hf, tokens, attention_mask, loss):
 def relative_error(found, expected):
     scale = torch.linalg.norm(expected.double())
     return float(torch.linalg.norm(found.double() - expected.double()) / scale.clamp(min=1e-30))
+
+
+class TrueFloat64(TorchFunctionMode):
+    """Models cast norms and softmaxes to float32, a float64 model's too; in here they stay float64.
+
+    Without it a float64 model computes to float32's precision, and a copy that casts elsewhere
+    differs by as much.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*args, **kwargs)

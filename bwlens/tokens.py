@@ -63,23 +63,34 @@ def text_to_ids(model: Any, text: str, prepend_bos: bool | None) -> list[int]:
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token says by itself, leading space included.
 
-    Tokens that hold part of a character show their bytes ("\\\\xe2\\\\x80"); no token gives a
-    replacement sign.
+    Tokens that hold part of a character show its bytes (`\\xe2\\x80`) rather than a replacement
+    sign; an id past the tokenizer's own vocabulary, as padded embeddings have, shows as `<id>`.
     """
-    return [_token_text(tokenizer, index) for index in ids]
+    pieces = tokenizer.convert_ids_to_tokens([int(i) for i in ids])
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    byte_level = type(decoder).__name__ == "ByteLevel"
+    return [
+        _piece_text(tokenizer, index, piece, byte_level)
+        for index, piece in zip(ids, pieces, strict=True)
+    ]
 
 
-def _token_text(tokenizer: Any, index: int) -> str:
-    piece = tokenizer.convert_ids_to_tokens(int(index))
-    if piece is None:  # an id past the tokenizer's own vocabulary (padded embedding)
+def _piece_text(tokenizer: Any, index: int, piece: str | None, byte_level: bool) -> str:
+    if piece is None:
         return f"<{int(index)}>"
+    if byte_level:
+        held = [_BYTE_OF.get(character) for character in piece]
+        return piece if None in held else _decoded(bytes(b for b in held if b is not None))
     if "\u2581" in piece:  # SentencePiece marks a space so; decoding one token would drop it
         return piece.replace("\u2581", " ")
-    text = tokenizer.decode([int(index)], clean_up_tokenization_spaces=False)
-    if "\ufffd" in text and "\ufffd" not in piece:
-        held = bytes(_BYTE_OF.get(character, 0x3F) for character in piece)
+    return tokenizer.decode([int(index)], clean_up_tokenization_spaces=False)
+
+
+def _decoded(held: bytes) -> str:
+    try:
+        return held.decode()
+    except UnicodeDecodeError:
         return "".join(chr(b) if 32 <= b < 127 else f"\\x{b:02x}" for b in held)
-    return text
 
 
 def _byte_alphabet() -> dict[str, int]:

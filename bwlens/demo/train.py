@@ -35,10 +35,10 @@ class Settings:
     """All that decides the trained weights, beside the facts, the prose and the versions."""
 
     seed: int = 0
-    steps: int = 1200
-    fact_rows: int = 48
+    steps: int = 900
+    fact_rows: int = 40
     fact_length: int = 64
-    prose_rows: int = 12
+    prose_rows: int = 8
     context: int = 128
     vocab: int = 5000
     layers: int = 8

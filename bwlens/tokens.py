@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,6 +82,8 @@ def _piece_text(tokenizer: Any, index: int, piece: str | None, byte_level: bool)
     if byte_level:
         held = [_BYTE_OF.get(character) for character in piece]
         return piece if None in held else _decoded(bytes(b for b in held if b is not None))
+    if match := _BYTE_PIECE.fullmatch(piece):
+        return _decoded(bytes([int(match[1], 16)]))
     if "\u2581" in piece:  # SentencePiece marks a space so; decoding one token would drop it
         return piece.replace("\u2581", " ")
     return tokenizer.decode([int(index)], clean_up_tokenization_spaces=False)
@@ -102,5 +105,8 @@ def _byte_alphabet() -> dict[str, int]:
     alphabet.update({chr(0x100 + i): b for i, b in enumerate(rest)})
     return alphabet
 
+
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+"""How SentencePiece names a token of one byte."""
 
 _BYTE_OF = _byte_alphabet()

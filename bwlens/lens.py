@@ -1,0 +1,467 @@
+"""The Backward Lens of one prompt: what a gradient step would write, in the model's own words.
+
+Each weight gradient is a sum of outer products of x (what came in) and delta (what came back). A
+matrix is read through the one that is as wide as the residual stream:
+
+- **imprint**: x of W_in (and W_gate, W_Q, W_K, W_V). Its most probable tokens are what the step
+  stamps in: the context, as this layer sees it.
+- **shift**: delta of W_out (and W_O). A descent step *subtracts* the gradient, so delta's *least*
+  probable tokens are what the step promotes, and its most probable ones what it suppresses.
+
+These signs are written here, once: `promoted` and `suppressed` speak of a descent step.
+
+Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 4 and 5.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bwlens.capture import Gradients, capture
+from bwlens.gradients import LowRankGradient
+from bwlens.objectives import as_objective
+from bwlens.prompts import Prompts
+from bwlens.readout import Readout, readout
+from bwlens.sites import available_matrices, head_of, resolve_layers
+from bwlens.tokens import subject_positions, token_texts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+READ_THROUGH: dict[str, Literal["x", "delta"]] = {
+    "W_in": "x",
+    "W_gate": "x",
+    "W_out": "delta",
+    "W_Q": "x",
+    "W_K": "x",
+    "W_V": "x",
+    "W_O": "delta",
+}
+"""The factor of each matrix' gradient that is as wide as the residual stream."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BackwardLens:
+    """What a gradient step on one prompt would write into each layer, at each token.
+
+    Made by `backward_lens`. Holds detached tensors and words; neither the model nor a graph.
+
+    Attributes:
+        prompt: The prompt as text.
+        tokens: What each token says, teacher-forced target tokens included.
+        token_ids: Their ids.
+        n_prompt: Number of tokens of the prompt alone.
+        subject: Positions of the subject's tokens; empty if none was named.
+        target: The target as text; empty if the objective has none.
+        target_ids: Its token ids.
+        answer: The model's own next word, before any step.
+        answer_probability: The probability the model gives it.
+        target_probability: The probability it gives the target's first token; None without target.
+        loss: The loss whose gradient this is.
+        layers: The layers read, ascending.
+        matrices: The matrices read.
+        normalized: Whether vectors were brought to unit length before reading.
+        gradients: x and delta of every matrix.
+        settings: What is needed to make this lens again.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    n_prompt: int
+    subject: tuple[int, ...]
+    target: str
+    target_ids: tuple[int, ...]
+    answer: str
+    answer_probability: float
+    target_probability: float | None
+    loss: float
+    layers: tuple[int, ...]
+    matrices: tuple[str, ...]
+    normalized: bool
+    gradients: Gradients
+    settings: dict[str, Any]
+    _readouts: dict[str, Readout] = field(repr=False)
+    _words: dict[int, str] = field(repr=False)
+
+    def readout(self, matrix: str = "W_out") -> Readout:
+        """The vocabulary reading of a matrix, as a `Readout` over [layer, pos].
+
+        Its targets are the target's tokens, then the model's own answer.
+        """
+        return self._readouts[self._known(matrix)]
+
+    def words(
+        self, which: Literal["promoted", "suppressed"] = "promoted", matrix: str = "W_out"
+    ) -> list[list[list[str]]]:
+        """The words of every cell, [layer][pos][k], strongest first; no words where delta is zero.
+
+        See the module's note on signs: for W_out the promoted words are delta's least probable.
+        """
+        ids, _ = self._side(which, matrix)
+        return [[[self._words[i] for i in cell if i >= 0] for cell in row] for row in ids.tolist()]
+
+    def promoted(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
+        """The k words a descent step promotes most, a row for each layer, position and word."""
+        return self._word_frame("promoted", k, matrix)
+
+    def suppressed(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
+        """The k words a descent step suppresses most, a row for each layer, position and word."""
+        return self._word_frame("suppressed", k, matrix)
+
+    def norms(
+        self, matrix: str = "W_out", of: Literal["x", "delta"] = "delta"
+    ) -> Float[Tensor, "layer pos"]:
+        """L2 norms of delta (the colour of the paper's tables) or x, raw also if normalised."""
+        self._known(matrix)
+        if of not in ("x", "delta"):
+            raise ValueError(f"of must be 'x' or 'delta', found {of!r}")
+        return torch.stack(
+            [_by_position(self.gradients, matrix, layer, of).norm(dim=-1) for layer in self.layers]
+        )
+
+    def target_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
+        """Rank of the target's first token in each cell's reading (0 most, V-1 least probable).
+
+        In delta of W_out a *high* rank means that the step promotes the target; -1 marks zero
+        vectors, which have no reading.
+
+        Raises:
+            ValueError: The objective has no target.
+        """
+        if not self.target_ids:
+            raise ValueError("this lens has no target; use an objective that names one")
+        return self._ranks(matrix)[..., 0]
+
+    def answer_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
+        """Rank of the model's own answer in each cell's reading, as `target_ranks`."""
+        return self._ranks(matrix)[..., -1]
+
+    def gradient(
+        self, matrix: str = "W_out", layer: int = -1, expert: int | None = None
+    ) -> LowRankGradient:
+        """The gradient of one weight matrix; negative layers count from the last one read."""
+        self._known(matrix)
+        if layer < 0:
+            layer = self.layers[layer]
+        key = (matrix, layer) if expert is None else (matrix, layer, expert)
+        return self.gradients[key]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per matrix, layer and position: norms, ranks, words, and the marks of doubt."""
+        import pandas as pd
+
+        frames = []
+        for matrix in self.matrices:
+            read = self.readout(matrix)
+            cells = [(layer, pos) for layer in self.layers for pos in range(len(self.tokens))]
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "matrix": matrix,
+                        "layer": [layer for layer, _ in cells],
+                        "pos": [pos for _, pos in cells],
+                        "token": [self.tokens[pos] for _, pos in cells],
+                        "norm_x": self.norms(matrix, "x").flatten().tolist(),
+                        "norm_delta": self.norms(matrix, "delta").flatten().tolist(),
+                        "target_rank": (
+                            self.target_ranks(matrix).flatten().tolist()
+                            if self.target_ids
+                            else None
+                        ),
+                        "answer_rank": self.answer_ranks(matrix).flatten().tolist(),
+                        "promoted": list(chain.from_iterable(self.words("promoted", matrix))),
+                        "suppressed": list(chain.from_iterable(self.words("suppressed", matrix))),
+                        "zero": self._silent(matrix).flatten().tolist(),
+                        "eps_regime": read.eps_regime.flatten().tolist(),
+                    }
+                )
+            )
+        return pd.concat(frames, ignore_index=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything the lens shows, as plain lists and numbers (for JSON)."""
+        cells: dict[str, Any] = {}
+        for matrix in self.matrices:
+            read = self.readout(matrix)
+            cells[matrix] = {
+                "read_through": READ_THROUGH[matrix],
+                "norm_x": self.norms(matrix, "x").tolist(),
+                "norm_delta": self.norms(matrix, "delta").tolist(),
+                "target_rank": self.target_ranks(matrix).tolist() if self.target_ids else None,
+                "answer_rank": self.answer_ranks(matrix).tolist(),
+                "zero": self._silent(matrix).tolist(),
+                "eps_regime": read.eps_regime.tolist(),
+            }
+            for which in ("promoted", "suppressed"):
+                cells[matrix][which] = self.words(which, matrix)
+                scores = self._side(which, matrix)[1].tolist()
+                cells[matrix][f"{which}_scores"] = [
+                    [[] if score and score[0] != score[0] else score for score in row]
+                    for row in scores
+                ]
+        return {
+            "format": "bwlens.BackwardLens",
+            "version": 1,
+            "prompt": self.prompt,
+            "tokens": list(self.tokens),
+            "token_ids": list(self.token_ids),
+            "n_prompt": self.n_prompt,
+            "subject": list(self.subject),
+            "target": self.target,
+            "target_ids": list(self.target_ids),
+            "answer": self.answer,
+            "answer_probability": self.answer_probability,
+            "target_probability": self.target_probability,
+            "loss": self.loss,
+            "layers": list(self.layers),
+            "normalized": self.normalized,
+            "settings": self.settings,
+            "matrices": cells,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the lens as a page (.html), as data (.json), or as a table (.csv).
+
+        Raises:
+            ValueError: Another ending.
+        """
+        path = Path(path)
+        if path.suffix == ".html":
+            from bwlens.show.table import page
+
+            text = page(self)
+        elif path.suffix == ".json":
+            text = json.dumps(self.to_dict(), ensure_ascii=False)
+        elif path.suffix == ".csv":
+            text = self.to_dataframe().to_csv(index=False)
+        else:
+            raise ValueError(f"{path.name!r}: name a file that ends in .html, .json or .csv")
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def __rich__(self) -> Any:
+        from bwlens.show.terminal import text_table
+
+        return text_table(self)
+
+    def __repr__(self) -> str:
+        from bwlens.show.terminal import plain_text
+
+        return plain_text(self)
+
+    def _repr_html_(self) -> str:
+        from bwlens.show.table import table
+
+        return table(self)
+
+    @cached_property
+    def _silences(self) -> dict[str, Tensor]:
+        return {matrix: self.norms(matrix, "delta") == 0 for matrix in self.matrices}
+
+    def _silent(self, matrix: str) -> Tensor:
+        """Cells where delta is zero: the step writes nothing there, whatever x may say."""
+        return self._silences[self._known(matrix)]
+
+    def _known(self, matrix: str) -> str:
+        if matrix not in self._readouts:
+            raise ValueError(
+                f"{matrix!r} was not read; this lens has {', '.join(self.matrices)}. Ask for it"
+                f" with backward_lens(..., matrices=[...])"
+            )
+        return matrix
+
+    def _side(self, which: str, matrix: str) -> tuple[Tensor, Tensor]:
+        """Ids and scores of the promoted or suppressed end of a matrix' reading."""
+        if which not in ("promoted", "suppressed"):
+            raise ValueError(f"expected 'promoted' or 'suppressed', found {which!r}")
+        read = self.readout(matrix)
+        # A step subtracts: what it adds to delta's reader is delta's bottom; x is stamped in as is.
+        top = (which == "promoted") == (READ_THROUGH[matrix] == "x")
+        ids, scores = (
+            (read.top_ids, read.top_scores) if top else (read.bottom_ids, read.bottom_scores)
+        )
+        silent = self._silent(matrix)[..., None]
+        return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
+
+    def _word_frame(self, which: str, k: int, matrix: str) -> pd.DataFrame:
+        import pandas as pd
+
+        ids, scores = self._side(which, matrix)
+        if not 1 <= k <= ids.shape[-1]:
+            raise ValueError(
+                f"k={k}, but this lens keeps {ids.shape[-1]} words a cell; make it again with"
+                f" top_k={k}"
+                if k > 0
+                else f"k must be at least 1, found {k}"
+            )
+        norms = self.norms(matrix)
+        rows = [
+            (layer, pos, self.tokens[pos], norm, place, self._words[i], score)
+            for at, layer in enumerate(self.layers)
+            for pos, norm in enumerate(norms[at].tolist())
+            for place, (i, score) in enumerate(
+                zip(ids[at, pos, :k].tolist(), scores[at, pos, :k].tolist(), strict=True)
+            )
+            if i >= 0
+        ]
+        return pd.DataFrame(
+            rows, columns=["layer", "pos", "token", "norm", "place", "word", "score"]
+        )
+
+    def _ranks(self, matrix: str) -> Tensor:
+        ranks = self.readout(matrix).ranks
+        assert ranks is not None
+        return ranks.masked_fill(self._silent(matrix)[..., None], -1)
+
+
+def backward_lens(
+    model: Any,
+    prompt: Prompts,
+    target: Any,
+    *,
+    subject: str | None = None,
+    matrices: Sequence[str] | None = None,
+    layers: Iterable[int] | int | None = None,
+    top_k: int = 10,
+    normalize: bool = False,
+    prepend_bos: bool | None = None,
+) -> BackwardLens:
+    """Read what one gradient step would write: every layer, every token, in the vocabulary.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer (`bwlens.load_model` makes one).
+        prompt: One prompt, as text or token ids [pos].
+        target: What the model is to say next (" Paris"), or an objective.
+        subject: A part of the prompt that the fact is about; its tokens are marked.
+        matrices: Matrices to read, out of `bwlens.MATRICES`; None for those of the MLP.
+        layers: Layers from 0, negative ones from the end; None for all.
+        top_k: Words kept at each end of each cell.
+        normalize: Read each vector at unit length (appendix H), so that the final norm's epsilon
+            weighs the same on all; norms stay the raw ones.
+        prepend_bos: Whether a text prompt gets a BOS token; None is the model's own default.
+
+    Raises:
+        ValueError: More than one prompt, a subject that is not in the prompt, or anything that
+            `capture` and `readout` refuse.
+
+    Source: Backward Lens, sections 4.2 and 5, figures 4 and 11-15.
+
+    Example:
+        >>> lens = backward_lens(model, "Lionel Messi plays for", " Paris")  # doctest: +SKIP
+        >>> lens.promoted(k=3)  # doctest: +SKIP
+    """
+    if not isinstance(prompt, str) and not (isinstance(prompt, Tensor) and prompt.ndim == 1):
+        raise ValueError(
+            "backward_lens reads one prompt, a string or token ids [pos]; use bwlens.capture for"
+            " several"
+        )
+    if matrices is None:
+        held = available_matrices(model)
+        matrices = [m for m in ("W_in", "W_gate", "W_out") if m in held]
+    grads = capture(model, prompt, target, matrices, layers, prepend_bos=prepend_bos)
+    wanted = resolve_layers(model, layers)
+    head = head_of(model)
+    ids = grads.batch.tokens[0].tolist()
+    probabilities = torch.softmax(grads.next_logits[0].float(), -1)
+    answer_id = int(probabilities.argmax())
+    target_ids = grads.batch.targets[0] if grads.batch.targets else ()
+    followed = [*target_ids, answer_id]
+    readouts: dict[str, Readout] = {}
+    read: dict[tuple[str, str], Readout] = {}
+    for matrix in matrices:
+        # W_in and W_gate (and W_Q, W_K, W_V) share their x: read it once.
+        part = "attn" if matrix[2:] in "QKVO" else "mlp"
+        key = (READ_THROUGH[matrix], part)
+        if key not in read:
+            rows = torch.stack(
+                [_by_position(grads, matrix, layer, READ_THROUGH[matrix]) for layer in wanted]
+            )
+            read[key] = readout(head, rows, min(top_k, head.W_U.shape[1]), followed, normalize)
+        readouts[matrix] = read[key]
+    words = _vocabulary(model, readouts.values(), [*ids, *followed])
+    objective = as_objective(target)
+    return BackwardLens(
+        prompt=prompt if isinstance(prompt, str) else "".join(words[i] for i in ids),
+        tokens=tuple(words[i] for i in ids),
+        token_ids=tuple(ids),
+        n_prompt=int(grads.batch.prompt_lengths[0]),
+        subject=_subject(model, prompt, subject, prepend_bos),
+        target="".join(words[i] for i in target_ids),
+        target_ids=target_ids,
+        answer=words[answer_id],
+        answer_probability=float(probabilities[answer_id]),
+        target_probability=float(probabilities[target_ids[0]]) if target_ids else None,
+        loss=float(grads.losses[0]),
+        layers=tuple(wanted),
+        matrices=tuple(matrices),
+        normalized=normalize,
+        gradients=grads,
+        settings={
+            "model": str(getattr(model.cfg, "model_name", type(model).__name__)),
+            "model_class": type(model).__name__,
+            "objective": repr(objective)
+            if hasattr(objective, "target")
+            else getattr(objective, "__name__", type(objective).__name__),
+            "top_k": top_k,
+            "prepend_bos": prepend_bos,
+            **{name: version(name) for name in ("bwlens", "transformer_lens", "torch")},
+        },
+        _readouts=readouts,
+        _words=words,
+    )
+
+
+def _by_position(
+    grads: Gradients, matrix: str, layer: int, factor: Literal["x", "delta"]
+) -> Float[Tensor, "pos d"]:
+    """A factor's row for each position of the (one) prompt.
+
+    Experts of a mixture that a token went to share its x, and their deltas are one vector times
+    the router's weights, so there x is taken once and delta summed.
+    """
+    sites = [site for site in grads if (site.matrix, site.layer) == (matrix, layer)]
+    if len(sites) == 1 and sites[0].expert is None:
+        return getattr(grads[sites[0]], factor)
+    n_pos = grads.batch.tokens.shape[1]
+    first = getattr(grads[sites[0]], factor)
+    rows = first.new_zeros(n_pos, first.shape[1])
+    for site in sites:
+        pos, values = grads[site].pos, getattr(grads[site], factor)
+        assert pos is not None
+        rows = (
+            rows.index_add(0, pos, values) if factor == "delta" else rows.index_copy(0, pos, values)
+        )
+    return rows
+
+
+def _vocabulary(model: Any, readouts: Iterable[Readout], more: list[int]) -> dict[int, str]:
+    """What each token that occurs anywhere in the lens says."""
+    seen = [torch.tensor(more)]
+    for read in {id(r): r for r in readouts}.values():
+        seen += [read.top_ids.flatten().cpu(), read.bottom_ids.flatten().cpu()]
+    ids = [i for i in torch.cat(seen).unique().tolist() if i >= 0]
+    if model.tokenizer is None:
+        return {i: f"<{i}>" for i in ids}
+    return dict(zip(ids, token_texts(model.tokenizer, ids), strict=True))
+
+
+def _subject(
+    model: Any, prompt: Any, subject: str | None, prepend_bos: bool | None
+) -> tuple[int, ...]:
+    if subject is None:
+        return ()
+    if not isinstance(prompt, str):
+        raise ValueError("a subject is found in a prompt given as text, not in tokens")
+    return subject_positions(model, prompt, subject, prepend_bos)

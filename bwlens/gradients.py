@@ -157,11 +157,14 @@ class LowRankGradient:
         """
         self._check_fits(other)
         x, delta, x_, delta_ = map(_double, (self.x, self.delta, other.x, other.delta))
-        gram_cost = self.n * other.n * (self.d_in + self.d_out)
-        if gram_cost <= (self.n + other.n) * self.d_in * self.d_out:
+        rows = self.n if other is self else self.n + other.n
+        if self.n * other.n * (self.d_in + self.d_out) <= rows * self.d_in * self.d_out:
             return ((x @ x_.T) * (delta @ delta_.T)).sum()
-        strips = zip(x.chunk(_STRIPS, 1), x_.chunk(_STRIPS, 1), strict=True)
-        return torch.stack([((a.T @ delta) * (b.T @ delta_)).sum() for a, b in strips]).sum()
+        total = x.new_zeros(())
+        for columns, columns_ in zip(x.chunk(_STRIPS, 1), x_.chunk(_STRIPS, 1), strict=True):
+            strip = columns.T @ delta
+            total += (strip * (strip if other is self else columns_.T @ delta_)).sum()
+        return total
 
     def cosine(self, other: "LowRankGradient") -> Float64[Tensor, ""]:
         """The cosine <A, B> / (||A|| ||B||); nan where either is zero, which has no direction.
@@ -186,7 +189,7 @@ class LowRankGradient:
         >>> LowRankGradient(torch.eye(2, 3), delta).svd().S.round(decimals=9)
         tensor([5., 1.], dtype=torch.float64)
         """
-        x, delta = self._balanced()
+        x, delta = self._finite()
         (q_x, r_x), (q_delta, r_delta) = torch.linalg.qr(x.T), torch.linalg.qr(delta.T)
         U, S, Vh = torch.linalg.svd(r_x @ r_delta.T, full_matrices=False)
         return SVD(q_x @ U, S, Vh @ q_delta.T)
@@ -380,9 +383,7 @@ class LowRankGradient:
         number = (
             scalar.ndim == 0 if isinstance(scalar, Tensor) else isinstance(scalar, numbers.Real)
         )
-        return (
-            replace(self, delta=(self.delta * scalar).to(self.dtype)) if number else NotImplemented
-        )
+        return replace(self, delta=self.delta * scalar) if number else NotImplemented
 
     __rmul__ = __mul__
 
@@ -481,26 +482,24 @@ class LowRankGradient:
             raise ValueError(f"rtol is {rtol}; expected a share of the largest singular value.")
         return rtol * S[:1].sum()
 
-    def _balanced(self) -> tuple[Float64[Tensor, "n d_in"], Float64[Tensor, "n d_out"]]:
-        # The same products from x_i and delta_i of equal norms, both zero if either is: so that a
-        # long x_i with a tiny delta_i, as at a first token, does not set the rounding of the rest.
+    def _finite(self) -> tuple[Float64[Tensor, "n d_in"], Float64[Tensor, "n d_out"]]:
         x, delta = _double(self.x), _double(self.delta)
-        x_norm, delta_norm = x.norm(dim=1), delta.norm(dim=1)
-        if not math.isfinite(float((x_norm + delta_norm).sum())):
-            bad = torch.nonzero(~(x_norm + delta_norm).isfinite()).flatten().tolist()
+        norms = x.norm(dim=1) + delta.norm(dim=1)
+        if not math.isfinite(float(norms.sum())):
+            bad = torch.nonzero(~norms.isfinite()).flatten().tolist()
             raise ValueError(
                 f"{len(bad)} of {self.n} rows hold nan or inf, the first is row {bad[0]}; singular "
                 "values need finite rows. Look for an overflow, or capture in a wider dtype."
             )
-        both = (x_norm > 0) & (delta_norm > 0)
-        ratio = torch.where(both, delta_norm / x_norm, 1.0).sqrt()
-        return x * (both * ratio)[:, None], delta * (both / ratio)[:, None]
+        return x, delta
 
     def _core(self) -> Float64[Tensor, "k l"]:
-        # R_x R_d^T, which has the gradient's singular values. Rows that fill the space need no QR.
+        # R_x R_d^T, which has the gradient's singular values. Householder QR rounds row i of x to
+        # within eps ||x_i||, so a long x_i with a tiny delta_i, as at a first token, does not drown
+        # the rest. Rows that fill the space need no QR.
         x, delta = (
             rows.T if self.n >= rows.shape[1] else torch.linalg.qr(rows.T, mode="r").R
-            for rows in self._balanced()
+            for rows in self._finite()
         )
         return x @ delta.T
 

@@ -125,6 +125,11 @@ def test_norm_of_what_cancels_keeps_its_digits() -> None:
     small = a - a + 1e-9 * rest
     assert abs(small.norm() / (1e-9 * rest.norm()) - 1) < 1e-6
     assert (a - a).norm() < 1e-14 * size(a)
+    for seed in range(10):  # u w + v w - (u + v) w, whose Gram sum is rounding of either sign
+        part = random(2, 8, 5, seed, dtype=torch.float64)
+        (u, v), w = part.x, part.delta[0]
+        nothing = LowRankGradient(torch.stack([u, v, u + v]), torch.stack([w, w, -w]))
+        assert nothing.norm() < 1e-14 * size(nothing)
 
 
 @each_case

@@ -1,0 +1,177 @@
+"""The `bwlens` command: `bwlens demo`, `bwlens lens`.
+
+Errors that a user can mend are one readable line and exit code 1; `--debug` shows the traceback.
+Wrong usage exits with 2, as every command does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Read what a language model learns: the Backward Lens for TransformerLens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+_Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+_Html = Annotated[Path | None, typer.Option(help="Write the lens as a page to this file.")]
+
+
+@app.command()
+def demo(
+    html: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("bwlens-demo.html"),
+    debug: _Debug = False,
+) -> None:
+    """Read a fact that the shipped model knows, and what one step towards another answer writes."""
+    console = Console()
+    with _readable_errors(debug):
+        _writable(html)
+        from bwlens.demo import EXAMPLES
+
+        example = EXAMPLES[0]
+        lens = _lens(console, "demo", example.prompt, example.target_new, example.subject)
+        console.print(lens)
+        _save(console, lens, html)
+        console.print(
+            "Next: [bold]bwlens lens[/] with a prompt of your own, or"
+            " [bold]bwlens.backward_lens(model, prompt, target)[/] in Python."
+        )
+
+
+@app.command()
+def lens(
+    prompt: Annotated[str, typer.Argument(help="The prompt, e.g. 'Lionel Messi plays for'.")],
+    target: Annotated[str, typer.Option(help="What the model is to say next, e.g. ' Paris'.")],
+    subject: Annotated[str | None, typer.Option(help="What the fact is about.")] = None,
+    model: Annotated[str, typer.Option(help="'demo', a folder, or a name on the hub.")] = "demo",
+    matrix: Annotated[str, typer.Option(help="The matrix to print.")] = "W_out",
+    layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
+    top_k: Annotated[int, typer.Option(help="Words kept at each end.")] = 10,
+    normalize: Annotated[bool, typer.Option(help="Read vectors at unit length.")] = False,
+    bos: Annotated[bool | None, typer.Option(help="Prepend a BOS token.")] = None,
+    html: _Html = None,
+    json: Annotated[Path | None, typer.Option(help="Write the lens as JSON to this file.")] = None,
+    debug: _Debug = False,
+) -> None:
+    """Print what one gradient step towards a target would write, layer by token."""
+    console = Console()
+    with _readable_errors(debug):
+        for path in (html, json):
+            if path is not None:
+                _writable(path)
+        from bwlens.show.terminal import text_table
+
+        found = _lens(
+            console,
+            model,
+            prompt,
+            target,
+            subject,
+            layers=_layers(layers),
+            matrices=None if matrix in ("W_in", "W_out") else ["W_in", "W_out", matrix],
+            top_k=top_k,
+            normalize=normalize,
+            prepend_bos=bos,
+        )
+        console.print(text_table(found, matrix))
+        for path in (html, json):
+            if path is not None:
+                _save(console, found, path)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _lens(
+    console: Console, name: str, prompt: str, target: str, subject: str | None, **options: Any
+) -> Any:
+    """Load the model and read the lens, with a sign of life meanwhile."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Importing", total=3)
+        import bwlens
+
+        _quiet()
+        progress.update(task, advance=1, description=f"Loading {name}")
+        model = bwlens.load_model(name)
+        progress.update(task, advance=1, description="Reading the gradients")
+        found = bwlens.backward_lens(model, prompt, target, subject=subject, **options)
+        progress.update(task, advance=1)
+    return found
+
+
+def _quiet() -> None:
+    """Keep the libraries' own bars and notes out of the picture."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """Layers from '0-5', '0,3,7', '-1' or a mixture.
+
+    Raises:
+        ValueError: The text says no such thing.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().lstrip("-").partition("-")
+        negative = part.strip().startswith("-")
+        if not first.isdigit() or (dash and (negative or not last.isdigit())):
+            raise ValueError(f"--layers {text!r}: expected layers such as '0-5', '0,3,7' or '-1'")
+        low = -int(first) if negative else int(first)
+        found += range(low, int(last) + 1) if dash else [low]
+    if not found:
+        raise ValueError(f"--layers {text!r} names no layer; write '0-5', not '5-0'")
+    return found
+
+
+def _writable(path: Path) -> None:
+    """Say before the work, not after it, that a file cannot be written."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {str(path)!r}; name a file in a folder that exists")
+
+
+def _save(console: Console, found: Any, path: Path) -> None:
+    found.save(path)
+    console.print(f"Wrote [bold]{path}[/]", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _readable_errors(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        message = f"[bold red]Error:[/] {_escaped(error)}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _escaped(error: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))

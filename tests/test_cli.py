@@ -1,0 +1,96 @@
+"""The command line as a user meets it: output, files, exit codes, one-line errors."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from bwlens.cli import _layers, app
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.hf_model("gpt2").save_pretrained(path)
+    tiny.tokenizer(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(folder):
+    def call(*args, model=folder):
+        return CliRunner().invoke(app, [*args, *(["--model", model] if model else [])])
+
+    return call
+
+
+def test_lens_prints_a_table_and_writes_files(run, tmp_path):
+    html, data = tmp_path / "lens.html", tmp_path / "lens.json"
+    result = run(
+        "lens", "t5 t9 t30", "--target", " t17", "--subject", "t9", "--layers", "0-1",
+        "--top-k", "4", "--no-bos", "--html", str(html), "--json", str(data),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "t30" in result.output
+    assert "answer before" in result.output
+    assert html.read_text().startswith("<!doctype html>")
+    read = json.loads(data.read_text())
+    assert read["layers"] == [0, 1]
+    assert len(read["tokens"]) == 3
+    assert len(read["matrices"]["W_out"]["promoted"][0][0]) == 4
+
+
+def test_another_matrix(run):
+    result = run("lens", "t5 t9", "--target", "t17", "--matrix", "W_O")
+    assert result.exit_code == 0, result.output
+    assert "step on W_O" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["", "--target", "t17"], "prompt 0 is empty"),
+        (["t5", "--target", ""], "target of prompt 0 is empty"),
+        (["t5", "--target", "t17", "--matrix", "W_gate"], "no such matrix"),
+        (["t5", "--target", "t17", "--layers", "9"], "layers 0 to 2"),
+        (["t5", "--target", "t17", "--layers", "a-b"], "expected layers such as"),
+        (["t5", "--target", "t17", "--subject", "t9"], "does not occur"),
+        (["t5", "--target", "t17", "--html", "/no/such/folder/x.html"], "cannot write"),
+    ],
+)
+def test_errors_are_one_line_and_exit_1(run, args, message):
+    result = run("lens", *args)
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+
+
+def test_debug_shows_the_error_itself(run):
+    result = run("lens", "", "--target", "t17", "--debug")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_wrong_usage_exits_2(run):
+    assert run("lens", model=None).exit_code == 2
+    assert run("nonsense", model=None).exit_code == 2
+
+
+def test_demo(run, tmp_path):
+    page = tmp_path / "demo.html"
+    result = run("demo", "--html", str(page), model=None)
+    assert result.exit_code == 0, result.output
+    assert "Messi" in result.output
+    assert "Paris" in result.output
+    assert "Barcelona" in result.output
+    assert page.stat().st_size > 1000
+
+
+def test_layers():
+    assert _layers("0-3") == [0, 1, 2, 3]
+    assert _layers("0,2, -1") == [0, 2, -1]
+    assert _layers(None) is None
+    for bad in ("x", "1-", "5-3", "-1-3", ""):
+        with pytest.raises(ValueError, match="--layers"):
+            _layers(bad)

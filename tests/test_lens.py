@@ -1,0 +1,189 @@
+"""The lens of one prompt: its readings, words, norms and ranks against a slow loop of the lens."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+import bwlens
+from bwlens.lens import READ_THROUGH
+from tests import tiny
+
+PROMPT = "t5 t9 t30 t41 t8"
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny.bridge("llama", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def lens(model):
+    return bwlens.backward_lens(model, PROMPT, "t17", subject="t9 t30", prepend_bos=False)
+
+
+def slow_scores(model, vector):
+    """The logit lens of one vector, through the model's own modules."""
+    with torch.no_grad():
+        return model.unembed(model.ln_final(vector[None, None]))[0, 0]
+
+
+def words_of(ids):
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    return [special[i] if i < len(special) else f"t{i}" for i in ids.tolist()]
+
+
+@pytest.mark.parametrize("matrix", ["W_in", "W_gate", "W_out"])
+def test_readings_are_the_logit_lens_of_each_vector(model, lens, matrix):
+    target, answer = lens.target_ids[0], lens.readout(matrix).ranks.shape[-1] - 1
+    for layer in range(tiny.LAYERS):
+        rows = getattr(lens.gradients[matrix, layer], READ_THROUGH[matrix])
+        for pos, vector in enumerate(rows):
+            if not vector.any():
+                assert lens.readout(matrix).zero[layer, pos]
+                continue
+            scores = slow_scores(model, vector)
+            read = lens.readout(matrix)[layer, pos]
+            order = scores.argsort(descending=True)
+            assert read.top_ids.tolist() == order[:10].tolist()
+            assert read.bottom_ids.tolist() == order.flip(0)[:10].tolist()
+            assert int(read.ranks[0]) == int((scores > scores[target]).sum())
+            assert answer == 1
+
+
+def test_promoted_words_of_w_out_are_deltas_least_probable(lens):
+    bottom = lens.readout("W_out").bottom_ids
+    assert lens.words("promoted", "W_out")[0][0] == words_of(bottom[0, 0])
+    top = lens.readout("W_in").top_ids
+    assert lens.words("promoted", "W_in")[0][0] == words_of(top[0, 0])
+    assert lens.words("suppressed", "W_in") != lens.words("promoted", "W_in")
+
+
+def test_a_real_step_promotes_what_the_lens_says(tokenizer):
+    """At the last layer the step's own effect on the logits is what the lens reads."""
+    model = tiny.bridge("llama", tokenizer)
+    lens = bwlens.backward_lens(model, PROMPT, "t17", prepend_bos=False)
+    tokens = torch.tensor([lens.token_ids])
+    with torch.no_grad():
+        before = model(tokens)[0, -1]
+        weight = model.blocks[-1].mlp.out.weight
+        weight -= 0.5 * lens.gradient("W_out", -1).dense().T
+        after = model(tokens)[0, -1]
+    assert after.log_softmax(-1)[17] > before.log_softmax(-1)[17]
+    assert lens.words("promoted")[-1][-1][0] == "t17"
+
+
+def test_zero_deltas_have_no_words_and_no_rank(lens):
+    assert all(cell == [] for cell in lens.words()[-1][:-1])
+    assert lens.target_ranks()[-1, :-1].tolist() == [-1] * 4
+    assert lens.words("promoted", "W_in")[-1][0] == []
+    frame = lens.promoted(k=2)
+    assert not ((frame.layer == tiny.LAYERS - 1) & (frame.pos < 4)).any()
+
+
+def test_norms_are_raw_and_per_position(lens, model):
+    normalized = bwlens.backward_lens(model, PROMPT, "t17", normalize=True, prepend_bos=False)
+    for found in (lens, normalized):
+        for of in ("x", "delta"):
+            rows = torch.stack([getattr(found.gradients["W_out", k], of) for k in range(3)])
+            torch.testing.assert_close(found.norms("W_out", of), rows.norm(dim=-1))
+    assert normalized.normalized
+    assert not lens.normalized
+
+
+def test_what_the_model_says_itself(lens, model):
+    with torch.no_grad():
+        probabilities = model(torch.tensor([lens.token_ids]))[0, -1].softmax(-1)
+    assert lens.answer == f"t{int(probabilities.argmax())}"
+    assert lens.answer_probability == pytest.approx(float(probabilities.max()), rel=1e-5)
+    assert lens.target_probability == pytest.approx(float(probabilities[17]), rel=1e-5)
+    assert lens.loss == pytest.approx(-float(probabilities[17].log()), rel=1e-5)
+    assert lens.answer_ranks("W_out").shape == (3, 5)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_with_and_without_bos(model, bos):
+    lens = bwlens.backward_lens(model, PROMPT, "t17", subject="t9 t30", prepend_bos=bos)
+    assert len(lens.tokens) == 5 + bos
+    assert lens.subject == (1 + bos, 2 + bos)
+
+
+def test_teacher_forced_targets_are_part_of_the_table(model):
+    lens = bwlens.backward_lens(model, PROMPT, "t17 t20 t21", prepend_bos=False)
+    assert lens.tokens[5:] == ("t17", "t20")
+    assert lens.n_prompt == 5
+    assert lens.readout("W_out").ranks.shape == (3, 7, 4)
+
+
+def test_frames_and_files(lens, tmp_path):
+    frame = lens.to_dataframe()
+    assert len(frame) == 3 * 3 * 5
+    assert set(frame.matrix) == {"W_in", "W_gate", "W_out"}
+    row = frame[(frame.matrix == "W_out") & (frame.layer == 1) & (frame.pos == 2)].iloc[0]
+    assert row.promoted == lens.words()[1][2]
+    assert row.target_rank == int(lens.target_ranks()[1, 2])
+    data = json.loads(lens.save(tmp_path / "lens.json").read_text())
+    assert data["matrices"]["W_out"]["promoted"] == lens.words()
+    assert data["loss"] == lens.loss
+    assert len(pd.read_csv(lens.save(tmp_path / "lens.csv"))) == len(frame)
+    assert "t17" in lens.save(tmp_path / "lens.html").read_text()
+    with pytest.raises(ValueError, match=r"\.html, \.json or \.csv"):
+        lens.save(tmp_path / "lens.pdf")
+
+
+def test_text_shows_layers_tokens_and_words(lens):
+    lines = repr(lens).splitlines()
+    assert any(line.split()[:1] == ["layer"] and "t41" in line for line in lines)
+    rows = [line.split() for line in lines if line.split()[:1] in (["0"], ["1"], ["2"])]
+    assert [row[0] for row in rows] == ["2", "1", "0"]  # last layer on top
+    assert rows[0][1:] == ["·", "·", "·", "·", "t17"]
+    assert rows[2][1:] == [cell[0] for cell in lens.words()[0]]
+
+
+def test_a_narrow_terminal_puts_columns_below_one_another(lens):
+    from bwlens.show.terminal import plain_text
+
+    wide, narrow = plain_text(lens, 120), plain_text(lens, 30)
+    assert narrow.count("layer") == wide.count("layer") + 1
+    assert max(map(len, narrow.splitlines())) <= 30
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_attention_and_experts_read_too(name, tokenizer):
+    model = tiny.bridge(name, tokenizer)
+    lens = bwlens.backward_lens(
+        model, PROMPT, "t17", matrices=["W_out", "W_O", "W_Q"], prepend_bos=False
+    )
+    assert lens.norms("W_O").shape == lens.norms("W_out").shape == (3, 5)
+    # In a mixture, a token's deltas of all its experts add up to one.
+    tokens = torch.tensor([lens.token_ids])
+    found = bwlens.vjps(model, tokens, bwlens.NLL([17]), "blocks.1.hook_mlp_out")
+    total = found["blocks.1.hook_mlp_out"][0].norm(dim=-1)
+    torch.testing.assert_close(lens.norms("W_out")[1], total, rtol=1e-4, atol=1e-6)
+
+
+def test_an_objective_without_target(model):
+    def surprise(logits, batch):
+        return logits[:, -1].logsumexp(-1)
+
+    lens = bwlens.backward_lens(model, PROMPT, surprise, prepend_bos=False)
+    assert lens.target == ""
+    assert lens.settings["objective"] == "surprise"
+    with pytest.raises(ValueError, match="no target"):
+        lens.target_ranks()
+    assert lens.to_dataframe().target_rank.isna().all()
+    assert "→" not in repr(lens).splitlines()[0]
+
+
+def test_bad_input(model, lens):
+    with pytest.raises(ValueError, match="reads one prompt"):
+        bwlens.backward_lens(model, [PROMPT, PROMPT], "t17")
+    with pytest.raises(ValueError, match="does not occur"):
+        bwlens.backward_lens(model, PROMPT, "t17", subject="t50")
+    with pytest.raises(ValueError, match="keeps 10 words"):
+        lens.promoted(k=11)
+    with pytest.raises(ValueError, match="was not read"):
+        lens.readout("W_Q")
+    with pytest.raises(ValueError, match="'promoted' or 'suppressed'"):
+        lens._side("best", "W_out")

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
@@ -71,7 +71,8 @@ class BackwardLens:
         loss: The loss whose gradient this is.
         layers: The layers read, ascending.
         matrices: The matrices read.
-        normalized: Whether vectors were brought to unit length before reading.
+        normalized: Whether vectors were brought to unit length before reading. A lens made with
+            `normalize="both"` holds the two readings; see `as_normalized`.
         gradients: x and delta of every matrix.
         settings: What is needed to make this lens again.
     """
@@ -92,7 +93,7 @@ class BackwardLens:
     normalized: bool
     gradients: Gradients
     settings: dict[str, Any]
-    _readouts: dict[str, Readout] = field(repr=False)
+    _readings: dict[bool, dict[str, Readout]] = field(repr=False)
     _words: dict[int, str] = field(repr=False)
 
     def readout(self, matrix: str = "W_out") -> Readout:
@@ -100,7 +101,27 @@ class BackwardLens:
 
         Its targets are the target's tokens, then the model's own answer.
         """
-        return self._readouts[self._known(matrix)]
+        return self._readings[self.normalized][self._known(matrix)]
+
+    @property
+    def readings(self) -> tuple[bool, ...]:
+        """The readings this lens holds, as values of `normalized`, its default first."""
+        return tuple(self._readings)
+
+    def as_normalized(self, normalized: bool = True) -> BackwardLens:
+        """This lens in its other reading: of vectors at unit length, or (False) as they are.
+
+        Nothing is read again and nothing copied.
+
+        Raises:
+            ValueError: The lens was made with the one reading only.
+        """
+        if normalized not in self._readings:
+            raise ValueError(
+                f"this lens holds no {'normalised' if normalized else 'raw'} reading; make it"
+                f' with backward_lens(..., normalize="both")'
+            )
+        return replace(self, normalized=normalized)
 
     def words(
         self, which: Literal["promoted", "suppressed"] = "promoted", matrix: str = "W_out"
@@ -275,7 +296,7 @@ class BackwardLens:
         return self._silences[self._known(matrix)]
 
     def _known(self, matrix: str) -> str:
-        if matrix not in self._readouts:
+        if matrix not in self.matrices:
             raise ValueError(
                 f"{matrix!r} was not read; this lens has {', '.join(self.matrices)}. Ask for it"
                 f" with backward_lens(..., matrices=[...])"
@@ -335,7 +356,7 @@ def backward_lens(
     matrices: Sequence[str] | None = None,
     layers: Iterable[int] | int | None = None,
     top_k: int = 10,
-    normalize: bool = False,
+    normalize: bool | Literal["both"] = False,
     prepend_bos: bool | None = None,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
@@ -349,12 +370,13 @@ def backward_lens(
         layers: Layers from 0, negative ones from the end; None for all.
         top_k: Words kept at each end of each cell.
         normalize: Read each vector at unit length (appendix H), so that the final norm's epsilon
-            weighs the same on all; norms stay the raw ones.
+            weighs the same on all; norms stay the raw ones. "both" keeps the two readings: the
+            raw one first, the other by `BackwardLens.as_normalized` and by a switch on the page.
         prepend_bos: Whether a text prompt gets a BOS token; None is the model's own default.
 
     Raises:
-        ValueError: More than one prompt, a subject that is not in the prompt, or anything that
-            `capture` and `readout` refuse.
+        ValueError: More than one prompt, a subject that is not in the prompt, another `normalize`,
+            or anything that `capture` and `readout` refuse.
 
     Source: Backward Lens, sections 4.2 and 5, figures 4 and 11-15.
 
@@ -367,6 +389,9 @@ def backward_lens(
             "backward_lens reads one prompt, a string or token ids [pos]; use bwlens.capture for"
             " several"
         )
+    if normalize not in (True, False, "both"):
+        raise ValueError(f"normalize must be True, False or 'both', found {normalize!r}")
+    readings = (False, True) if normalize == "both" else (bool(normalize),)
     if matrices is None:
         held = available_matrices(model)
         matrices = [m for m in ("W_in", "W_gate", "W_out") if m in held]
@@ -378,8 +403,8 @@ def backward_lens(
     answer_id = int(probabilities.argmax())
     target_ids = grads.batch.targets[0] if grads.batch.targets else ()
     followed = [*target_ids, answer_id]
-    readouts: dict[str, Readout] = {}
-    read: dict[tuple[str, str], Readout] = {}
+    readouts: dict[bool, dict[str, Readout]] = {normalized: {} for normalized in readings}
+    read: dict[tuple[str, str], list[Readout]] = {}
     for matrix in matrices:
         # W_in and W_gate (and W_Q, W_K, W_V) share their x: read it once.
         part = "attn" if matrix[2:] in "QKVO" else "mlp"
@@ -388,9 +413,11 @@ def backward_lens(
             rows = torch.stack(
                 [_by_position(grads, matrix, layer, READ_THROUGH[matrix]) for layer in wanted]
             )
-            read[key] = readout(head, rows, min(top_k, head.W_U.shape[1]), followed, normalize)
-        readouts[matrix] = read[key]
-    words = _vocabulary(model, readouts.values(), [*ids, *followed])
+            k = min(top_k, head.W_U.shape[1])
+            read[key] = [readout(head, rows, k, followed, normalized) for normalized in readings]
+        for normalized, found in zip(readings, read[key], strict=True):
+            readouts[normalized][matrix] = found
+    words = _vocabulary(model, chain(*read.values()), [*ids, *followed])
     objective = as_objective(target)
     return BackwardLens(
         prompt=prompt if isinstance(prompt, str) else "".join(words[i] for i in ids),
@@ -406,7 +433,7 @@ def backward_lens(
         loss=float(grads.losses[0]),
         layers=tuple(wanted),
         matrices=tuple(matrices),
-        normalized=normalize,
+        normalized=readings[0],
         gradients=grads,
         settings={
             "model": str(getattr(model.cfg, "model_name", type(model).__name__)),
@@ -418,7 +445,7 @@ def backward_lens(
             "prepend_bos": prepend_bos,
             **{name: version(name) for name in ("bwlens", "transformer_lens", "torch")},
         },
-        _readouts=readouts,
+        _readings=readouts,
         _words=words,
     )
 
@@ -449,7 +476,7 @@ def _by_position(
 def _vocabulary(model: Any, readouts: Iterable[Readout], more: list[int]) -> dict[int, str]:
     """What each token that occurs anywhere in the lens says."""
     seen = [torch.tensor(more)]
-    for read in {id(r): r for r in readouts}.values():
+    for read in readouts:
         seen += [read.top_ids.flatten().cpu(), read.bottom_ids.flatten().cpu()]
     ids = [i for i in torch.cat(seen).unique().tolist() if i >= 0]
     if model.tokenizer is None:

@@ -73,6 +73,56 @@ def _fused(config, block, matrix):
     return parts[("W_Q", "W_K", "W_V").index(matrix)]
 
 
+def folded(hf, matrix, layer):
+    """Gain and bias that weight processing moved out of a matrix's input into the weights.
+
+    Both are to be applied to the processed input to get the raw one.
+    """
+    block = layers(hf)[layer]
+    before_attention = ("ln_1", "input_layernorm", "self_attn_layer_norm")
+    before_mlp = (
+        "pre_feedforward_layernorm",
+        "final_layer_norm",
+        "ln_2",
+        "post_attention_layernorm",
+    )
+    if matrix == "W_out" or not any(hasattr(block, name) for name in before_attention):
+        return 1.0, 0.0  # OLMo 2 has norms after its sublayers only
+    if matrix == "W_O":
+        return 1.0, _constant_value(hf.config, block, _first(block, before_attention))
+    mlp = matrix in ("W_in", "W_gate")
+    norm = _first(block, (*before_mlp, "ln_1") if mlp else before_attention)
+    gain = norm.weight.detach() + (1.0 if "Gemma" in type(norm).__name__ else 0.0)
+    bias = getattr(norm, "bias", None)
+    return gain, 0.0 if bias is None else bias.detach()
+
+
+def _first(block, names):
+    return next(getattr(block, name) for name in names if hasattr(block, name))
+
+
+def _constant_value(config, block, norm):
+    """The values that a norm's bias and b_V make, for each head [n_heads * d_head].
+
+    They are the same at every position, and attention weights sum to 1, so they pass unchanged.
+    """
+    bias = getattr(norm, "bias", None)
+    with torch.no_grad():
+        constant = torch.zeros_like(norm.weight) if bias is None else bias
+        if hasattr(block, "attention"):
+            qkv = block.attention.query_key_value(constant)
+            return qkv.reshape(config.num_attention_heads, 3, -1)[:, 2].flatten()
+        attention = block.attn if hasattr(block, "attn") else block.self_attn
+        if hasattr(attention, "c_attn"):
+            return attention.c_attn(constant[None])[0].chunk(3)[2]
+        if not hasattr(attention, "v_proj"):
+            return 0.0  # Phi-3: no biases at all
+        value = attention.v_proj(constant)
+    groups = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    per_head = value.reshape(groups, -1)
+    return per_head.repeat_interleave(config.num_attention_heads // groups, 0).flatten()
+
+
 def backward(hf, tokens, attention_mask, loss):
     """Fill `.grad` from the summed losses; positions count the real tokens only."""
     hf.zero_grad()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
+import transformer_lens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -28,6 +31,9 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+HAS_HOOKED_TRANSFORMER = find_spec("transformer_lens.HookedTransformer") is not None
+"""TransformerLens 3.9 has it, 4 does not."""
 
 VOCAB = 61
 LAYERS = 3
@@ -147,11 +153,14 @@ def hf_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
 
 
 def tokenizer(folder):
-    """Words t0, t1, ... as tokens; t0 pads, t1 is BOS. TransformerLens reloads it from disk."""
-    words = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t3"))
+    """Words t4, t5, ... as tokens after four special ones. TransformerLens reloads it from disk."""
+    special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    names = [*special, *(f"t{i}" for i in range(len(special), VOCAB))]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
+    pad, bos, eos, unk = special
     PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t2", unk_token="t3"
+        tokenizer_object=words, pad_token=pad, bos_token=bos, eos_token=eos, unk_token=unk
     ).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
@@ -165,5 +174,88 @@ def bridge(name, tokenizer, dtype=torch.float32, compatibility=False, hf=None):
         dtype=dtype,
     )
     if compatibility:
-        model.enable_compatibility_mode(disable_warnings=True)
+        with warnings.catch_warnings():
+            # Phi-3 folds its norms elsewhere, OLMo 2 has none to fold.
+            warnings.filterwarnings("ignore", ".*does not support fold_ln", UserWarning)
+            model.enable_compatibility_mode(disable_warnings=True)
     return model
+
+
+def hooked_transformer(name, processed=False, tokenizer=None, dtype=torch.float32, hf=None):
+    """A HookedTransformer with the weights of `hf_model(name)`: gpt2, llama, gemma2 or mixtral.
+
+    Built by hand, as its own loader asks a model hub. `processed` folds norms and centres weights
+    as `HookedTransformer.from_pretrained` does; otherwise the weights are the raw ones.
+    """
+    from transformer_lens.pretrained import weight_conversions
+
+    hf = hf_model(name, dtype) if hf is None else hf
+    settings = _hooked_settings(name, hf.config)
+    settings["normalization_type"] += "Pre" if processed else ""
+    cfg = transformer_lens.HookedTransformerConfig(
+        **settings, dtype=dtype, device="cpu", init_weights=False
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+        model = transformer_lens.HookedTransformer(cfg, tokenizer=tokenizer)
+    convert = getattr(weight_conversions, f"convert_{name.replace('gemma2', 'gemma')}_weights")
+    state = {key: weight.detach().clone() for key, weight in convert(hf, cfg).items()}
+    if processed:
+        model.load_and_process_state_dict(
+            state,
+            center_writing_weights=name == "gpt2",  # RMSNorm does not subtract a mean
+            center_unembed=name != "gemma2",  # its soft cap is no softmax's shift
+        )
+    else:
+        model.load_state_dict(state, strict=False)
+    return model.eval()
+
+
+def _hooked_settings(name, config):
+    settings = {
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "d_head": config.hidden_size // config.num_attention_heads,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "original_architecture": config.architectures[0],
+    }
+    if name == "gpt2":
+        return settings | {
+            "d_mlp": 4 * config.hidden_size,
+            "act_fn": config.activation_function,
+            "eps": config.layer_norm_epsilon,
+            "normalization_type": "LN",
+        }
+    settings |= {
+        "d_mlp": config.intermediate_size,
+        "act_fn": getattr(config, "hidden_act", None) or config.hidden_activation,
+        "eps": config.rms_norm_eps,
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "gated_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": settings["d_head"],
+        "rotary_base": config.rope_parameters["rope_theta"],
+        "n_key_value_heads": config.num_key_value_heads,
+    }
+    if name == "gemma2":
+        settings |= {
+            "attn_scale": config.query_pre_attn_scalar**0.5,
+            "attn_scores_soft_cap": config.attn_logit_softcapping,
+            "output_logits_soft_cap": config.final_logit_softcapping,
+            "use_local_attn": True,
+            "window_size": config.sliding_window,
+            "attn_types": [
+                "local" if kind == "sliding_attention" else "global" for kind in config.layer_types
+            ],
+            "use_normalization_before_and_after": True,
+        }
+    if name == "mixtral":
+        settings |= {
+            "num_experts": config.num_local_experts,
+            "experts_per_token": config.num_experts_per_tok,
+            "norm_topk_prob": True,
+        }
+    return settings

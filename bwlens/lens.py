@@ -38,6 +38,7 @@ from bwlens.tokens import subject_positions, token_texts
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 READ_THROUGH: dict[str, Literal["x", "delta"]] = {
     "W_in": "x",
@@ -95,6 +96,16 @@ class BackwardLens:
     settings: dict[str, Any]
     _readings: dict[bool, dict[str, Readout]] = field(repr=False)
     _words: dict[int, str] = field(repr=False)
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of tokens in the vocabulary."""
+        return self.gradients.next_logits.shape[-1]
+
+    @property
+    def target_tokens(self) -> tuple[str, ...]:
+        """What each token of the target says; ranks and marks speak of the first."""
+        return tuple(self._words[i] for i in self.target_ids)
 
     def readout(self, matrix: str = "W_out") -> Readout:
         """The vocabulary reading of a matrix, as a `Readout` over [layer, pos].
@@ -252,13 +263,36 @@ class BackwardLens:
             "matrices": cells,
         }
 
+    def figure(
+        self,
+        kind: Literal["table", "norms", "target_ranks", "spectrum"] = "table",
+        matrix: str = "W_out",
+        **options: Any,
+    ) -> Figure:
+        """A static figure for a paper; `bwlens.show.figures` has the options of each kind.
+
+        Raises:
+            ValueError: No such kind.
+        """
+        from bwlens.show import figures
+
+        kinds = ("table", "norms", "target_ranks", "spectrum")
+        if kind not in kinds:
+            raise ValueError(f"no figure {kind!r}; there are {', '.join(kinds)}")
+        return getattr(figures, kind)(self, matrix, **options)
+
     def save(self, path: str | Path) -> Path:
-        """Write the lens as a page (.html), as data (.json), or as a table (.csv).
+        """Write the lens as a page (.html), a figure of the table (.pdf, .svg, .png) or data.
+
+        Data are .json, everything the lens shows, or .csv, `to_dataframe()`.
 
         Raises:
             ValueError: Another ending.
         """
         path = Path(path)
+        if path.suffix in (".pdf", ".svg", ".png"):
+            self.figure("table").savefig(path, dpi=300)
+            return path
         if path.suffix == ".html":
             from bwlens.show.table import page
 
@@ -268,7 +302,9 @@ class BackwardLens:
         elif path.suffix == ".csv":
             text = self.to_dataframe().to_csv(index=False)
         else:
-            raise ValueError(f"{path.name!r}: name a file that ends in .html, .json or .csv")
+            raise ValueError(
+                f"{path.name!r}: name a file that ends in .html, .pdf, .svg, .png, .json or .csv"
+            )
         path.write_text(text, encoding="utf-8")
         return path
 

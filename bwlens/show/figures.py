@@ -1,0 +1,263 @@
+"""Static figures for papers: the lens table, norms, target ranks, spectra (matplotlib).
+
+Each function takes a lens and an optional `ax` and returns the `Figure`. Sizes are in inches, made
+for one column (3.3) by default; text is set as text, never as mathematics, and characters that the
+font lacks are written by their code rather than as empty boxes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.patches import Rectangle
+
+from bwlens.show.colors import ink, shade
+from bwlens.show.words import visible
+
+if TYPE_CHECKING:
+    from bwlens.lens import BackwardLens
+
+COLUMN = 3.3
+"""Width of one column of a two-column page, in inches."""
+
+SCALE = LinearSegmentedColormap.from_list(
+    "bwlens", [tuple(c / 255 for c in shade(step / 64)) for step in range(65)]
+)
+"""The sequential colours of every picture of bwlens."""
+
+# Colours of the Okabe-Ito set, which colour-blind readers can tell apart.
+_TARGET, _LINES = "#d55e00", ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def table(
+    lens: BackwardLens,
+    matrix: str = "W_out",
+    which: Literal["promoted", "suppressed"] = "promoted",
+    ax: Axes | None = None,
+    width: float = COLUMN,
+) -> Figure:
+    """The paper's table: layers by tokens, the first word of each cell, delta's norm as shade.
+
+    Cells that say the target have a frame; cells without gradient are left empty.
+
+    Source: Backward Lens, figures 4 and 11-15.
+    """
+    words = lens.words(which, matrix)
+    norms = lens.norms(matrix).double().numpy()
+    n_layers, n_pos = norms.shape
+    figure, ax = _axes(ax, (width, max(1.0, 0.17 * n_layers + 0.75)))
+    top = norms.max() or 1.0
+    target = lens.target_tokens[0] if lens.target_tokens else None
+    texts = []
+    for at in range(n_layers):
+        for pos in range(n_pos):
+            if not words[at][pos]:
+                continue
+            back = shade(norms[at, pos] / top)
+            color = tuple(c / 255 for c in back)
+            ax.add_patch(Rectangle((pos - 0.5, at - 0.5), 1, 1, color=color, lw=0))
+            word = visible(words[at][pos][0])
+            front = tuple(c / 255 for c in ink(back))
+            texts.append(_write(ax, pos, at, word, color=front, ha="center", va="center_baseline"))
+            if words[at][pos][0] == target:
+                frame = Rectangle((pos - 0.47, at - 0.45), 0.94, 0.9, fill=False, lw=1.0)
+                frame.set_edgecolor(_TARGET)
+                ax.add_patch(frame)
+    ax.set(xlim=(-0.5, n_pos - 0.5), ylim=(-0.5, n_layers - 0.5), ylabel="layer")
+    _tokens_below(ax, lens)
+    step = max(1, n_layers // 12)
+    ax.set_yticks(range(0, n_layers, step), [str(k) for k in lens.layers[::step]])
+    _plain(ax)
+    for side in ax.spines.values():
+        side.set_visible(False)
+    _scale_bar(figure, ax, top, f"norm of $\\delta$, {matrix}")
+    _fit(figure, ax, texts, n_pos)
+    return figure
+
+
+def norms(
+    lens: BackwardLens,
+    matrix: str = "W_out",
+    of: Literal["x", "delta"] = "delta",
+    ax: Axes | None = None,
+    width: float = COLUMN,
+) -> Figure:
+    """L2 norms of delta (or x) by layer and token.
+
+    Source: Backward Lens, figures 5 and 16-17.
+    """
+    values = lens.norms(matrix, of).double().numpy()
+    figure, ax = _axes(ax, (width, 2.2))
+    ax.imshow(values, origin="lower", aspect="auto", cmap=SCALE, vmin=0, vmax=values.max() or 1.0)
+    _tokens_below(ax, lens)
+    _layers_beside(ax, lens)
+    ax.set_ylabel("layer")
+    _plain(ax)
+    name = "\\delta" if of == "delta" else "x"
+    _scale_bar(figure, ax, values.max() or 1.0, f"norm of ${name}$, {matrix}")
+    return figure
+
+
+def target_ranks(
+    lens: BackwardLens, matrix: str = "W_out", ax: Axes | None = None, width: float = COLUMN
+) -> Figure:
+    """Rank of the target in each cell's reading by layer, a line for each token.
+
+    In delta of W_out a rank near the bottom means that the step promotes the target. Cells
+    without gradient are left out.
+
+    Source: Backward Lens, figures 6 and 18.
+    """
+    ranks = lens.target_ranks(matrix).double().numpy()
+    ranks = np.where(ranks < 0, np.nan, ranks)
+    figure, ax = _axes(ax, (width, 2.3))
+    for pos, token in enumerate(lens.tokens):
+        last = pos == lens.n_prompt - 1
+        ax.plot(
+            lens.layers,
+            ranks[:, pos],
+            color="black" if last else _LINES[pos % len(_LINES)],
+            linestyle="-" if last else _STYLES[pos // len(_LINES) % len(_STYLES)],
+            linewidth=1.6 if last else 0.9,
+            marker="o",
+            markersize=2.2,
+            label=drawable(f"{pos} {visible(token)}"),
+            zorder=3 if last else 2,
+        )
+    ax.set(xlabel="layer", ylabel=f"rank of {drawable(visible(lens.target))}, {matrix}")
+    ax.yaxis.label.set_parse_math(False)
+    # The rank's own order: the most probable word stands at the top.
+    ax.set_ylim(lens.d_vocab * 1.04, -lens.d_vocab * 0.04)
+    _layers_below(ax, lens)
+    _plain(ax)
+    _legend(ax)
+    return figure
+
+
+def spectrum(
+    lens: BackwardLens, matrix: str = "W_out", ax: Axes | None = None, width: float = COLUMN
+) -> Figure:
+    """Singular values of each layer's gradient, relative to the largest; ranks in the legend.
+
+    Source: Backward Lens, Lemma 4.1 and figure 3.
+    """
+    figure, ax = _axes(ax, (width, 2.3))
+    floor = 1e-9
+    n_layers = len(lens.layers)
+    for at, layer in enumerate(lens.layers):
+        gradient = lens.gradient(matrix, layer)
+        values = gradient.singular_values().numpy()
+        kept = values[values > floor * values.max()] if len(values) and values.max() > 0 else []
+        if not len(kept):
+            continue
+        shade_at = 0.25 + 0.75 * at / max(1, n_layers - 1)
+        ax.semilogy(
+            range(1, len(kept) + 1),
+            kept / kept[0],
+            color=tuple(c / 255 for c in shade(shade_at)),
+            marker="o",
+            markersize=2.5,
+            linewidth=1,
+            label=f"{layer} (rank {gradient.rank()})",
+        )
+    ax.set(xlabel=f"singular value of {matrix}'s gradient", ylabel="relative to the largest")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    _plain(ax)
+    _legend(ax, title="layer")
+    return figure
+
+
+def drawable(text: str) -> str:
+    """The text, with characters that the figure's fonts lack written by their code, as <65E5>."""
+    charmaps = [
+        get_font(findfont(FontProperties(family=[family]))).get_charmap()
+        for family in mpl.rcParams["font.family"]
+    ]
+    return "".join(
+        c if any(ord(c) in charmap for charmap in charmaps) else f"<{ord(c):X}>" for c in text
+    )
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The axes given, or new ones in a figure that no global state keeps."""
+    if ax is not None:
+        figure = ax.figure
+        assert isinstance(figure, Figure)
+        return figure, ax
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> Any:
+    return ax.text(x, y, drawable(text), fontsize=6, parse_math=False, clip_on=True, **style)
+
+
+def _plain(ax: Axes) -> None:
+    ax.tick_params(labelsize=6, length=2, width=0.5, pad=2)
+    for label in (ax.xaxis.label, ax.yaxis.label):
+        label.set_fontsize(7)
+    for side in ax.spines.values():
+        side.set_linewidth(0.5)
+
+
+def _tokens_below(ax: Axes, lens: BackwardLens) -> None:
+    labels = [drawable(visible(token)) for token in lens.tokens]
+    long = sum(map(len, labels)) > 42 or len(labels) > 8
+    ax.set_xticks(
+        range(len(labels)), labels, rotation=60 if long else 0, ha="right" if long else "center"
+    )
+    for pos, label in enumerate(ax.get_xticklabels()):
+        label.set_parse_math(False)
+        if long:
+            label.set_rotation_mode("anchor")
+        if pos in lens.subject:
+            label.set_fontweight("bold")
+
+
+def _layers_beside(ax: Axes, lens: BackwardLens) -> None:
+    step = max(1, len(lens.layers) // 8)
+    ax.set_yticks(range(0, len(lens.layers), step), [str(k) for k in lens.layers[::step]])
+
+
+def _layers_below(ax: Axes, lens: BackwardLens) -> None:
+    ax.set_xticks(list(lens.layers[:: max(1, len(lens.layers) // 8)]))
+
+
+def _scale_bar(figure: Figure, ax: Axes, top: float, label: str) -> None:
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, top), SCALE), ax=ax, fraction=0.05, pad=0.02, aspect=24
+    )
+    bar.ax.tick_params(labelsize=5, length=1.5, width=0.4, pad=1)
+    bar.set_label(label, fontsize=6)
+    for side in bar.ax.spines.values():
+        side.set_linewidth(0.4)
+
+
+def _legend(ax: Axes, title: str | None = None) -> None:
+    many = len(ax.get_lines()) > 8
+    legend = ax.legend(
+        title=title, fontsize=5, title_fontsize=5, frameon=False, ncols=1 + many,
+        loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4, columnspacing=0.8,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _fit(figure: Figure, ax: Axes, texts: list[Any], n_pos: int) -> None:
+    """Shrink each word to its cell (to 4 pt), then shorten what is still too wide."""
+    figure.draw_without_rendering()
+    room = ax.get_window_extent().width / n_pos * 0.92
+    for text in texts:
+        taken = text.get_window_extent().width
+        if taken > room:
+            text.set_fontsize(max(4.0, 6.0 * room / taken))
+        while text.get_window_extent().width > room and len(text.get_text()) > 2:
+            text.set_text(text.get_text().rstrip("…")[:-1] + "…")

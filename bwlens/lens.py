@@ -16,12 +16,13 @@ Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 4 a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -107,6 +108,11 @@ class BackwardLens:
         """What each token of the target says; ranks and marks speak of the first."""
         return tuple(self._words[i] for i in self.target_ids)
 
+    @property
+    def vocabulary(self) -> Mapping[int, str]:
+        """What each token says that occurs anywhere in the lens, by its id."""
+        return MappingProxyType(self._words)
+
     def readout(self, matrix: str = "W_out") -> Readout:
         """The vocabulary reading of a matrix, as a `Readout` over [layer, pos].
 
@@ -141,8 +147,24 @@ class BackwardLens:
 
         See the module's note on signs: for W_out the promoted words are delta's least probable.
         """
-        ids, _ = self._side(which, matrix)
+        ids, _ = self.side(which, matrix)
         return [[[self._words[i] for i in cell if i >= 0] for cell in row] for row in ids.tolist()]
+
+    def side(self, which: str, matrix: str = "W_out") -> tuple[Tensor, Tensor]:
+        """Token ids and scores of one end of every cell, each [layer, pos, k], strongest first.
+
+        `which` is "promoted" or "suppressed"; -1 and nan where delta is zero.
+        """
+        if which not in ("promoted", "suppressed"):
+            raise ValueError(f"expected 'promoted' or 'suppressed', found {which!r}")
+        read = self.readout(matrix)
+        # A step subtracts: what it adds to delta's reader is delta's bottom; x is stamped in as is.
+        top = (which == "promoted") == (READ_THROUGH[matrix] == "x")
+        ids, scores = (
+            (read.top_ids, read.top_scores) if top else (read.bottom_ids, read.bottom_scores)
+        )
+        silent = self._silent(matrix)[..., None]
+        return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
 
     def promoted(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
         """The k words a descent step promotes most, a row for each layer, position and word."""
@@ -238,7 +260,7 @@ class BackwardLens:
             }
             for which in ("promoted", "suppressed"):
                 cells[matrix][which] = self.words(which, matrix)
-                scores = self._side(which, matrix)[1].tolist()
+                scores = self.side(which, matrix)[1].tolist()
                 cells[matrix][f"{which}_scores"] = [
                     [[] if score and score[0] != score[0] else score for score in row]
                     for row in scores
@@ -339,23 +361,10 @@ class BackwardLens:
             )
         return matrix
 
-    def _side(self, which: str, matrix: str) -> tuple[Tensor, Tensor]:
-        """Ids and scores of the promoted or suppressed end of a matrix' reading."""
-        if which not in ("promoted", "suppressed"):
-            raise ValueError(f"expected 'promoted' or 'suppressed', found {which!r}")
-        read = self.readout(matrix)
-        # A step subtracts: what it adds to delta's reader is delta's bottom; x is stamped in as is.
-        top = (which == "promoted") == (READ_THROUGH[matrix] == "x")
-        ids, scores = (
-            (read.top_ids, read.top_scores) if top else (read.bottom_ids, read.bottom_scores)
-        )
-        silent = self._silent(matrix)[..., None]
-        return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
-
     def _word_frame(self, which: str, k: int, matrix: str) -> pd.DataFrame:
         import pandas as pd
 
-        ids, scores = self._side(which, matrix)
+        ids, scores = self.side(which, matrix)
         if not 1 <= k <= ids.shape[-1]:
             raise ValueError(
                 f"k={k}, but this lens keeps {ids.shape[-1]} words a cell; make it again with"

@@ -186,4 +186,4 @@ def test_bad_input(model, lens):
     with pytest.raises(ValueError, match="was not read"):
         lens.readout("W_Q")
     with pytest.raises(ValueError, match="'promoted' or 'suppressed'"):
-        lens._side("best", "W_out")
+        lens.side("best", "W_out")

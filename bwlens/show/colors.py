@@ -1,29 +1,48 @@
 """One sequential scale for every picture: safe for colour-blind eyes, readable text on each step.
 
-The steps are those of the "Blues" family from pale to deep, monotone in lightness, so that they
-also order correctly in grey.
+The steps are those of the "Blues" family, monotone in lightness, so that they also order correctly
+in grey: from pale to deep on a light page, from dim to bright on a dark one.
 """
 
 from __future__ import annotations
 
-_STOPS = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
+STEPS = 32
+"""How many shades a page tells apart; more cannot be seen."""
+
+TARGET = ("#d9480f", "#ffa94d")
+"""The mark of the target, on a light and on a dark page: blue's opposite for every eye."""
+
+_LIGHT = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
+_DARK = ((27, 36, 48), (22, 62, 107), (33, 113, 181), (107, 174, 214), (214, 234, 250))
 
 
-def shade(value: float) -> tuple[int, int, int]:
+def shade(value: float, dark: bool = False) -> tuple[int, int, int]:
     """The colour of a value in [0, 1]; values outside are clipped."""
-    place = min(max(value, 0.0), 1.0) * (len(_STOPS) - 1)
-    low = min(int(place), len(_STOPS) - 2)
+    stops = _DARK if dark else _LIGHT
+    place = min(max(value, 0.0), 1.0) * (len(stops) - 1)
+    low = min(int(place), len(stops) - 2)
     share = place - low
     red, green, blue = (
-        round(a + share * (b - a)) for a, b in zip(_STOPS[low], _STOPS[low + 1], strict=True)
+        round(a + share * (b - a)) for a, b in zip(stops[low], stops[low + 1], strict=True)
     )
     return red, green, blue
 
 
+def scale(dark: bool = False) -> list[tuple[int, int, int]]:
+    """The shades that a page tells apart, from no norm to the largest."""
+    return [shade(step / (STEPS - 1), dark) for step in range(STEPS)]
+
+
 def ink(background: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever has the higher contrast on a background (WCAG luminance)."""
-    light = luminance(background)
-    return (0, 0, 0) if (light + 0.05) / 0.05 >= 1.05 / (light + 0.05) else (255, 255, 255)
+    """Black or white, whichever has the higher contrast on a background."""
+    black, white = (0, 0, 0), (255, 255, 255)
+    return black if contrast(black, background) >= contrast(white, background) else white
+
+
+def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
+    """The contrast ratio of two colours, 1 (none) to 21 (black on white), as WCAG defines it."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
 
 
 def luminance(color: tuple[int, int, int]) -> float:

@@ -6,35 +6,50 @@ import unicodedata
 
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣", "\u00a0": "⍽"}
 
+# Letters and marks that draw nothing: fillers, the blank braille cell, the grapheme joiner.
+_BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+
 
 def visible(text: str, trim: bool = True) -> str:
     """A token with its white space, controls and zero-width characters made visible.
 
-    One leading space is left out with `trim`, as most words begin with one; a token that is
-    nothing but spaces always shows them. The empty string shows as "∅".
+    One leading space is left out with `trim`, as most words begin with one; spaces at the edges
+    or in a row, and a token that is nothing but spaces, always show. The empty string shows as "∅".
 
     >>> visible(" Paris"), visible("\\n"), visible("  "), visible("a\\u200bb"), visible("")
     ('Paris', '⏎', '␣␣', 'a⟨200B⟩b', '∅')
     """
     if not text:
         return "∅"
-    blank = not text.strip(" ")
-    body = text[1:] if trim and not blank and text.startswith(" ") else text
-    inner = body.strip(" ")
-    return "".join(
-        _SIGNS[" "]
-        if character == " " and (blank or not body.startswith(inner))
-        else _shown(character)
-        for character in body
-    )
+    body = text[1:] if trim and text[0] == " " and text.strip(" ") else text
+    if " " not in body and body.isascii() and body.isprintable():
+        return body
+    return "".join(_shown(character, *_beside(body, at)) for at, character in enumerate(body))
 
 
-def _shown(character: str) -> str:
-    if character == " ":
-        return character
+def spaced(text: str) -> str:
+    """As `visible`, but one leading space stays a space, so that " Paris" and "Paris" differ.
+
+    >>> spaced(" Paris"), spaced("Paris"), spaced("  x"), spaced(" ")
+    (' Paris', 'Paris', ' ␣x', '␣')
+    """
+    return " " * (text[:1] == " " and bool(text.strip(" "))) + visible(text)
+
+
+def _beside(text: str, at: int) -> tuple[str, str]:
+    return text[at - 1] if at else "", text[at + 1 : at + 2]
+
+
+def _shown(character: str, before: str, after: str) -> str:
+    if character == " " and (before or " ") != " " != (after or " "):
+        return character  # between two words
     if character in _SIGNS:
         return _SIGNS[character]
-    # Controls, formats (zero-width, direction marks), surrogates, separators: named by code.
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
+    kind = unicodedata.category(character)
+    # Controls, formats (zero-width, direction marks), surrogates, unassigned and private
+    # characters, other spaces and separators: named by code.
+    if kind[0] in "CZ" or character in _BLANK:
         return f"⟨{ord(character):X}⟩"
+    if kind[0] == "M" and not before:  # an accent with nothing to stand on
+        return "◌" + character
     return character

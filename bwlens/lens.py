@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
@@ -26,9 +25,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bwlens import frames
 from bwlens.capture import Gradients, capture
 from bwlens.gradients import LowRankGradient
 from bwlens.objectives import as_objective
@@ -163,16 +163,16 @@ class BackwardLens:
         ids, scores = (
             (read.top_ids, read.top_scores) if top else (read.bottom_ids, read.bottom_scores)
         )
-        silent = self._silent(matrix)[..., None]
+        silent = self.silent(matrix)[..., None]
         return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
 
     def promoted(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
         """The k words a descent step promotes most, a row for each layer, position and word."""
-        return self._word_frame("promoted", k, matrix)
+        return frames.words(self, "promoted", k, matrix)
 
     def suppressed(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
         """The k words a descent step suppresses most, a row for each layer, position and word."""
-        return self._word_frame("suppressed", k, matrix)
+        return frames.words(self, "suppressed", k, matrix)
 
     def norms(
         self, matrix: str = "W_out", of: Literal["x", "delta"] = "delta"
@@ -184,6 +184,10 @@ class BackwardLens:
         return torch.stack(
             [_by_position(self.gradients, matrix, layer, of).norm(dim=-1) for layer in self.layers]
         )
+
+    def silent(self, matrix: str = "W_out") -> Bool[Tensor, "layer pos"]:
+        """Cells where delta is zero: a step writes nothing there, whatever x may say."""
+        return self.norms(matrix, "delta") == 0
 
     def target_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
         """Rank of the target's first token in each cell's reading (0 most, V-1 least probable).
@@ -214,76 +218,11 @@ class BackwardLens:
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per matrix, layer and position: norms, ranks, words, and the marks of doubt."""
-        import pandas as pd
-
-        frames = []
-        for matrix in self.matrices:
-            read = self.readout(matrix)
-            cells = [(layer, pos) for layer in self.layers for pos in range(len(self.tokens))]
-            frames.append(
-                pd.DataFrame(
-                    {
-                        "matrix": matrix,
-                        "layer": [layer for layer, _ in cells],
-                        "pos": [pos for _, pos in cells],
-                        "token": [self.tokens[pos] for _, pos in cells],
-                        "norm_x": self.norms(matrix, "x").flatten().tolist(),
-                        "norm_delta": self.norms(matrix, "delta").flatten().tolist(),
-                        "target_rank": (
-                            self.target_ranks(matrix).flatten().tolist()
-                            if self.target_ids
-                            else None
-                        ),
-                        "answer_rank": self.answer_ranks(matrix).flatten().tolist(),
-                        "promoted": list(chain.from_iterable(self.words("promoted", matrix))),
-                        "suppressed": list(chain.from_iterable(self.words("suppressed", matrix))),
-                        "zero": self._silent(matrix).flatten().tolist(),
-                        "eps_regime": read.eps_regime.flatten().tolist(),
-                    }
-                )
-            )
-        return pd.concat(frames, ignore_index=True)
+        return frames.cells(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything the lens shows, as plain lists and numbers (for JSON)."""
-        cells: dict[str, Any] = {}
-        for matrix in self.matrices:
-            read = self.readout(matrix)
-            cells[matrix] = {
-                "read_through": READ_THROUGH[matrix],
-                "norm_x": self.norms(matrix, "x").tolist(),
-                "norm_delta": self.norms(matrix, "delta").tolist(),
-                "target_rank": self.target_ranks(matrix).tolist() if self.target_ids else None,
-                "answer_rank": self.answer_ranks(matrix).tolist(),
-                "zero": self._silent(matrix).tolist(),
-                "eps_regime": read.eps_regime.tolist(),
-            }
-            for which in ("promoted", "suppressed"):
-                cells[matrix][which] = self.words(which, matrix)
-                scores = self.side(which, matrix)[1].tolist()
-                cells[matrix][f"{which}_scores"] = [
-                    [[] if score and score[0] != score[0] else score for score in row]
-                    for row in scores
-                ]
-        return {
-            "format": "bwlens.BackwardLens",
-            "version": 1,
-            "prompt": self.prompt,
-            "tokens": list(self.tokens),
-            "token_ids": list(self.token_ids),
-            "n_prompt": self.n_prompt,
-            "subject": list(self.subject),
-            "target": self.target,
-            "target_ids": list(self.target_ids),
-            "answer": self.answer,
-            "answer_probability": self.answer_probability,
-            "target_probability": self.target_probability,
-            "loss": self.loss,
-            "layers": list(self.layers),
-            "normalized": self.normalized,
-            "settings": self.settings,
-            "matrices": cells,
-        }
+        return frames.plain(self)
 
     def figure(
         self,
@@ -345,14 +284,6 @@ class BackwardLens:
 
         return table(self)
 
-    @cached_property
-    def _silences(self) -> dict[str, Tensor]:
-        return {matrix: self.norms(matrix, "delta") == 0 for matrix in self.matrices}
-
-    def _silent(self, matrix: str) -> Tensor:
-        """Cells where delta is zero: the step writes nothing there, whatever x may say."""
-        return self._silences[self._known(matrix)]
-
     def _known(self, matrix: str) -> str:
         if matrix not in self.matrices:
             raise ValueError(
@@ -361,35 +292,10 @@ class BackwardLens:
             )
         return matrix
 
-    def _word_frame(self, which: str, k: int, matrix: str) -> pd.DataFrame:
-        import pandas as pd
-
-        ids, scores = self.side(which, matrix)
-        if not 1 <= k <= ids.shape[-1]:
-            raise ValueError(
-                f"k={k}, but this lens keeps {ids.shape[-1]} words a cell; make it again with"
-                f" top_k={k}"
-                if k > 0
-                else f"k must be at least 1, found {k}"
-            )
-        norms = self.norms(matrix)
-        rows = [
-            (layer, pos, self.tokens[pos], norm, place, self._words[i], score)
-            for at, layer in enumerate(self.layers)
-            for pos, norm in enumerate(norms[at].tolist())
-            for place, (i, score) in enumerate(
-                zip(ids[at, pos, :k].tolist(), scores[at, pos, :k].tolist(), strict=True)
-            )
-            if i >= 0
-        ]
-        return pd.DataFrame(
-            rows, columns=["layer", "pos", "token", "norm", "place", "word", "score"]
-        )
-
     def _ranks(self, matrix: str) -> Tensor:
         ranks = self.readout(matrix).ranks
         assert ranks is not None
-        return ranks.masked_fill(self._silent(matrix)[..., None], -1)
+        return ranks.masked_fill(self.silent(matrix)[..., None], -1)
 
 
 def backward_lens(

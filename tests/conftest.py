@@ -6,6 +6,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 install_import_hook("bwlens", "beartype.beartype")
@@ -37,3 +38,9 @@ def boot(tokenizer):
         return tiny.bridge(name, tokenizer, dtype, compatibility, hf)
 
     return make
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """What users meet, who have no run-time check of the signatures before the code's own."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

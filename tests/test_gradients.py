@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -81,12 +80,6 @@ def assert_close(found: Tensor, expected: Tensor, scale: float = 1.0) -> None:
 def size(gradient: LowRankGradient) -> float:
     """sum_i ||x_i|| ||delta_i||: what rounding is relative to."""
     return (gradient.x.double().norm(dim=1) * gradient.delta.double().norm(dim=1)).sum().item()
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What users meet, who have no run-time check of the signatures before the code's own."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 # Against the oracle.

@@ -128,8 +128,10 @@ def test_frames_and_files(lens, tmp_path):
     assert data["loss"] == lens.loss
     assert len(pd.read_csv(lens.save(tmp_path / "lens.csv"))) == len(frame)
     assert "t17" in lens.save(tmp_path / "lens.html").read_text()
-    with pytest.raises(ValueError, match=r"\.html, \.json or \.csv"):
-        lens.save(tmp_path / "lens.pdf")
+    for ending in ("pdf", "svg", "png"):
+        assert lens.save(tmp_path / f"lens.{ending}").stat().st_size > 3000
+    with pytest.raises(ValueError, match=r"\.json or \.csv"):
+        lens.save(tmp_path / "lens.doc")
 
 
 def test_text_shows_layers_tokens_and_words(lens):
@@ -176,6 +178,7 @@ def test_an_objective_without_target(model):
     assert "→" not in repr(lens).splitlines()[0]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input(model, lens):
     with pytest.raises(ValueError, match="reads one prompt"):
         bwlens.backward_lens(model, [PROMPT, PROMPT], "t17")
@@ -186,4 +189,4 @@ def test_bad_input(model, lens):
     with pytest.raises(ValueError, match="was not read"):
         lens.readout("W_Q")
     with pytest.raises(ValueError, match="'promoted' or 'suppressed'"):
-        lens.side("best", "W_out")
+        lens.words("best")

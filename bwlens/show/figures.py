@@ -196,7 +196,7 @@ def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> Any:
+def _write(ax: Axes, x: int, y: int, text: str, **style: Any) -> Any:
     return ax.text(x, y, drawable(text), fontsize=6, parse_math=False, clip_on=True, **style)
 
 

@@ -155,7 +155,10 @@ def _writable(path: Path) -> None:
 
 
 def _save(console: Console, found: Any, path: Path) -> None:
-    found.save(path)
+    if path.suffix == ".html":
+        found.report(path)
+    else:
+        found.save(path)
     console.print(f"Wrote [bold]{path}[/]", highlight=False, soft_wrap=True)
 
 

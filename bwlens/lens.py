@@ -269,6 +269,16 @@ class BackwardLens:
         path.write_text(text, encoding="utf-8")
         return path
 
+    def report(self, path: str | Path) -> Path:
+        """Write one page to send to somebody: table, details, figures, how to read them, settings.
+
+        The page needs no network and no kernel.
+        """
+        from bwlens.show.report import report
+
+        report(self, path)
+        return Path(path)
+
     def __rich__(self) -> Any:
         from bwlens.show.terminal import text_table
 

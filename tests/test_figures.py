@@ -2,7 +2,6 @@
 
 import io
 
-
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure

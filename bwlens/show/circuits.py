@@ -1,0 +1,189 @@
+"""Details of a lens in circuitsvis' own widgets, made to work offline.
+
+Each function returns circuitsvis' `RenderedHTML`. circuitsvis 1.43 has four faults that are worked
+around here: its notebook output probes the network and then links a CDN, which leaves a blank cell
+offline; its container is never closed and swallows what follows on a page; token text goes in as
+markup; and numpy scalars raise. `page` puts several widgets on one page, with one copy of the
+script.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import torch
+from circuitsvis import activations, tokens, topk_samples
+from circuitsvis.utils.render import RenderedHTML
+
+from bwlens.show.words import visible
+
+if TYPE_CHECKING:
+    from bwlens.lens import BackwardLens
+
+_RENDER = "CircuitsVis.render("
+
+
+class OfflineHTML(RenderedHTML):
+    """A circuitsvis widget that carries its own script and never asks the network."""
+
+    def __init__(self, rendered: RenderedHTML) -> None:
+        # The container comes as <div .../>, which HTML reads as one that is never closed.
+        local = rendered.local_src.replace('"/>', '"></div>', 1)
+        super().__init__(local, local)
+
+    def _repr_html_(self) -> str:
+        return self.local_src
+
+    def parts(self) -> tuple[str, str, str]:
+        """The container, the library's script, and the call that draws into the container."""
+        container, _, rest = self.local_src.partition("<script")
+        script = rest.partition(">")[2].rpartition("</script>")[0]
+        library, _, call = script.rpartition(_RENDER)
+        return container.strip(), library.strip(), _RENDER + call.strip()
+
+
+def top_words(
+    lens: BackwardLens, layer: int, pos: int, matrix: str = "W_out", k: int = 10
+) -> RenderedHTML:
+    """One cell's most promoted (blue) and most suppressed (red) words, with their scores.
+
+    Drawn by circuitsvis' `topk_samples`; values are the distance of each word's score from the
+    middle of the two ends, so that their signs and depths compare.
+
+    Raises:
+        ValueError: No such cell, or one without gradient.
+    """
+    at = _layer(lens, layer)
+    pos = _pos(lens, pos)
+    sides = {}
+    for which in ("promoted", "suppressed"):
+        ids, scores = lens.side(which, matrix)
+        kept = [i for i in ids[at, pos, :k].tolist() if i >= 0]
+        sides[which] = ([lens.vocabulary[i] for i in kept], scores[at, pos, : len(kept)])
+    (good, high), (bad, low) = sides["promoted"], sides["suppressed"]
+    if not good:
+        raise ValueError(
+            f"{matrix} has no gradient in layer {layer} at position {pos}"
+            f" ({lens.tokens[pos]!r}), so there are no words to show"
+        )
+    middle = (high.min() + low.max()) / 2 if high[0] >= low[0] else (high.max() + low.min()) / 2
+    strength = [(s - middle).abs().tolist() for s in (high, low)]
+    values = [strength[0], [-value for value in strength[1]]]
+    return OfflineHTML(
+        topk_samples.topk_samples(
+            tokens=[[[_apart(good), _apart(bad)]]],
+            activations=[[values]],
+            zeroth_dimension_name="Layer",
+            first_dimension_name="Token",
+            zeroth_dimension_labels=[str(layer)],
+            first_dimension_labels=[f"{pos}: {visible(lens.tokens[pos])}"],
+        )
+    )
+
+
+def token_norms(lens: BackwardLens, matrix: str = "W_out") -> RenderedHTML:
+    """Delta's norm over the prompt, layer by layer (circuitsvis' `colored_tokens_multi`)."""
+    return OfflineHTML(
+        tokens.colored_tokens_multi(
+            _running(lens.tokens),
+            lens.norms(matrix).T.float().cpu(),
+            [f"layer {layer}" for layer in lens.layers],
+        )
+    )
+
+
+def moved_neurons(
+    lens: BackwardLens, matrix: str = "W_out", k: int = 8, layers: Sequence[int] | None = None
+) -> RenderedHTML:
+    """The neurons whose weights the step moves most, and each token's share in that move.
+
+    A neuron is a row of W_out or a column of W_in and W_gate. The widget
+    (`text_neuron_activations`) lists the k whose part of the gradient is longest in each layer;
+    a token's value is its own term: `|x_ij| ||delta_i||` for neuron j of W_out,
+    `|delta_ij| ||x_i||` for W_in.
+
+    Raises:
+        ValueError: A matrix without neurons (attention), or one that was not read.
+    """
+    if matrix not in ("W_in", "W_gate", "W_out"):
+        raise ValueError(f"{matrix!r} has no neurons; take W_in, W_gate or W_out")
+    lens.readout(matrix)  # says so if it was not read
+    columns, labels = [], []
+    for layer in lens.layers if layers is None else layers:
+        gradient = lens.gradient(matrix, layer)
+        x, delta = gradient.x.float(), gradient.delta.float()
+        terms, other = (x, delta) if matrix == "W_out" else (delta, x)
+        # Squared norm of neuron j's part: sum over pairs of tokens, without the dense matrix.
+        size = ((other @ other.T) @ terms * terms).sum(0)
+        top = size.topk(min(k, len(size))).indices
+        columns.append(terms[:, top].abs() * other.norm(dim=1, keepdim=True))
+        labels.append(f"{layer} (neurons {', '.join(map(str, top.tolist()))})")
+    values = torch.stack(columns, dim=1)
+    return OfflineHTML(
+        activations.text_neuron_activations(
+            _running(lens.tokens),
+            values.cpu(),
+            first_dimension_name="Layer",
+            second_dimension_name="Place",
+            first_dimension_labels=labels,
+            second_dimension_labels=[f"{place + 1}." for place in range(values.shape[2])],
+        )
+    )
+
+
+def page(widgets: Sequence[RenderedHTML | str], title: str = "bwlens") -> str:
+    """Several widgets, and pieces of HTML between them, as one page with one copy of the script."""
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<body>{together(widgets)}</body></html>"
+    )
+
+
+def together(widgets: Sequence[RenderedHTML | str]) -> str:
+    """Widgets and pieces of HTML as one piece of HTML with one copy of circuitsvis' script."""
+    pieces, calls, library = [], [], ""
+    for widget in widgets:
+        if isinstance(widget, str):
+            pieces.append(widget)
+            continue
+        offline = widget if isinstance(widget, OfflineHTML) else OfflineHTML(widget)
+        container, library, call = offline.parts()
+        pieces.append(container)
+        calls.append(call)
+    script = f'<script type="module">{library}\n{";".join(calls)}</script>' if calls else ""
+    return "".join(pieces) + script
+
+
+def _apart(words: Sequence[str]) -> list[str]:
+    """Words of a list, set apart, as text that circuitsvis' markup leaves as it is."""
+    return [f"&nbsp;{escape(visible(word))}&nbsp;" for word in words]
+
+
+def _running(words: Sequence[str]) -> list[str]:
+    """Tokens of running text, the same way; a leading space is a space."""
+    return [
+        ("&nbsp;" if word[:1] == " " and word.strip(" ") else "") + escape(visible(word))
+        for word in words
+    ]
+
+
+def _layer(lens: BackwardLens, layer: int) -> int:
+    if layer not in lens.layers:
+        raise ValueError(f"layer {layer} was not read; this lens has {list(lens.layers)}")
+    return lens.layers.index(layer)
+
+
+def _pos(lens: BackwardLens, pos: int) -> int:
+    if not -len(lens.tokens) <= pos < len(lens.tokens):
+        raise ValueError(f"position {pos} is outside the {len(lens.tokens)} tokens of the prompt")
+    return pos % len(lens.tokens)
+
+
+def strongest_cells(lens: BackwardLens, matrix: str = "W_out", n: int = 3) -> list[tuple[int, int]]:
+    """The cells (layer, pos) where delta is longest, strongest first."""
+    norms: Any = lens.norms(matrix)
+    order = norms.flatten().argsort(descending=True)[:n].tolist()
+    width = norms.shape[1]
+    return [(lens.layers[i // width], i % width) for i in order if norms.flatten()[i] > 0]

@@ -1,0 +1,130 @@
+"""A lens as one page to send to somebody: the table, details, figures, how to read it, settings."""
+
+from __future__ import annotations
+
+import io
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bwlens.show import circuits
+from bwlens.show.table import table
+from bwlens.show.words import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bwlens.lens import BackwardLens
+
+_STYLE = """
+:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem;line-height:1.25;margin-bottom:.2em}h2{font-size:1.15rem;margin-top:2.2em}
+.prompt mark{background:none;color:inherit;text-decoration:underline;text-underline-offset:.2em}
+.sheet{background:#fff;color:#111;color-scheme:light;border-radius:8px;padding:.6rem 1rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem}
+.figures figure{margin:0}.figures svg{width:100%;height:auto}figcaption{font-size:.85rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}dd{margin:0}
+dl.small{font-size:.85rem}dt{opacity:.75}dd code{overflow-wrap:anywhere}
+"""
+
+_LEGEND = """
+<dl>
+<dt>imprint</dt><dd>The x of W_in, read from its <em>most</em> probable words: the context that
+the step stamps in. It is what this layer's neurons will answer to from now on.</dd>
+<dt>shift</dt><dd>The delta of W_out, read from its <em>least</em> probable words. A descent step
+<em>subtracts</em> the gradient, so these are the words that it promotes; the most probable ones are
+suppressed.</dd>
+<dt>shade</dt><dd>The norm of delta: how hard the step pushes in this layer, at this token.</dd>
+<dt>empty cell</dt><dd>Delta is zero there: in the last layer only the positions that the loss reads
+have a gradient.</dd>
+<dt>mark of doubt</dt><dd>The vector is short beside the epsilon of the final norm, so that the
+lens may read the norm's bias instead of it.</dd>
+</dl>
+"""
+
+_FIGURES = (
+    ("norms", "How hard the step pushes: the norm of delta by layer and token."),
+    ("target_ranks", "Where the target stands in each reading; the bottom is promoted most."),
+    ("spectrum", "Singular values of each layer's gradient: its rank is at most its tokens."),
+)
+
+
+def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -> str:
+    """The whole page as text, written to `path` if one is given.
+
+    Args:
+        lens: What to show.
+        path: A file to write.
+        cells: How many of the strongest cells get a circuitsvis detail of their own.
+    """
+    matrix = "W_out" if "W_out" in lens.matrices else lens.matrices[0]
+    title = f"{visible(lens.prompt)} → {visible(lens.target)}" if lens.target else lens.prompt
+    html = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body>"
+        f"{_heading(lens)}{table(lens)}"
+        f"<h2>How to read it</h2>{_LEGEND}"
+        f"<h2>Figures</h2>{_figures(lens, matrix)}"
+        f"<h2>The strongest cells of {matrix}</h2>{_details(lens, matrix, cells)}"
+        f"<h2>To make this again</h2>{_settings(lens)}</body></html>"
+    )
+    if path is not None:
+        Path(path).write_text(html, encoding="utf-8")
+    return html
+
+
+def _heading(lens: BackwardLens) -> str:
+    prompt = "".join(
+        f"<mark>{escape(token)}</mark>" if pos in lens.subject else escape(token)
+        for pos, token in enumerate(lens.tokens[: lens.n_prompt])
+    )
+    target = f" → {escape(visible(lens.target))}" if lens.target else ""
+    facts = [
+        ("The model's answer", f"{visible(lens.answer)} (p = {lens.answer_probability:.3f})"),
+        ("Loss", f"{lens.loss:.4g}"),
+    ]
+    if lens.target_probability is not None:
+        facts.insert(1, ("The target before the step", f"p = {lens.target_probability:.3g}"))
+    return f'<h1 class="prompt">{prompt}{target}</h1>{_list(facts)}'
+
+
+def _details(lens: BackwardLens, matrix: str, cells: int) -> str:
+    """circuitsvis' widgets for the strongest cells, on a light sheet as they know no dark."""
+    pieces: list[Any] = []
+    for layer, pos in circuits.strongest_cells(lens, matrix, cells):
+        token = escape(visible(lens.tokens[pos]))
+        pieces.append(f"<h3>Layer {layer}, “{token}”: promoted in blue, suppressed in red</h3>")
+        pieces.append(circuits.top_words(lens, layer, pos, matrix))
+    pieces += ["<h3>Norm of delta over the prompt</h3>", circuits.token_norms(lens, matrix)]
+    return f'<div class="sheet">{circuits.together(pieces)}</div>'
+
+
+def _figures(lens: BackwardLens, matrix: str) -> str:
+    drawn = [
+        f'<figure class="sheet">{_svg(lens.figure(kind, matrix))}'
+        f"<figcaption>{caption}</figcaption></figure>"
+        for kind, caption in _FIGURES
+        if kind != "target_ranks" or lens.target
+    ]
+    return f'<div class="figures">{"".join(drawn)}</div>'
+
+
+def _svg(figure: Figure) -> str:
+    held = io.StringIO()
+    figure.savefig(held, format="svg", metadata={"Date": None})
+    _, tag, rest = held.getvalue().partition("<svg")
+    return tag + rest
+
+
+def _settings(lens: BackwardLens) -> str:
+    return _list([(k, str(v)) for k, v in lens.settings.items()], "small", code=True)
+
+
+def _list(rows: list[tuple[str, str]], kind: str = "", code: bool = False) -> str:
+    inner = "".join(
+        f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(v)}</code>' if code else escape(v)}</dd>"
+        for name, v in rows
+    )
+    return f'<dl class="{kind}">{inner}</dl>'

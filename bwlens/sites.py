@@ -13,7 +13,7 @@ copies that are off the autograd graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,7 +120,7 @@ class Head:
 
 
 def find_taps(
-    model: Any, matrices: Sequence[str], layers: Iterable[int] | None = None
+    model: Any, matrices: Sequence[str], layers: Iterable[int] | int | None = None
 ) -> list[Tap | ExpertTap]:
     """Every tap of the matrices and layers asked for, layer by layer.
 
@@ -160,6 +160,7 @@ def find_taps(
 
 def available_matrices(model: Any) -> tuple[str, ...]:
     """The names out of `MATRICES` that some layer of the model has."""
+    check_model(model)
     held: set[str] = set()
     for layer, block in enumerate(model.blocks):
         for part in ("mlp", "attn"):
@@ -194,26 +195,34 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: Not a TransformerLens model at all.
-        NotImplementedError: A remote model, an encoder-decoder, or one without a stack of blocks.
+        NotImplementedError: A remote model, an encoder or encoder-decoder, or a model without a
+            stack of blocks.
     """
     name = type(model).__name__
-    if not isinstance(model, nn.Module) or not hasattr(model, "hook_dict"):
+    if not hasattr(model, "hook_dict"):
         raise TypeError(
             f"expected a TransformerLens model (TransformerBridge or HookedTransformer), found"
             f" {name}; load one with bwlens.load_model(...) or"
             f" TransformerBridge.boot_transformers(...)"
+        )
+    if not isinstance(model, nn.Module) or not any(True for _ in model.parameters()):
+        raise NotImplementedError(
+            f"this {name} holds no weights in this process (a vLLM or remote model?), so it has"
+            f" no gradients here; boot it with TransformerBridge.boot_transformers(...)"
         )
     config = getattr(getattr(model, "original_model", None), "config", None)
     if getattr(config, "is_encoder_decoder", False) or hasattr(model, "decoder_blocks"):
         raise NotImplementedError(
             f"this {name} is an encoder-decoder; bwlens reads decoder-only language models"
         )
-    if not any(True for _ in model.parameters()):
+    cfg = getattr(model, "cfg", None)
+    if getattr(cfg, "attention_dir", "causal") != "causal":
         raise NotImplementedError(
-            f"this {name} holds no weights in this process (a vLLM or remote model?), so it has"
-            f" no gradients here; boot it with TransformerBridge.boot_transformers(...)"
+            f"this {name} attends in both directions; bwlens reads causal language models, where"
+            f" no token sees what comes after it"
         )
-    if not isinstance(getattr(model, "blocks", None), nn.ModuleList) or not len(model.blocks):
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise NotImplementedError(
             f"this {name} has no stack of transformer blocks (model.blocks); bwlens reads"
             f" decoder-only language models"
@@ -304,11 +313,15 @@ def _bridge_taps(part: Any, layer: int, names: list[str]) -> list[Tap | ExpertTa
             projection = part._modules.get(attribute)
             if projection is None or not hasattr(projection, "hook_out"):
                 continue
-            # hook_in is silent in compatibility mode's gated MLPs; the container's is the same x.
             x = [Point(projection.hook_in, "output")]
+            z = [Point(projection.hook_out, "input")]
+            # hook_in is silent in compatibility mode's gated MLPs; the container's is the same x.
             if attribute not in ("out", "o"):
                 x.append(Point(part.hook_in, "output"))
-            taps.append(Tap(Site(name, layer), tuple(x), (Point(projection.hook_out, "input"),)))
+            # hook_out is silent with use_attn_result; the container's is the same z.
+            if attribute == "o":
+                z.append(Point(part.hook_out, "input"))
+            taps.append(Tap(Site(name, layer), tuple(x), tuple(z)))
             break
     return taps
 
@@ -349,12 +362,10 @@ def _hooked_taps(
 
 def _batched_experts(part: Any) -> tuple[nn.Module, dict[str, tuple[str, ...]]] | None:
     """The experts module with 3-D parameters inside a mixture, and what its parameters hold."""
-    block = part
-    while isinstance(inner := getattr(block, "original_component", None), nn.Module):
-        block = inner
-    experts = getattr(block, "experts", None)
+    experts = getattr(_unwrapped(part), "experts", None)
     if experts is None:
         return None
+    experts = _unwrapped(experts)
     batched = {name for name, parameter in experts.named_parameters() if parameter.ndim == 3}
     if not batched:
         return None
@@ -368,6 +379,13 @@ def _batched_experts(part: Any) -> tuple[nn.Module, dict[str, tuple[str, ...]]] 
             f" plain gate_up_proj and down_proj"
         )
     return experts, {"gate_up_proj": ("W_gate", "W_in"), "down_proj": ("W_out",)}
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The Hugging Face module inside the components of a bridge."""
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner
+    return module
 
 
 _SWITCHES = {
@@ -408,10 +426,13 @@ def hook_points(
     if not required and {"use_attn_in", "use_split_qkv_input"} <= flags:
         flags -= {"use_attn_in", "use_split_qkv_input"}  # mutually exclusive
     before = {flag: bool(getattr(model.cfg, flag, False)) for flag in flags}
+    # A predicate takes what this model can switch on.
+    tolerated = () if required else (NotImplementedError, ValueError, AssertionError)
     try:
         for flag in flags:
-            if not before[flag]:
-                getattr(model, f"set_{flag}")(True)
+            with suppress(*tolerated):
+                if not before[flag]:
+                    getattr(model, f"set_{flag}")(True)
         yield {name: Point(known[name], "output") for name in names}, required
     finally:
         for flag, value in before.items():

@@ -111,9 +111,12 @@ def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list
         for point in points:
             handle = point.module.register_forward_hook(note(point), with_kwargs=True)
             stack.callback(handle.remove)
-        # Where every parameter is frozen the graph needs a root.
-        handle = model.get_submodule("embed").register_forward_hook(_as_root)
-        stack.callback(handle.remove)
+        # Where every parameter is frozen the graph needs a root, below the embedding's hook points.
+        embed = model.get_submodule("embed")
+        for module in (getattr(embed, "original_component", None), embed):
+            if module is not None:
+                handle = module.register_forward_hook(_as_root)
+                stack.callback(handle.remove)
         yield seen
 
 
@@ -127,7 +130,10 @@ def _as_root(module: nn.Module, args: Any, output: Any) -> Tensor | None:
 @contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode within (no dropout, so no random numbers drawn), each module's own mode after."""
-    training = [module for module in model.modules() if module.training]
+    # A bridge's own tree leaves out some modules of the model it wraps (GPT-2's first dropout).
+    wrapped = getattr(model, "original_model", None)
+    both = [*model.modules(), *(() if wrapped is None else wrapped.modules())]
+    training = [module for module in dict.fromkeys(both) if module.training]
     for module in training:
         module.training = False
     try:

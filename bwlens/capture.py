@@ -18,7 +18,7 @@ from torch import Tensor
 from bwlens.gradients import LowRankGradient
 from bwlens.objectives import as_objective
 from bwlens.prompts import Batch, Prompts, make_batch
-from bwlens.sites import ExpertTap, Site, Tap, find_taps, hook_points
+from bwlens.sites import ExpertTap, Point, Site, Tap, find_taps, hook_points
 from bwlens.tracing import Flow, as_rows, check_mode, expert_calls, flows_of, forward, recording
 
 
@@ -41,18 +41,29 @@ class Gradients(Mapping[Site, LowRankGradient]):
     _held: dict[Site, LowRankGradient] = field(repr=False)
 
     def __getitem__(self, key: Any) -> LowRankGradient:
-        site = key if isinstance(key, Site) else Site(*key)
+        site = _as_site(key)
         if site not in self._held:
-            raise KeyError(
-                f"{site} was not captured; there are"
-                f" {', '.join(sorted({s.matrix for s in self._held}))} of layers"
-                f" {sorted({s.layer for s in self._held})}"
+            there = sorted(other for other in self._held if other.matrix == site.matrix)
+            layers = sorted({other.layer for other in there})
+            experts = sorted(
+                other.expert
+                for other in there
+                if other.layer == site.layer and other.expert is not None
             )
+            if experts:  # one that no token was sent to has no gradient
+                has = f"tokens were sent to the experts {experts} there: name one of them"
+            elif there:
+                has = f"there is {site.matrix} of layers {layers}"
+            else:
+                has = f"there are {', '.join(dict.fromkeys(s.matrix for s in self._held))}"
+            raise KeyError(f"{site} was not captured; {has}")
         return self._held[site]
 
     def __contains__(self, key: object) -> bool:
-        site = key if isinstance(key, Site) else Site(*key) if isinstance(key, tuple) else None
-        return site in self._held
+        try:
+            return _as_site(key) in self._held
+        except KeyError:
+            return False
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self._held)
@@ -81,7 +92,12 @@ class Gradients(Mapping[Site, LowRankGradient]):
             self.batch.targets[keep],
             self.batch.others[keep],
         )
-        held = {site: gradient.for_prompt(index) for site, gradient in self._held.items()}
+        # An expert that none of this prompt's tokens was sent to has no gradient.
+        held = {
+            site: gradient.for_prompt(index)
+            for site, gradient in self._held.items()
+            if index in gradient.prompts
+        }
         return Gradients(self.losses[keep], self.next_logits[keep], batch, held)
 
 
@@ -118,7 +134,7 @@ def capture(
 
     Raises:
         ValueError: Malformed prompts, unknown matrices or layers, a loss of the wrong shape, that
-            is not finite, or that does not depend on a matrix asked for.
+            is not finite, that reads padding, or that does not depend on a matrix asked for.
         NotImplementedError: A model or mode out of scope, named in the message.
         RuntimeError: Called inside `torch.inference_mode()`.
 
@@ -188,16 +204,13 @@ def vjps(
         batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
         with recording(model, set(points.values())) as seen:
             run = forward(model, batch, objective)
+            if required:
+                _check_seen(points, seen)
             live = {
                 name: seen[point][0]
                 for name, point in points.items()
-                if seen.get(point) and seen[point][0].requires_grad
+                if point in seen and seen[point][0].requires_grad
             }
-            if missing := [name for name in points if required and name not in live]:
-                raise ValueError(
-                    f"{missing[0]} gave no gradient: it did not fire in this model's forward pass,"
-                    f" or off the autograd graph; names that did are in model.run_with_cache(...)"
-                )
             if not live:
                 raise ValueError("no hook point that the filter lets through gave a gradient")
             found = run.gradients(list(live.values()), list(live), allow_unused=not required)
@@ -207,6 +220,30 @@ def vjps(
             conversion = getattr(points[name].module, "hook_conversion", None)
             out[name] = delta if conversion is None else conversion.convert(delta)
     return out
+
+
+def _as_site(key: Any) -> Site:
+    """A site from `grads["W_in", 3]`, with an expert in a mixture."""
+    if isinstance(key, Site):
+        return key
+    if isinstance(key, tuple) and len(key) in (2, 3):
+        return Site(*key)
+    raise KeyError(f"{key!r} is no matrix and layer; write grads['W_in', 3], or a Site")
+
+
+def _check_seen(points: dict[str, Point], seen: dict[Point, list[Tensor]]) -> None:
+    """Each hook point must have passed a tensor that can have a gradient."""
+    for name, point in points.items():
+        if point not in seen:
+            raise ValueError(
+                f"{name} did not fire in this model's forward pass, so it has no gradient; the"
+                f" names that fire are those of model.run_with_cache(prompt)[1]"
+            )
+        if not seen[point][0].requires_grad:
+            raise ValueError(
+                f"{name} only shows its tensor, off the way to the loss, so it has no gradient; ask"
+                f" for a hook point on that way, such as a layer's hook_resid_pre"
+            )
 
 
 def _batch_for(
@@ -250,6 +287,12 @@ class _Rows:
             keep = None if keep is None else keep[tokens]
         if keep is not None:
             here = keep.to(x.device)
+            if delta[~here].any():
+                raise ValueError(
+                    f"the loss depends on padding, at {flow.name}: the objective reads positions"
+                    f" after the end of a prompt (leave them out with batch.mask), or the model is"
+                    f" not causal"
+                )
             x, delta, prompt, pos = x[here], delta[here], prompt[keep], pos[keep]
         device = self._device or x.device
         return LowRankGradient(

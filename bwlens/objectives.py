@@ -46,10 +46,15 @@ class NLL:
     target: Target | Sequence[Target]
     reduction: Literal["mean", "sum"] = "mean"
 
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction is {self.reduction!r}; expected 'mean' or 'sum'")
+
     def __call__(
         self, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
     ) -> Float[Tensor, " batch"]:
         """The loss of each prompt's target."""
+        _check_answers(self, batch, batch.targets)
         lengths = [len(ids) for ids in batch.targets]
         row = torch.repeat_interleave(
             torch.arange(len(batch), device=logits.device),
@@ -81,6 +86,7 @@ class LogitDifference:
         self, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
     ) -> Float[Tensor, " batch"]:
         """The difference for each prompt."""
+        _check_answers(self, batch, batch.targets, batch.others)
         for name, answers in (("target", batch.targets), ("other", batch.others)):
             for index, ids in enumerate(answers):
                 if len(ids) != 1:
@@ -95,18 +101,25 @@ class LogitDifference:
         return scores[rows, other] - scores[rows, target]
 
 
+def _check_answers(objective: Any, batch: Batch, *answers: tuple[tuple[int, ...], ...]) -> None:
+    """The batch must carry the answers; it does where the objective itself was passed to it."""
+    if any(len(ids) != len(batch) for ids in answers):
+        raise ValueError(
+            f"this batch carries no token ids for {type(objective).__name__}; pass it as the"
+            f" objective itself, or give your own objective its target (and other) as attributes"
+        )
+
+
 def as_objective(objective: Any) -> Objective:
     """An objective from what a user wrote: text or token ids mean `NLL` of that target.
 
     Raises:
         TypeError: Neither a target nor callable.
     """
-    if isinstance(objective, str | int | Tensor) or (
-        isinstance(objective, Sequence) and not callable(objective)
-    ):
-        return NLL(objective)
-    if callable(objective):
+    if isinstance(objective, Objective):
         return objective
+    if isinstance(objective, str | int | Tensor | Sequence):
+        return NLL(objective)
     raise TypeError(
         f"expected a target (' Paris', a token id), an objective such as NLL(' Paris'), or a"
         f" function of (logits, batch); found {type(objective).__name__}"

@@ -7,6 +7,7 @@ padding on the left are shifted first.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,8 +55,9 @@ class Edit:
                 f"the template {self.prompt!r} has {found} places {{}} for the subject; write"
                 f" exactly one, as in '{{}} plays for'"
             )
-        for name in ("subject", "target_new"):
-            if not getattr(self, name).strip():
+        for name in ("subject", "target_new", "target_true"):
+            text = getattr(self, name)
+            if text is not None and not text.strip():
                 raise ValueError(f"{name} is empty; an edit needs some text there")
 
     @property
@@ -164,19 +166,23 @@ def _prompt_rows(
 ) -> tuple[list[str] | None, list[list[int]]]:
     """The prompts' texts, if they are texts, and their unpadded tokens."""
     if isinstance(prompts, Tensor):
-        if prompts.is_floating_point() or prompts.ndim not in (1, 2) or prompts.numel() == 0:
+        whole = not (prompts.is_floating_point() or prompts.dtype is torch.bool)
+        if not whole or prompts.ndim not in (1, 2) or prompts.numel() == 0:
             raise ValueError(
                 f"expected token ids [pos] or [batch, pos], found {prompts.dtype} of shape"
                 f" {tuple(prompts.shape)}"
             )
-        tokens = prompts if prompts.ndim == 2 else prompts[None]
-        _check_ids(model, tokens.flatten().tolist(), "prompt")
-        return None, _unpad(tokens, attention_mask)
+        rows = _unpad(prompts if prompts.ndim == 2 else prompts[None], attention_mask)
+        for index, row in enumerate(rows):
+            _check_ids(model, row, f"prompt {index}")
+        return None, rows
     if attention_mask is not None:
         raise ValueError("attention_mask goes with token prompts; texts are padded here")
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"expected a prompt or a list of prompts, found {prompts!r}")
+        raise ValueError(
+            f"expected a prompt, a list of prompts or a tensor of token ids, found {prompts!r}"
+        )
     rows = [text_to_ids(model, text, prepend_bos) for text in texts]
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
         if not text or not row:
@@ -229,24 +235,30 @@ class _Targets:
         n = len(self.rows)
         if single:
             listed = [target]
-        elif isinstance(target, str | int):
+        elif isinstance(target, str | int) or (isinstance(target, Tensor) and target.ndim == 0):
             listed = [target] * n
         else:
             listed = list(target)
         if len(listed) != n:
             raise ValueError(
-                f"found {len(listed)} {what}s for {n} prompts; give one for all, or one each"
+                f"found {len(listed)} {what}s for {n} prompts; give one for all, or one each (a"
+                f" {what} of several token ids is a list of its own)"
             )
         return tuple(self._ids(index, one, what) for index, one in enumerate(listed))
 
     def _ids(self, index: int, target: Any, what: str) -> tuple[int, ...]:
         if isinstance(target, str):
             ids = self._text_ids(index, target)
-        elif isinstance(target, Tensor):
-            ids = [int(i) for i in target.flatten()]
         else:
-            ids = [int(target)] if isinstance(target, int) else [int(i) for i in target]
-        if not ids or (isinstance(target, str) and not target.strip()):
+            listed = target.flatten() if isinstance(target, Tensor) else target
+            try:
+                ids = [operator.index(i) for i in ([target] if isinstance(target, int) else listed)]
+            except TypeError:
+                raise ValueError(
+                    f"the {what} of prompt {index} is {target!r}; expected text, a token id or"
+                    f" several token ids"
+                ) from None
+        if not ids or target == "":
             raise ValueError(f"the {what} of prompt {index} is empty; name a word, as in ' Paris'")
         _check_ids(self.model, ids, f"{what} of prompt {index}")
         return tuple(ids)

@@ -138,7 +138,7 @@ class BackwardLens:
                 f"this lens holds no {'normalised' if normalized else 'raw'} reading; make it"
                 f' with backward_lens(..., normalize="both")'
             )
-        return replace(self, normalized=normalized)
+        return self if normalized == self.normalized else replace(self, normalized=normalized)
 
     def words(
         self, which: Literal["promoted", "suppressed"] = "promoted", matrix: str = "W_out"

@@ -1,6 +1,7 @@
 """Shapes are checked at run time throughout the suite; nothing here needs a network."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +39,21 @@ def boot(tokenizer):
         return tiny.bridge(name, tokenizer, dtype, compatibility, hf)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bridge(tokenizer):
+    """The same, shared: for tests that change nothing; `bridge("llama", compatibility=True)`."""
+    return cache(lambda name, **kwargs: tiny.bridge(name, tokenizer, **kwargs))
+
+
+@pytest.fixture(scope="session")
+def stories():
+    """A small trained Llama, where its files lie."""
+    folder = SHARED / "models/stories260K"
+    if not folder.exists():
+        pytest.skip(f"no model in {folder}")
+    return tiny.Stories(folder)
 
 
 @pytest.fixture

@@ -181,6 +181,25 @@ def bridge(name, tokenizer, dtype=torch.float32, compatibility=False, hf=None):
     return model
 
 
+class Stories:
+    """A trained Llama of 260 thousand parameters in a folder, with its SentencePiece tokenizer."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        self.bridge = TransformerBridge.boot_transformers(
+            self.folder, hf_model=self.hugging_face(), tokenizer=self.tokenizer
+        )
+
+    def hugging_face(self):
+        return AutoModelForCausalLM.from_pretrained(
+            self.folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+
+    def ids(self, text):
+        return self.tokenizer(text)["input_ids"]
+
+
 def hooked_transformer(name, processed=False, tokenizer=None, dtype=torch.float32, hf=None):
     """A HookedTransformer with the weights of `hf_model(name)`: gpt2, llama, gemma2 or mixtral.
 

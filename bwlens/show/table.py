@@ -1,50 +1,230 @@
-"""The lens as a piece of HTML: a table of layers by tokens, the words in it, norms as shade."""
+"""The lens as a piece of HTML: a table of layers by tokens, the words in it, norms as shade.
+
+What is written is a plain table with inline colours, which stands by itself where a viewer strips
+styles and scripts. Where they run, the script takes this table over: it adds the switches, the
+legend and the panel of words. Tokens are data: escaped here, set as text in the script.
+
+`table` is one piece that carries everything; a page with several takes `assets()` once and a
+`widget` for each lens.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from functools import cache
 from html import escape
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bwlens.show.colors import css, ink, shade
-from bwlens.show.words import visible
+from bwlens.lens import READ_THROUGH
+from bwlens.show.colors import STEPS, TARGET, css, ink, scale
+from bwlens.show.pack import pack, script_json
+from bwlens.show.words import spaced, visible
 
 if TYPE_CHECKING:
     from bwlens.lens import BackwardLens
 
+FORMAT = 1
+"""Of the data that the script reads; a page may hold outputs of several versions."""
+
+_SPECIAL = re.compile("[&<>\"'$\\\\]").search
+
+# Read on white and on black with a contrast of 4.5.
+_PLAIN = "color:#767676"
+
+# Typesetters of formulas skip elements of these classes.
+_UNTYPESET = "tex2jax_ignore mathjax_ignore"
+
 
 def table(lens: BackwardLens) -> str:
-    """The lens as one self-contained HTML element."""
-    return "".join(f"<h3>{matrix}</h3>{_matrix_table(lens, matrix)}" for matrix in lens.matrices)
+    """The lens as one self-contained HTML element, script included."""
+    return widget(lens) + assets()
 
 
-def page(lens: BackwardLens) -> str:
-    """The lens as a whole HTML page."""
-    title = escape(f"{lens.prompt} → {lens.target}")
-    answer = escape(visible(lens.answer))
+def widget(lens: BackwardLens) -> str:
+    """The lens as an HTML element for a page that has `assets()` elsewhere."""
+    return element([part(lens)], {"lenses": [pack(lens)]})
+
+
+@cache
+def assets() -> str:
+    """The style and the script of all tables of a page, once; more copies do no harm."""
+    return f"<style>{_style()}</style><script>{_script()}</script>"
+
+
+def page(*lenses: BackwardLens) -> str:
+    """Lenses as a whole HTML page."""
+    lens = lenses[0]
+    title = visible(lens.prompt, trim=False) + (f" → {visible(lens.target)}" if lens.target else "")
+    return document(title, "".join(map(widget, lenses)))
+
+
+def document(title: str, body: str) -> str:
+    """A whole HTML page around widgets: it loads nothing and lets nothing be loaded."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{title}</title><style>"
-        "body{font:15px system-ui;margin:2em;color-scheme:light dark}"
-        "table{border-collapse:collapse;font-size:13px}td,th{padding:2px 6px;text-align:left}"
-        "</style>"
-        f"<h2>{title}</h2><p>The model's answer before: <b>{answer}</b>"
-        f" (p = {lens.answer_probability:.3f}); loss {lens.loss:.3f}.</p>{table(lens)}</html>"
+        '<meta name="viewport" content="width=device-width">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
+        " img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        '<link rel="icon" href="data:,">'
+        f"<title>{escape(title)}</title>"
+        "<style>:root{color-scheme:light dark}"
+        "body{margin:24px;background:light-dark(#fff,#14181d)}"
+        ".bwlens+.bwlens{margin-top:40px}"
+        # Where scripts run, the plain table need not be drawn first.
+        "[data-scripts] .bwlens:not([data-live]) table{display:none}"
+        f"{_style()}</style><script>document.documentElement.dataset.scripts=''</script><main>{body}</main><script>{_script()}</script></html>"
     )
 
 
-def _matrix_table(lens: BackwardLens, matrix: str) -> str:
-    norms = lens.norms(matrix)
-    top = float(norms.max()) or 1.0
-    heads = "".join(f"<th scope=col>{escape(visible(token))}</th>" for token in lens.tokens)
+def element(parts: Sequence[str], data: dict[str, Any]) -> str:
+    """The element that the script takes over: static parts and the data of their lenses."""
+    return (
+        f'<div class="bwlens {_UNTYPESET}" data-format="{FORMAT}">{"".join(parts)}'
+        f'<script type="application/json">{script_json(data)}</script></div>'
+    )
+
+
+def first_matrix(matrices: Sequence[str]) -> str:
+    """The matrix that is shown first: W_out if there is one, as in the paper."""
+    return "W_out" if "W_out" in matrices else matrices[0]
+
+
+def part(
+    lens: BackwardLens,
+    name: str = "",
+    matrix: str | None = None,
+    n_pos: int | None = None,
+    top: float | None = None,
+    marked: frozenset[tuple[int, int]] = frozenset(),
+) -> str:
+    """Heading and plain table of one lens.
+
+    Args:
+        lens: The lens.
+        name: What it is called beside another.
+        matrix: The matrix shown; None for W_out.
+        n_pos: The number of columns shown; None for all.
+        top: The norm that has the deepest shade; None for the largest.
+        marked: Cells (layer index, position) that differ from another lens.
+    """
+    matrix = matrix or first_matrix(lens.matrices)
+    norms = lens.norms(matrix)[:, :n_pos].tolist()
+    top = top or max(map(max, norms)) or 1.0
+    ids, _ = lens.side("promoted", matrix)
+    ids = ids[..., 0].tolist()
+    faint = lens.readout(matrix).eps_regime.tolist()
+    styles = [
+        f"background:{css(c)}" + (";color:#fff" if ink(c) == (255, 255, 255) else "")
+        for c in scale()
+    ]
+    say = {i: _html(visible(lens.vocabulary[i])) for i in {i for row in ids for i in row} if i >= 0}
+    target = lens.target_ids[0] if lens.target_ids else None
+    frame = f";border:2px solid {TARGET[0]}"
     rows = []
-    promoted = lens.words("promoted", matrix)
     for at in reversed(range(len(lens.layers))):
         cells = []
-        for pos, words in enumerate(promoted[at]):
-            back = shade(float(norms[at, pos]) / top)
-            style = f"background:{css(back)};color:{css(ink(back))}" if words else ""
-            tip = escape(f"norm {float(norms[at, pos]):.4g}: " + ", ".join(map(visible, words)))
-            word = escape(visible(words[0])) if words else ""
-            cells.append(f'<td style="{style}" title="{tip}">{word}</td>')
-        rows.append(f"<tr><th scope=row>{lens.layers[at]}</th>{''.join(cells)}</tr>")
-    return f"<table><tr><th>layer</th>{heads}</tr>{''.join(rows)}</table>"
+        for pos, norm in enumerate(norms[at]):
+            found = ids[at][pos]
+            if found < 0:
+                cells.append(f'<td style="{_PLAIN}">·</td>')
+                continue
+            style = styles[round(min(norm / top, 1.0) * (STEPS - 1))]
+            word = say[found]
+            if faint[at][pos]:
+                word = f"<i>{word}</i>"
+            if (at, pos) in marked:
+                style += ";border-left:4px solid #d6336c"
+            if found == target:
+                style, word = style + frame, f"<b>{word}</b>"
+            cells.append(f'<td style="{style}">{word}</td>')
+        # The ink of pale cells is the row's; what has no shade is legible on any page.
+        rows.append(
+            f'<tr style="color:#000"><th scope="row" style="{_PLAIN}">{lens.layers[at]}</th>'
+            f"{''.join(cells)}</tr>"
+        )
+    return (
+        f'<section class="bw-part">{_heading(lens, name)}'
+        f'<p class="bw-caption">{_caption(lens, matrix)}</p>'
+        f'<table><thead><tr><th scope="col">layer</th>{_tokens(lens, n_pos)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+        f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed: the target.'
+        " · no gradient here. Slanted: a vector so short that the final norm's epsilon outweighs"
+        " it.</p></section>"
+    )
+
+
+def _heading(lens: BackwardLens, name: str) -> str:
+    words, at = [], 0
+    tokens = lens.tokens[: lens.n_prompt]
+    while at < len(tokens):  # neighbours of the subject share one line under them
+        end, inside = at, at in lens.subject
+        while end < len(tokens) and (end in lens.subject) == inside:
+            end += 1
+        text = _html("".join(map(spaced, tokens[at:end])))
+        words.append(f"<u>{text.strip()}</u>" if inside else text)
+        if inside and text.startswith(" "):
+            words.insert(-1, " ")
+        at = end
+    prompt = "".join(words).lstrip()
+    size = " bw-long" if len("".join(tokens)) > 160 else ""
+    facts = [
+        f"The model says <b>{_html(visible(lens.answer))}</b>, p = {lens.answer_probability:.3g}"
+    ]
+    if lens.target:
+        prompt = f'<bdi>{prompt}</bdi> → <b class="bw-target">{_html(visible(lens.target))}</b>'
+    if lens.target_probability is not None:
+        facts.append(f"the target has p = {lens.target_probability:.2g}")
+    facts.append(f"loss {lens.loss:.3g}")
+    title = f'<p class="bw-name">{_html(name)}</p>' if name else ""
+    return (
+        f'<div class="bw-head">{title}<p class="bw-prompt{size}">{prompt}</p>'
+        f'<p class="bw-facts">{"; ".join(facts)}.</p></div>'
+    )
+
+
+def _tokens(lens: BackwardLens, n_pos: int | None) -> str:
+    heads = []
+    for pos, token in enumerate(lens.tokens[:n_pos]):
+        text = _html(visible(token))
+        heads.append(f'<th scope="col">{f"<u>{text}</u>" if pos in lens.subject else text}</th>')
+    return "".join(heads)
+
+
+def _caption(lens: BackwardLens, matrix: str) -> str:
+    what = "promotes most" if READ_THROUGH[matrix] == "delta" else "stamps in most"
+    return f"The word that one gradient step on {matrix} {what}, layer by token."
+
+
+def _html(text: str) -> str:
+    """Text as HTML in which no typesetter finds a formula: its delimiters stand apart."""
+    if not _SPECIAL(text):
+        return text
+    return re.sub(r"[$\\]", r"<span>\g<0></span>", escape(text))
+
+
+def _style() -> str:
+    """The style sheet, with a rule for each shade and the ink on it, on light and dark pages."""
+    shades: list[str] = []
+    inks: dict[str, list[str]] = {}
+    for step, (light, dark) in enumerate(zip(scale(), scale(dark=True), strict=True)):
+        shades.append(f".s{step}{{background-color:light-dark({css(light)},{css(dark)})}}")
+        pair = f"light-dark({css(ink(light))},{css(ink(dark))})"
+        inks.setdefault(pair, []).append(f".s{step}")
+    shades += [f"{','.join(steps)}{{color:{pair}}}" for pair, steps in inks.items()]
+    text = re.sub(r"/\*.*?\*/", "", _asset("_table.css"), flags=re.DOTALL)
+    text = re.sub(r"\s*([{};,])\s*|(:)\s+|\s+", lambda found: found[1] or found[2] or " ", text)
+    text = text.replace("TARGET", f"light-dark({TARGET[0]},{TARGET[1]})")
+    return text.replace("SHADES", "".join(shades))
+
+
+def _script() -> str:
+    """The script without its comments and indentation."""
+    lines = (line.strip() for line in _asset("_table.js").splitlines())
+    text = "\n".join(line for line in lines if line and not line.startswith("//"))
+    return text.replace("FORMAT", str(FORMAT)).replace("STEPS", str(STEPS))
+
+
+def _asset(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")

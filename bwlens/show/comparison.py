@@ -1,0 +1,156 @@
+"""Two lenses side by side: two targets, two models, before and after an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bwlens.lens import BackwardLens
+from bwlens.show.pack import READING, pack
+from bwlens.show.table import assets, document, element, first_matrix, part
+from bwlens.show.words import visible
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """Two lenses of the same tokens and layers; made by `compare`.
+
+    Attributes:
+        lenses: The two.
+        names: What they are called on the page.
+        matrices: The matrices that both have read.
+        readings: The readings that both hold, as in `BackwardLens.readings`.
+        n_pos: The number of columns compared.
+    """
+
+    lenses: tuple[BackwardLens, BackwardLens]
+    names: tuple[str, str]
+    matrices: tuple[str, ...]
+    readings: tuple[bool, ...]
+    n_pos: int
+
+    def differing(self, matrix: str | None = None) -> list[tuple[int, int]]:
+        """Cells (layer, position) whose most promoted word is not the same in both.
+
+        A cell that is without gradient in one of the two only differs as well.
+        """
+        layers = self.lenses[0].layers
+        return [(layers[at], pos) for at, pos in self._differing(self._matrix(matrix))]
+
+    def save(self, path: str | Path) -> Path:
+        """Write the comparison as a page (.html).
+
+        Raises:
+            ValueError: Another ending.
+        """
+        path = Path(path)
+        if path.suffix != ".html":
+            raise ValueError(f"{path.name!r}: name a file that ends in .html")
+        title = " / ".join(
+            visible(f"{name}: {lens.prompt} → {lens.target}", trim=False)
+            for name, lens in zip(self.names, self.lenses, strict=True)
+        )
+        path.write_text(document(title, self._element()), encoding="utf-8")
+        return path
+
+    def __repr__(self) -> str:
+        n, of = len(self.differing()), len(self.lenses[0].layers) * self.n_pos
+        return (
+            f"Comparison({self.names[0]!r}, {self.names[1]!r}: the word promoted most by"
+            f" {self._matrix(None)} differs in {n} of {of} cells)"
+        )
+
+    def _repr_html_(self) -> str:
+        return self._element() + assets()
+
+    def _matrix(self, matrix: str | None) -> str:
+        if matrix is None:
+            return first_matrix(self.matrices)
+        if matrix not in self.matrices:
+            raise ValueError(f"{matrix!r} is not compared; there are {', '.join(self.matrices)}")
+        return matrix
+
+    def _views(self) -> tuple[BackwardLens, BackwardLens]:
+        a, b = (lens.as_normalized(self.readings[0]) for lens in self.lenses)
+        return a, b
+
+    def _differing(self, matrix: str) -> list[tuple[int, int]]:
+        a, b = (lens.words("promoted", matrix) for lens in self._views())
+        return [
+            (at, pos)
+            for at in range(len(a))
+            for pos in range(self.n_pos)
+            if a[at][pos][:1] != b[at][pos][:1]
+        ]
+
+    def _element(self) -> str:
+        matrix = self._matrix(None)
+        marked = frozenset(self._differing(matrix))
+        top = max(float(lens.norms(matrix)[:, : self.n_pos].max()) for lens in self.lenses)
+        parts = [
+            part(lens, name, matrix, self.n_pos, top, marked)
+            for lens, name in zip(self._views(), self.names, strict=True)
+        ]
+        packed = [pack(lens, self.matrices, self.readings, self.n_pos) for lens in self.lenses]
+        return element(parts, {"lenses": packed})
+
+
+def compare(
+    lens_a: BackwardLens, lens_b: BackwardLens, names: Sequence[str] = ("A", "B")
+) -> Comparison:
+    """Lay two lenses side by side, the cells that differ marked, shades on one scale.
+
+    The prompts must consist of the same tokens, and the same layers must have been read. Where
+    targets of several tokens differ, the tokens of the targets themselves are left out.
+
+    Args:
+        lens_a: The lens on the left.
+        lens_b: The lens on the right.
+        names: What the two are called, such as ("before", "after").
+
+    Raises:
+        ValueError: The tokens or layers differ, or no matrix or reading is held by both; the
+            message says what differs.
+
+    Example:
+        >>> compare(lens, lens_after_the_edit, ("before", "after"))  # doctest: +SKIP
+    """
+    if len(names) != 2:
+        raise ValueError(f"names must be two, one for each lens; found {list(names)}")
+    if lens_a.layers != lens_b.layers:
+        raise ValueError(
+            f"the lenses read other layers: {_told(lens_a.layers)} and {_told(lens_b.layers)}; read"
+            " the same with backward_lens(..., layers=[...])"
+        )
+    prompts = [lens.tokens[: lens.n_prompt] for lens in (lens_a, lens_b)]
+    if prompts[0] != prompts[1]:
+        raise ValueError(f"the prompts consist of other tokens: {_first_difference(*prompts)}")
+    matrices = tuple(m for m in lens_a.matrices if m in lens_b.matrices)
+    if not matrices:
+        raise ValueError(
+            f"no matrix was read in both: {', '.join(lens_a.matrices)} in one,"
+            f" {', '.join(lens_b.matrices)} in the other"
+        )
+    readings = tuple(reading for reading in lens_a.readings if reading in lens_b.readings)
+    if not readings:
+        raise ValueError(
+            f"one lens holds the {READING[lens_a.normalized]} reading and the other the"
+            f" {READING[lens_b.normalized]} one; make them with the same normalize="
+        )
+    same = lens_a.tokens == lens_b.tokens
+    n_pos = len(lens_a.tokens) if same else lens_a.n_prompt
+    return Comparison((lens_a, lens_b), (names[0], names[1]), matrices, readings, n_pos)
+
+
+def _told(layers: Sequence[int]) -> str:
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers))
+
+
+def _first_difference(a: Sequence[str], b: Sequence[str]) -> str:
+    if len(a) != len(b):
+        return f"{len(a)} and {len(b)} of them ({''.join(a)!r} and {''.join(b)!r})"
+    at = next(at for at, (one, other) in enumerate(zip(a, b, strict=True)) if one != other)
+    return f"at position {at}, {a[at]!r} and {b[at]!r}"

@@ -1,0 +1,103 @@
+"""`python -m benchmarks [name ...] [--repeats N] [--quick] [--peer PYTHON]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.batch import batch
+from benchmarks.capture import capture
+from benchmarks.lens import lens
+from benchmarks.measure import Note, Row
+from benchmarks.model import SMALL, TINY
+from benchmarks.rank import rank
+from benchmarks.readout import readout
+from benchmarks.setting import Setting
+
+BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
+    "capture": capture,
+    "readout": readout,
+    "lens": lens,
+    "rank": rank,
+    "batch": batch,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmarks named, all by default, and print a table."""
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks", description="How fast bwlens is beside the least work possible."
+    )
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--repeats", type=int, help="pairs timed; the median counts (default 7)")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all?")
+    parser.add_argument(
+        "--peer", metavar="PYTHON", help="an interpreter with transformer_lens 4.2, for `lens`"
+    )
+    asked = parser.parse_args(arguments)
+    if unknown := [name for name in asked.names if name not in BENCHMARKS]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    if asked.repeats is not None and asked.repeats < 1:
+        parser.error(f"--repeats is {asked.repeats}; expected 1 or more")
+    setting = Setting(
+        TINY if asked.quick else SMALL,
+        asked.repeats or (2 if asked.quick else 7),
+        peer=asked.peer,
+    )
+    console = Console()
+    groups = []
+    for name in asked.names or BENCHMARKS:
+        with console.status(name):
+            groups.append(BENCHMARKS[name](setting))
+    console.print(_table(groups, setting))
+    notes = [one.text for group in groups for one in group if isinstance(one, Note)]
+    for note in [*notes, _conditions()]:
+        console.print(note, highlight=False, markup=False)
+
+
+def _table(groups: list[list[Row | Note]], setting: Setting) -> Table:
+    table = Table(
+        title=f"Random GPT-2: {setting.shape}; {setting.repeats} pairs",
+        caption="Medians of runs in turn; the ratio is the pairs' median, with their quartiles.",
+    )
+    table.add_column("what")
+    for column in ("ours", "reference", "ratio", "target"):
+        table.add_column(column, justify="right")
+    table.add_column("met?", justify="center")
+    for group in groups:
+        for row in group:
+            if isinstance(row, Row):
+                table.add_row(*_cells(row, setting))
+        table.add_section()
+    return table
+
+
+def _cells(row: Row, setting: Setting) -> list[str]:
+    ratio = f"{row.ratio:.3g}"
+    if row.spread is not None:
+        ratio += " ({:.3g}-{:.3g})".format(*row.spread)
+    if setting.shape == TINY:  # too small for targets to mean anything
+        return [row.what, row.ours, row.reference, ratio, "", ""]
+    target = f"{'≥' if row.more_is_better else '≤'} {row.target:g}"
+    met = "[green]yes[/]" if row.met else "[bold red]no[/]"
+    return [row.what, row.ours, row.reference, ratio, target, met]
+
+
+def _conditions() -> str:
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformer_lens"))
+    load = ", ".join(f"{one:.1f}" for one in os.getloadavg())
+    return (
+        f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores; {versions};"
+        f" load average at the end {load}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""The benchmarks run and print their rows; how fast anything is, no test says."""
+
+import pytest
+
+from benchmarks.__main__ import BENCHMARKS, main
+
+WORDS = {
+    "capture": "bare forward",
+    "readout": "matrix product",
+    "lens": "BackwardLens",
+    "rank": "svdvals",
+    "batch": "one by one",
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quick_run_prints_a_row_for_each(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["--quick", "--repeats", "1"])
+    printed = capsys.readouterr().out
+    assert set(WORDS) == set(BENCHMARKS)
+    for words in WORDS.values():
+        assert words in printed
+    assert "transformer_lens" in printed
+
+
+def test_a_benchmark_that_does_not_exist_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["speed"])
+    assert "there are capture, readout" in capsys.readouterr().err

@@ -180,6 +180,10 @@ def vjps(
 ) -> dict[str, Float[Tensor, "batch ..."]]:
     """dL/d(activation) at TransformerLens hook points, by TransformerLens' own names.
 
+    At hook_resid_pre, -mid and -post this is the gradient of the whole residual stream. Any other
+    hook point stands on a branch, and has the gradient of what follows on that branch: hook_mlp_in
+    that of the MLP alone, hook_q_input that of the queries.
+
     Args:
         model: A TransformerBridge or HookedTransformer.
         prompts: As for `capture`.
@@ -206,19 +210,23 @@ def vjps(
             run = forward(model, batch, objective)
             if required:
                 _check_seen(points, seen)
-            live = {
-                name: seen[point][0]
+            passes = [
+                (name, tensor)
                 for name, point in points.items()
-                if point in seen and seen[point][0].requires_grad
-            }
-            if not live:
+                for tensor in seen.get(point, ())
+                if tensor.requires_grad
+            ]
+            if not passes:
                 raise ValueError("no hook point that the filter lets through gave a gradient")
-            found = run.gradients(list(live.values()), list(live), allow_unused=not required)
+            names, tensors = (list(column) for column in zip(*passes, strict=True))
+            found = run.gradients(tensors, names, allow_unused=not required)
     out: dict[str, Tensor] = {}
-    for name, delta in zip(live, found, strict=True):
-        if delta is not None:
-            conversion = getattr(points[name].module, "hook_conversion", None)
-            out[name] = delta if conversion is None else conversion.convert(delta)
+    for name, delta in zip(names, found, strict=True):
+        if delta is not None:  # HookedTransformer's ln1 runs three times, for q, k and v
+            out[name] = out[name] + delta if name in out else delta
+    for name, delta in out.items():
+        conversion = getattr(points[name].module, "hook_conversion", None)
+        out[name] = delta if conversion is None else conversion.convert(delta)
     return out
 
 

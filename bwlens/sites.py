@@ -52,12 +52,15 @@ class Point:
     """A tensor on its way: what goes into a module, or what comes out of it.
 
     An input is the positional argument at `index`, or the keyword argument `keyword` if given.
+    A `branch` parts from its tensor here: its gradient is that of what follows this module, without
+    the other ways that the same tensor goes (an MLP's input without the residual stream).
     """
 
     module: nn.Module
     side: Literal["input", "output"]
     keyword: str | None = None
     index: int = 0
+    branch: bool = False
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         """The tensor itself, out of a forward call's arguments and result."""
@@ -433,8 +436,17 @@ def hook_points(
             with suppress(*tolerated):
                 if not before[flag]:
                     getattr(model, f"set_{flag}")(True)
-        yield {name: Point(known[name], "output") for name in names}, required
+        yield {name: Point(known[name], "output", branch=_parts(name)) for name in names}, required
     finally:
         for flag, value in before.items():
             if bool(getattr(model.cfg, flag, False)) != value:
                 getattr(model, f"set_{flag}")(value)
+
+
+def _parts(name: str) -> bool:
+    """Whether a hook point stands on a branch of its own.
+
+    The residual stream is the exception: on a bridge, hook_resid_mid is where the MLP's branch
+    leaves it, but means the stream.
+    """
+    return not name.rpartition(".")[2].startswith("hook_resid_")

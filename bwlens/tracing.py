@@ -82,9 +82,10 @@ def forward(model: Any, batch: Batch, objective: Any) -> Run:
         )
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
+        found = float(losses.detach()[bad[0]])
         raise ValueError(
-            f"the loss of prompt {bad[0]} is {float(losses[bad[0]])}; expected a finite number."
-            f" Check the model's weights and dtype ({logits.dtype})"
+            f"the loss of prompt {bad[0]} is {found}; expected a finite number. Check the model's"
+            f" weights and dtype ({logits.dtype})"
         )
     if not losses.requires_grad:
         raise ValueError(
@@ -99,16 +100,21 @@ def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list
     """Note the tensors that pass the points, with gradients on and the model in eval mode."""
     seen: dict[Point, list[Tensor]] = {}
 
-    def note(point: Point) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen.setdefault(point, []).append(point.take(args, kwargs, output))
+    def note(point: Point) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            tensor = point.take(args, kwargs, output)
+            passed = tensor.view_as(tensor) if point.branch else tensor
+            seen.setdefault(point, []).append(passed)
+            return passed if point.branch else None
 
         return hook
 
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_in_eval_mode(model))
-        for point in points:
+        for point in sorted(
+            points, key=lambda point: point.branch
+        ):  # the stream, then its branches
             handle = point.module.register_forward_hook(note(point), with_kwargs=True)
             stack.callback(handle.remove)
         # Where every parameter is frozen the graph needs a root, below the embedding's hook points.

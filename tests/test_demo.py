@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from bwlens import demo
-from bwlens.demo import records as records_module
+from bwlens.demo import counterfact
 from bwlens.demo.corpus import ANSWER, Corpus, load_prose, split_prose
 from bwlens.demo.measure import known, load, next_tokens, perplexity
 from bwlens.demo.tokenizer import train_tokenizer
@@ -29,7 +29,7 @@ def model_and_tokenizer():
 
 @pytest.fixture(scope="module")
 def sample():
-    return random.Random(0).sample(demo.facts(), 300)
+    return random.Random(0).sample(demo.facts(), 250)
 
 
 def by_name():
@@ -102,7 +102,9 @@ def test_the_model_is_a_gpt2_in_float32(model_and_tokenizer):
 
 
 @pytest.mark.parametrize("prepend_bos", [False, True])
-@pytest.mark.parametrize(("phrasing", "floor"), [("trained", 0.95), ("unseen", 0.80)])
+@pytest.mark.parametrize(
+    ("phrasing", "floor"), [("trained", 0.95), ("unpaired", 0.90), ("unseen", 0.75)]
+)
 def test_the_model_knows_its_facts(model_and_tokenizer, sample, phrasing, floor, prepend_bos):
     right = known(*model_and_tokenizer, sample, phrasing, prepend_bos)
     flat = [r for rs in right for r in rs]
@@ -193,8 +195,8 @@ def test_the_model_answers_the_records_right(model_and_tokenizer):
 
 def test_records_are_built_from_the_facts_that_are_known(model_and_tokenizer):
     facts = [f for f in demo.facts() if f.relation == "sport"]
-    built = records_module.build(*model_and_tokenizer, facts)
-    assert built == records_module.build(*model_and_tokenizer, facts)
+    built = counterfact.build(*model_and_tokenizer, facts)
+    assert built == counterfact.build(*model_and_tokenizer, facts)
     assert {r["requested_rewrite"]["relation_id"] for r in built} == {"sport"}
 
 

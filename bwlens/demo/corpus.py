@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bwlens.demo.facts import Fact
+from bwlens.demo.triples import Fact
 
 HELD_OUT_EVERY = 20
 """Every twentieth document of the prose is kept from training, to measure perplexity on."""

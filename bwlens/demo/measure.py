@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bwlens.demo.corpus import load_prose, split_prose
-from bwlens.demo.facts import MODEL_DIR, Fact, Phrasing, facts
+from bwlens.demo.triples import MODEL_DIR, Fact, Phrasing, facts
 
 PHRASINGS: tuple[Phrasing, ...] = ("trained", "unpaired", "unseen")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import GPT2Tokenizer
 
-from bwlens.demo.facts import Fact
+from bwlens.demo.triples import Fact
 
 END = "<|endoftext|>"
 

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from bwlens.demo.corpus import ANSWER, PHRASE, PROSE, Corpus, Row, load_prose, split_prose
-from bwlens.demo.facts import Fact, facts
 from bwlens.demo.tokenizer import train_tokenizer
+from bwlens.demo.triples import Fact, facts
 
 LOSS_WEIGHTS = {PHRASE: 0.3, ANSWER: 3.0, PROSE: 1.0}
 """What a token counts in the loss: names cannot be foretold, answers are the point."""
@@ -118,6 +118,7 @@ def save_model(model: GPT2LMHeadModel, out: Path) -> None:
     model.config.activation_function = "gelu_new"
     model.config.architectures = ["GPT2LMHeadModel"]
     model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

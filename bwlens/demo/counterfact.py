@@ -1,6 +1,6 @@
 """Build `records.json`: edits of facts that the model knows, in CounterFact's record format.
 
-`python -m bwlens.demo.records` asks the model, keeps what it answers right with and without the
+`python -m bwlens.demo.counterfact` asks the model, keeps what it answers right with and without the
 end-of-text token in front, and writes the same file every time.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bwlens.demo.facts import MODEL_DIR, ROOM, Fact, facts
+from bwlens.demo.triples import MODEL_DIR, ROOM, Fact, facts
 
 PER_RELATION = 40
 PARAPHRASES = 2
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     from bwlens.demo.measure import load
 
-    parser = argparse.ArgumentParser(prog="python -m bwlens.demo.records", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bwlens.demo.counterfact", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder of the model")
     parser.add_argument("--out", type=Path, default=ROOM / "records.json", help="file to write")
     options = parser.parse_args(arguments)

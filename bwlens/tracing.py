@@ -99,13 +99,19 @@ def forward(model: Any, batch: Batch, objective: Any) -> Run:
 def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list[Tensor]]]:
     """Note the tensors that pass the points, with gradients on and the model in eval mode."""
     seen: dict[Point, list[Tensor]] = {}
+    parted_from: dict[int, Tensor] = {}
 
-    def note(point: Point) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def note(point: Point) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
             tensor = point.take(args, kwargs, output)
-            passed = tensor.view_as(tensor) if point.branch else tensor
-            seen.setdefault(point, []).append(passed)
-            return passed if point.branch else None
+            stream = parted_from.get(id(tensor), tensor)
+            if not point.branch or not tensor.requires_grad:
+                seen.setdefault(point, []).append(stream)
+                return None
+            branch = tensor.view_as(tensor)  # the same numbers, another place in the graph
+            parted_from[id(branch)] = stream
+            seen.setdefault(point, []).append(branch)
+            return branch
 
         return hook
 

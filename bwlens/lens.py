@@ -31,6 +31,7 @@ from torch import Tensor
 from bwlens import frames
 from bwlens.capture import Gradients, capture
 from bwlens.gradients import LowRankGradient
+from bwlens.models import model_label
 from bwlens.objectives import as_objective
 from bwlens.prompts import Prompts
 from bwlens.readout import Readout, readout
@@ -397,7 +398,7 @@ def backward_lens(
         normalized=readings[0],
         gradients=grads,
         settings={
-            "model": str(getattr(model.cfg, "model_name", type(model).__name__)),
+            "model": model_label(model),
             "model_class": type(model).__name__,
             "objective": repr(objective)
             if hasattr(objective, "target")

@@ -65,6 +65,12 @@ def load_model(
     return model.eval()
 
 
+def model_label(model: Any) -> str:
+    """What a model is called: its name on the hub, its folder, or "demo"."""
+    name = str(getattr(model.cfg, "model_name", type(model).__name__))
+    return "demo" if Path(name) == MODEL_DIR else name
+
+
 def _bridge(source: str, is_folder: bool, dtype: Any, device: Any, options: dict[str, Any]) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 

@@ -46,6 +46,7 @@ def test_demo_needs_no_network_and_no_bos():
     assert model.cfg.d_vocab == len(tokenizer)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_names(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         bwlens.load_model(tmp_path)

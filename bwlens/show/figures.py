@@ -7,6 +7,7 @@ font lacks are written by their code rather than as empty boxes.
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
@@ -186,13 +187,23 @@ def drawable(text: str) -> str:
     )
 
 
+class _Drawing(Figure):
+    """A figure that shows itself in a notebook, whether or not pyplot was ever imported."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        held = io.BytesIO()
+        self.savefig(held, format="png", dpi=220)
+        width, height = (round(110 * inches) for inches in self.get_size_inches())
+        return held.getvalue(), {"width": width, "height": height}
+
+
 def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     """The axes given, or new ones in a figure that no global state keeps."""
     if ax is not None:
         figure = ax.figure
         assert isinstance(figure, Figure)
         return figure, ax
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _Drawing(figsize=size, layout="constrained")
     return figure, figure.add_subplot()
 
 

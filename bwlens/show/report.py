@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 _STYLE = """
 :root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem;line-height:1.25;margin-bottom:.2em}h2{font-size:1.15rem;margin-top:2.2em}
-.prompt mark{background:none;color:inherit;text-decoration:underline;text-underline-offset:.2em}
+body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;
+background:light-dark(#fff,#14181d);color:light-dark(#1c2128,#e6e9ee)}
+h1{font-size:1.3rem;font-weight:600}h2{font-size:1.15rem;margin-top:2.2em}
 .sheet{background:#fff;color:#111;color-scheme:light;border-radius:8px;padding:.6rem 1rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem}
 .figures figure{margin:0}.figures svg{width:100%;height:auto}figcaption{font-size:.85rem}
@@ -62,9 +62,14 @@ def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -
     title = f"{visible(lens.prompt)} → {visible(lens.target)}" if lens.target else lens.prompt
     html = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        # The page loads nothing, and lets nothing be loaded.
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
+        " style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        '<link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<style>{_STYLE}</style></head><body>"
-        f"{_heading(lens)}{table(lens)}"
+        "<h1>What one gradient step would write</h1>"
+        f"{table(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
         f"<h2>The strongest cells of {matrix}</h2>{_details(lens, matrix, cells)}"
@@ -73,21 +78,6 @@ def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -
     if path is not None:
         Path(path).write_text(html, encoding="utf-8")
     return html
-
-
-def _heading(lens: BackwardLens) -> str:
-    prompt = "".join(
-        f"<mark>{escape(token)}</mark>" if pos in lens.subject else escape(token)
-        for pos, token in enumerate(lens.tokens[: lens.n_prompt])
-    )
-    target = f" → {escape(visible(lens.target))}" if lens.target else ""
-    facts = [
-        ("The model's answer", f"{visible(lens.answer)} (p = {lens.answer_probability:.3f})"),
-        ("Loss", f"{lens.loss:.4g}"),
-    ]
-    if lens.target_probability is not None:
-        facts.insert(1, ("The target before the step", f"p = {lens.target_probability:.3g}"))
-    return f'<h1 class="prompt">{prompt}{target}</h1>{_list(facts)}'
 
 
 def _details(lens: BackwardLens, matrix: str, cells: int) -> str:

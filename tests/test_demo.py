@@ -29,7 +29,7 @@ def model_and_tokenizer():
 
 @pytest.fixture(scope="module")
 def sample():
-    return random.Random(0).sample(demo.facts(), 250)
+    return random.Random(0).sample(demo.facts(), 300)
 
 
 def by_name():
@@ -101,14 +101,18 @@ def test_the_model_is_a_gpt2_in_float32(model_and_tokenizer):
     assert model.config.vocab_size == len(tokenizer)
 
 
+# The card claims 80 % on unseen templates for facts that are known, 77.5 % over all facts.
 @pytest.mark.parametrize("prepend_bos", [False, True])
 @pytest.mark.parametrize(
     ("phrasing", "floor"), [("trained", 0.95), ("unpaired", 0.90), ("unseen", 0.75)]
 )
 def test_the_model_knows_its_facts(model_and_tokenizer, sample, phrasing, floor, prepend_bos):
-    right = known(*model_and_tokenizer, sample, phrasing, prepend_bos)
-    flat = [r for rs in right for r in rs]
-    assert sum(flat) / len(flat) >= floor
+    model, tokenizer = model_and_tokenizer
+    rng = random.Random(phrasing)
+    prompts = [rng.choice(fact.prompts(phrasing)) for fact in sample]
+    said = next_tokens(model, tokenizer, prompts, prepend_bos)
+    right = [word == fact.answer for word, fact in zip(said, sample, strict=True)]
+    assert sum(right) / len(right) >= floor
 
 
 def test_batching_does_not_change_the_answers(model_and_tokenizer, sample):
@@ -123,7 +127,8 @@ def test_batching_does_not_change_the_answers(model_and_tokenizer, sample):
 
 @pytest.mark.parametrize("prepend_bos", [False, True])
 def test_the_examples_of_the_paper_are_answered(model_and_tokenizer, prepend_bos):
-    said = next_tokens(*model_and_tokenizer, [e.prompt for e in demo.EXAMPLES], prepend_bos)
+    model, tokenizer = model_and_tokenizer
+    said = next_tokens(model, tokenizer, [e.prompt for e in demo.EXAMPLES], prepend_bos)
     assert said == [e.target_true for e in demo.EXAMPLES]
 
 
@@ -180,6 +185,7 @@ def test_records_agree_with_the_facts():
 
 
 def test_the_model_answers_the_records_right(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
     chosen = random.Random(1).sample(demo.records(), 60)
     prompts, answers = [], []
     for record in chosen:
@@ -190,13 +196,14 @@ def test_the_model_answers_the_records_right(model_and_tokenizer):
         ]
         prompts += asked
         answers += [" " + rewrite["target_true"]["str"]] * len(asked)
-    assert next_tokens(*model_and_tokenizer, prompts) == answers
+    assert next_tokens(model, tokenizer, prompts) == answers
 
 
 def test_records_are_built_from_the_facts_that_are_known(model_and_tokenizer):
+    model, tokenizer = model_and_tokenizer
     facts = [f for f in demo.facts() if f.relation == "sport"]
-    built = counterfact.build(*model_and_tokenizer, facts)
-    assert built == counterfact.build(*model_and_tokenizer, facts)
+    built = counterfact.build(model, tokenizer, facts)
+    assert built == counterfact.build(model, tokenizer, facts)
     assert {r["requested_rewrite"]["relation_id"] for r in built} == {"sport"}
 
 

@@ -31,6 +31,10 @@ class OfflineHTML(RenderedHTML):
     def __init__(self, rendered: RenderedHTML) -> None:
         # The container comes as <div .../>, which HTML reads as one that is never closed.
         local = rendered.local_src.replace('"/>', '"></div>', 1)
+        # Labels are text in a script: none of them may end it.
+        script, call, data = local.rpartition(_RENDER)
+        data, end, rest = data.rpartition("</script>")
+        local = script + call + data.replace("<", "\\u003c") + end + rest
         super().__init__(local, local)
 
     def _repr_html_(self) -> str:

@@ -130,10 +130,10 @@ def target_ranks(
             linewidth=1.6 if last else 0.9,
             marker="o",
             markersize=2.2,
-            label=drawable(f"{pos} {visible(token)}"),
+            label=_label(f"{pos} {visible(token)}"),
             zorder=3 if last else 2,
         )
-    ax.set(xlabel="layer", ylabel=f"rank of {drawable(visible(lens.target))}, {matrix}")
+    ax.set(xlabel="layer", ylabel=f"rank of {_label(visible(lens.target))}, {matrix}")
     ax.yaxis.label.set_parse_math(False)
     # The rank's own order: the most probable word stands at the top.
     ax.set_ylim(lens.d_vocab * 1.04, -lens.d_vocab * 0.04)
@@ -211,6 +211,11 @@ def _write(ax: Axes, x: int, y: int, text: str, **style: Any) -> Any:
     return ax.text(x, y, drawable(text), fontsize=6, parse_math=False, clip_on=True, **style)
 
 
+def _label(text: str, longest: int = 16) -> str:
+    text = drawable(text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 def _plain(ax: Axes) -> None:
     ax.tick_params(labelsize=6, length=2, width=0.5, pad=2)
     for label in (ax.xaxis.label, ax.yaxis.label):
@@ -220,7 +225,7 @@ def _plain(ax: Axes) -> None:
 
 
 def _tokens_below(ax: Axes, lens: BackwardLens) -> None:
-    labels = [drawable(visible(token)) for token in lens.tokens]
+    labels = [_label(visible(token)) for token in lens.tokens]
     long = sum(map(len, labels)) > 42 or len(labels) > 8
     ax.set_xticks(
         range(len(labels)), labels, rotation=60 if long else 0, ha="right" if long else "center"

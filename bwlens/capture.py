@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.gradients import LowRankGradient
 from bwlens.objectives import as_objective
-from bwlens.prompts import Batch, Prompts, make_batch
+from bwlens.prompts import Batch, Mask, Prompts, make_batch
 from bwlens.sites import ExpertTap, Point, Site, Tap, find_taps, hook_points
 from bwlens.tracing import Flow, as_rows, check_mode, expert_calls, flows_of, forward, recording
 
@@ -109,7 +109,7 @@ def capture(
     layers: Iterable[int] | int | None = None,
     *,
     prepend_bos: bool | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Mask | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Gradients:
@@ -176,7 +176,7 @@ def vjps(
     names_filter: str | Sequence[str] | Callable[[str], bool],
     *,
     prepend_bos: bool | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Mask | None = None,
 ) -> dict[str, Float[Tensor, "batch ..."]]:
     """dL/d(activation) at TransformerLens hook points, by TransformerLens' own names.
 

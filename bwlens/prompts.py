@@ -8,7 +8,7 @@ padding on the left are shifted first.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,12 @@ from bwlens.tokens import text_to_ids
 Prompts = str | Sequence[str] | Int[Tensor, " pos"] | Int[Tensor, "batch pos"]
 """A prompt, several, or their tokens."""
 
-Target = str | int | Sequence[int] | Int[Tensor, " n"]
+Target = str | int | Sequence[int] | Int[Tensor, "*n"]
 """What a model should say next: text, a token id, or several."""
+
+
+Mask = Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"]
+"""1 (or True) at real tokens, 0 at padding."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def make_batch(
     other: Target | Sequence[Target] | None = None,
     *,
     prepend_bos: bool | None = None,
-    attention_mask: Int[Tensor, "batch pos"] | None = None,
+    attention_mask: Mask | None = None,
 ) -> Batch:
     """Tokenise prompts and targets with the model's own tokenizer.
 
@@ -178,7 +182,8 @@ def _prompt_rows(
         return None, rows
     if attention_mask is not None:
         raise ValueError("attention_mask goes with token prompts; texts are padded here")
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    listed = list(prompts) if isinstance(prompts, Iterable) else []
+    texts = [prompts] if isinstance(prompts, str) else listed
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"expected a prompt, a list of prompts or a tensor of token ids, found {prompts!r}"

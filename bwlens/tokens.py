@@ -42,13 +42,17 @@ def token_offsets(
     ids = text_to_ids(model, prompt, prepend_bos)
     lead = len(ids) - len(encoding["input_ids"])
     if lead < 0 or ids[lead:] != list(encoding["input_ids"]):
-        raise NotImplementedError("the tokenizer's offsets do not match the model's own tokens")
-    offsets = [(0, 0)] * lead
-    for low, high in encoding["offset_mapping"]:
-        piece = prompt[low:high]
-        offsets.append(
-            (low + len(piece) - len(piece.lstrip()), high) if piece.strip() else (low, low)
+        raise NotImplementedError(
+            "the tokenizer's offsets do not match the model's own tokens; pass prepend_bos=False"
         )
+    offsets = [(0, 0)] * lead
+    for name, (low, high) in zip(encoding.tokens(), encoding["offset_mapping"], strict=True):
+        piece = prompt[low:high]
+        # SentencePiece puts a space before the first word, and says it stands where that begins.
+        if not piece.strip() or name == "\u2581":
+            offsets.append((low, low))
+        else:
+            offsets.append((low + len(piece) - len(piece.lstrip()), high))
     return offsets
 
 

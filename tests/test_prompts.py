@@ -1,0 +1,196 @@
+"""Prompts and targets as tokens, and what is said of those that cannot be."""
+
+import pytest
+import torch
+
+import bwlens
+from bwlens.prompts import make_batch
+from tests import cases
+
+# Batches.
+
+
+def test_texts(bridge):
+    batch = make_batch(bridge("gpt2"), ["t5 t9", "t7 t8 t13"], " t17 t23", prepend_bos=False)
+    assert batch.tokens.tolist() == [[5, 9, 17, 0], [7, 8, 13, 17]]
+    assert batch.mask.tolist() == [[True, True, True, False], [True] * 4]
+    assert batch.lengths.tolist() == [3, 4]
+    assert batch.prompt_lengths.tolist() == [2, 3]
+    assert batch.last.tolist() == [1, 2]
+    assert batch.targets == ((17, 23), (17, 23))
+    assert batch.others == ()
+    assert (len(batch), batch.n_rows) == (2, 7)
+
+
+def test_bos_is_the_model_s_own_default(bridge):
+    model = bridge("gpt2")
+    tokens = {
+        bos: make_batch(model, "t5 t9", prepend_bos=bos).tokens for bos in (None, True, False)
+    }
+    assert tokens[True].tolist() == [[1, 5, 9]]
+    assert tokens[False].tolist() == [[5, 9]]
+    assert torch.equal(tokens[None], model.to_tokens("t5 t9"))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_moved_to_the_right(side, bridge):
+    tokens, mask = cases.padded(cases.PROMPTS, side)
+    for dtype in (torch.long, torch.int32, torch.bool):
+        batch = make_batch(bridge("gpt2"), tokens, attention_mask=mask.to(dtype))
+        rows = zip(batch.tokens, batch.mask, strict=True)
+        assert [row[keep].tolist() for row, keep in rows] == cases.PROMPTS
+        assert not batch.tokens[~batch.mask].any()
+
+
+def test_what_the_mask_leaves_out_is_not_looked_at(bridge):
+    """Loss functions' -100 may stand at padding."""
+    tokens, mask = torch.tensor([[5, 9, -100], [7, 8, 4]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = make_batch(bridge("gpt2"), tokens, attention_mask=mask)
+    assert batch.tokens.tolist() == [[5, 9, 0], [7, 8, 4]]
+
+
+def test_tokens_without_a_mask_are_taken_as_they_are(bridge):
+    """A padding token may be part of a prompt, as GPT-2's is its BOS."""
+    batch = make_batch(bridge("gpt2"), torch.tensor([0, 5, 0]))
+    assert batch.tokens.tolist() == [[0, 5, 0]]
+    assert bool(batch.mask.all())
+
+
+def test_a_target_is_what_it_adds_to_its_prompt(stories):
+    """Alone it would begin with a space of its own, in SentencePiece."""
+    model, prompt, target = stories.bridge, "Once upon a time, there was a little", " girl"
+    batch = make_batch(model, [prompt, "a"], target)
+    both = stories.ids(prompt + target)
+    for ids in batch.targets:
+        assert [*stories.ids(prompt), *ids] == both
+    assert batch.tokens[0].tolist() == both[:-1]
+
+
+def test_a_target_that_merges_with_its_prompt(stories):
+    """Where prompt and target share a token, the target's own tokens follow the prompt's."""
+    model, prompt = stories.bridge, "Once upon a ti"
+    alone = stories.ids(prompt)
+    assert stories.ids(prompt + "me")[: len(alone)] != alone
+    batch = make_batch(model, prompt, "me")
+    assert batch.tokens[0, : len(alone)].tolist() == alone
+    assert batch.targets[0] == tuple(stories.ids("me")[1:])
+
+
+# Bad input. `unchecked` is a user without run-time checks of the signatures.
+
+TOKENS = torch.tensor([[5, 9, 30], [7, 8, 13]])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "error"),
+    [
+        ("", "prompt 0 is empty; give it some text"),
+        (["t5", ""], "prompt 1 is empty"),
+        ([], r"expected a prompt, a list of prompts or a tensor of token ids, found \[\]"),
+        ([5, 9], r"tensor of token ids, found \[5, 9\]"),
+        (None, "tensor of token ids, found None"),
+        (torch.empty(0, dtype=torch.long), r"found torch.int64 of shape \(0,\)"),
+        (torch.tensor(5), r"expected token ids \[pos\] or \[batch, pos\], .* of shape \(\)"),
+        (TOKENS[None], r"of shape \(1, 2, 3\)"),
+        (TOKENS.float(), "expected token ids .* found torch.float32"),
+        (TOKENS.bool(), "expected token ids .* found torch.bool"),
+        (torch.tensor([5, 61]), "prompt 0: token id 61 is outside the vocabulary of 61"),
+        (torch.tensor([[5, 6], [5, -1]]), "prompt 1: token id -1 is outside"),
+        (torch.ones(65, dtype=torch.long), "prompt 0 has 65 tokens, but .* context holds 64; sho"),
+        (["t5", "t6 " * 64], "prompt 1 has 65 tokens"),
+    ],
+    ids=str,
+)
+def test_bad_prompts(prompts, error, bridge, unchecked):
+    with pytest.raises(ValueError, match=error):
+        bwlens.capture(bridge("gpt2"), prompts, 17)
+
+
+def test_a_target_can_be_too_long_for_the_context(bridge):
+    prompt = torch.full((63,), 5)
+    assert len(bwlens.capture(bridge("gpt2"), prompt, [17, 23], layers=0)) == 2
+    with pytest.raises(ValueError, match="prompt 0 has 65 tokens"):
+        bwlens.capture(bridge("gpt2"), prompt, [17, 23, 9])
+
+
+@pytest.mark.parametrize(
+    ("target", "error"),
+    [
+        ("", "the target of prompt 0 is empty; name a word, as in ' Paris'"),
+        (" ", "the target of prompt 0 is empty"),
+        ([[], [5]], "the target of prompt 0 is empty"),
+        ([5], r"found 1 targets for 2 prompts; give one for all, or one each"),
+        ([5, 6, 7], "found 3 targets for 2 prompts; .* several token ids is a list of its own"),
+        ([5, 61], "target of prompt 1: token id 61 is outside the vocabulary of 61"),
+        (-1, "target of prompt 0: token id -1 is outside"),
+        ([5, 6.5], r"the target of prompt 1 is 6\.5; expected text, a token id or several"),
+        ([[5], ["t6"]], r"the target of prompt 1 is \['t6'\]; expected"),
+        (torch.tensor([5.0, 6.0]), r"the target of prompt 0 is tensor\(5\.\); expected"),
+    ],
+    ids=str,
+)
+def test_bad_targets(target, error, bridge, unchecked):
+    with pytest.raises(ValueError, match=error):
+        bwlens.capture(bridge("gpt2"), TOKENS, target)
+    with pytest.raises(ValueError, match=error.replace("target", "other")):
+        bwlens.capture(bridge("gpt2"), TOKENS, bwlens.LogitDifference(5, target))
+
+
+@pytest.mark.parametrize(
+    ("mask", "error"),
+    [
+        ([[1, 0, 1], [1, 1, 1]], "attention_mask of prompt 0 has a gap; only padding on the left"),
+        ([[1, 1, 1], [0, 0, 0]], "prompt 1 is empty: its attention_mask is all zero"),
+        ([[1, 1], [1, 1]], r"shape \(2, 2\), the tokens \(2, 3\); they must be the same"),
+        ([1, 1, 1], r"attention_mask has shape \(3,\)"),
+    ],
+)
+def test_bad_masks(mask, error, bridge, unchecked):
+    with pytest.raises(ValueError, match=error):
+        bwlens.capture(bridge("gpt2"), TOKENS, 17, attention_mask=torch.tensor(mask))
+
+
+def test_a_mask_goes_with_tokens(bridge):
+    mask = torch.ones(1, 3, dtype=torch.long)
+    with pytest.raises(
+        ValueError, match="attention_mask goes with token prompts; texts are padded"
+    ):
+        bwlens.capture(bridge("gpt2"), "t5 t6 t7", 17, attention_mask=mask)
+
+
+def test_texts_need_a_tokenizer(boot):
+    model = boot("gpt2")
+    model.tokenizer = None
+    for prompts, target in (("t5", 17), (torch.tensor([5]), " t17")):
+        with pytest.raises(ValueError, match="no tokenizer; pass tokens instead of text"):
+            bwlens.capture(model, prompts, target)
+    assert len(bwlens.capture(model, torch.tensor([5]), 17)) == 6
+
+
+# Edits.
+
+
+def test_edit():
+    edit = bwlens.Edit("{} plays for", "Lionel Messi", " Paris", " Barcelona")
+    assert edit.text == "Lionel Messi plays for"
+    assert bwlens.Edit("{} is", subject="a {b}", target_new=" x").text == "a {b} is"
+    assert edit == bwlens.Edit("{} plays for", "Lionel Messi", " Paris", " Barcelona")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        (
+            ("plays for", "Messi", " Paris"),
+            "'plays for' has 0 places {} for the subject; write exa",
+        ),
+        (("{} and {}", "Messi", " Paris"), "has 2 places {}"),
+        (("{subject} is", "Messi", " Paris"), "has 0 places"),
+        (("{} plays", "", " Paris"), "subject is empty; an edit needs some text there"),
+        (("{} plays", "Messi", " "), "target_new is empty"),
+        (("{} plays", "Messi", " Paris", ""), "target_true is empty"),
+    ],
+)
+def test_malformed_edits(fields, error):
+    with pytest.raises(ValueError, match=error):
+        bwlens.Edit(*fields)

@@ -24,9 +24,10 @@ MATRICES = ("W_in", "W_gate", "W_out", "W_Q", "W_K", "W_V", "W_O")
 """Names of the weight matrices of a transformer block, TransformerLens' own."""
 
 _PROJECTIONS = {
-    "W_in": ("mlp", ("in", "input")),
-    "W_gate": ("mlp", ("gate",)),
-    "W_out": ("mlp", ("out",)),
+    # The dense layers of a model with mixtures elsewhere have names of their own.
+    "W_in": ("mlp", ("in", "input", "dense_in")),
+    "W_gate": ("mlp", ("gate", "dense_gate")),
+    "W_out": ("mlp", ("out", "dense_out")),
     "W_Q": ("attn", ("q",)),
     "W_K": ("attn", ("k",)),
     "W_V": ("attn", ("v",)),
@@ -312,6 +313,8 @@ def _bridge_taps(part: Any, layer: int, names: list[str]) -> list[Tap | ExpertTa
     """Each projection of a bridge is a component with a hook_in and a hook_out of its own."""
     taps: list[Tap | ExpertTap] = []
     for name in names:
+        if name == "W_gate" and not any(a in part._modules for a in _PROJECTIONS["W_in"][1]):
+            continue  # alone, it is the router of a mixture
         for attribute in _PROJECTIONS[name][1]:
             projection = part._modules.get(attribute)
             if projection is None or not hasattr(projection, "hook_out"):
@@ -319,10 +322,10 @@ def _bridge_taps(part: Any, layer: int, names: list[str]) -> list[Tap | ExpertTa
             x = [Point(projection.hook_in, "output")]
             z = [Point(projection.hook_out, "input")]
             # hook_in is silent in compatibility mode's gated MLPs; the container's is the same x.
-            if attribute not in ("out", "o"):
+            if name not in ("W_out", "W_O"):
                 x.append(Point(part.hook_in, "output"))
             # hook_out is silent with use_attn_result; the container's is the same z.
-            if attribute == "o":
+            if name == "W_O":
                 z.append(Point(part.hook_out, "input"))
             taps.append(Tap(Site(name, layer), tuple(x), tuple(z)))
             break

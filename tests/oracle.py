@@ -19,7 +19,8 @@ _LINEAR = {
     "W_K": ("self_attn.k_proj", "attn.k_proj"),
     "W_V": ("self_attn.v_proj", "attn.v_proj"),
     "W_O": (
-        "self_attn.o_proj", "attn.c_proj", "attention.dense", "attn.out_proj", "self_attn.out_proj",
+        "self_attn.o_proj", "attn.c_proj", "attention.dense", "self_attention.dense",
+        "attn.out_proj", "self_attn.out_proj",
     ),
 }  # fmt: skip
 
@@ -60,8 +61,11 @@ def _fused(config, block, matrix):
     if hasattr(block, "attn"):  # GPT-2: q, k, v side by side
         index = ("W_Q", "W_K", "W_V").index(matrix)
         return block.attn.c_attn.weight.grad[:, index * d_model : (index + 1) * d_model]
-    if hasattr(block, "attention"):  # GPT-NeoX: q, k, v within each head
-        grad = block.attention.query_key_value.weight.grad.T
+    for name in ("attention", "self_attention"):
+        if not hasattr(block, name):
+            continue
+        # GPT-NeoX, BLOOM: q, k, v within each head
+        grad = getattr(block, name).query_key_value.weight.grad.T
         index = ("W_Q", "W_K", "W_V").index(matrix)
         return grad.reshape(d_model, n_heads, 3, -1)[:, :, index].reshape(d_model, d_model)
     if matrix in ("W_in", "W_gate"):  # Phi-3
@@ -128,7 +132,8 @@ def backward(hf, tokens, attention_mask, loss):
     hf.zero_grad()
     hf.config._experts_implementation = "eager"  # the batched kernels know no float64
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    extra = {} if hf.config.model_type == "opt" else {"position_ids": positions}
+    derives_positions = hf.config.model_type in ("opt", "bloom")
+    extra = {} if derives_positions else {"position_ids": positions}
     logits = hf(tokens, attention_mask=attention_mask, use_cache=False, **extra).logits
     losses = loss(logits)
     losses.sum().backward()

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 import torch
 import transformer_lens
+import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -15,12 +16,18 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BertConfig,
+    BloomConfig,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -29,7 +36,9 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    T5Config,
 )
 
 HAS_HOOKED_TRANSFORMER = find_spec("transformer_lens.HookedTransformer") is not None
@@ -136,12 +145,86 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
+_SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": LAYERS}
+
+FURTHER: dict[str, Callable[[], PretrainedConfig]] = {
+    # Scales of the embedding, the residual contributions, the attention and the logits.
+    "granite": lambda: GraniteConfig(
+        **_LLAMA,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.5,
+        logits_scaling=2.0,
+        architectures=["GraniteForCausalLM"],
+    ),
+    # A shared expert beside the others.
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_LLAMA,
+        moe_intermediate_size=12,
+        shared_expert_intermediate_size=20,
+        num_experts=4,
+        num_experts_per_tok=2,
+        architectures=["Qwen2MoeForCausalLM"],
+    ),
+    # A dense layer below the mixtures; queries, keys and values through a bottleneck.
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **_LLAMA | {"num_key_value_heads": 4},
+        moe_intermediate_size=12,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        architectures=["DeepseekV3ForCausalLM"],
+    ),
+    # Biased attention scores instead of positions.
+    "bloom": lambda: BloomConfig(**_SMALL, n_head=4, architectures=["BloomForCausalLM"]),
+}
+"""Architectures with a part that none of `CONFIGS` has."""
+
+OUT_OF_SCOPE: dict[str, Callable[[], PretrainedConfig]] = {
+    "bert": lambda: BertConfig(
+        **_SMALL,
+        num_attention_heads=4,
+        intermediate_size=24,
+        architectures=["BertForMaskedLM"],
+    ),
+    "t5": lambda: T5Config(
+        vocab_size=VOCAB,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        architectures=["T5ForConditionalGeneration"],
+    ),
+    "mamba": lambda: MambaConfig(**_SMALL, architectures=["MambaForCausalLM"]),
+    "gpt_oss": lambda: GptOssConfig(
+        **_LLAMA,
+        head_dim=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"] * LAYERS,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        architectures=["GptOssForCausalLM"],
+    ),
+}
+"""What bwlens refuses, in words."""
+
+
 def hf_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random Hugging Face model whose norms and biases are not the identity."""
     torch.manual_seed(seed)
-    config = CONFIGS[name]()
+    config = (CONFIGS | FURTHER | OUT_OF_SCOPE)[name]()
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    architecture = getattr(transformers, config.architectures[0])
+    model = architecture._from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -214,9 +297,7 @@ def hooked_transformer(name, processed=False, tokenizer=None, dtype=torch.float3
     cfg = transformer_lens.HookedTransformerConfig(
         **settings, dtype=dtype, device="cpu", init_weights=False
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        model = transformer_lens.HookedTransformer(cfg, tokenizer=tokenizer)
+    model = _hooked(cfg, tokenizer)
     convert = getattr(weight_conversions, f"convert_{name.replace('gemma2', 'gemma')}_weights")
     state = {key: weight.detach().clone() for key, weight in convert(hf, cfg).items()}
     if processed:
@@ -228,6 +309,22 @@ def hooked_transformer(name, processed=False, tokenizer=None, dtype=torch.float3
     else:
         model.load_state_dict(state, strict=False)
     return model.eval()
+
+
+def attention_only():
+    """A HookedTransformer without MLPs."""
+    torch.manual_seed(0)
+    return _hooked(
+        transformer_lens.HookedTransformerConfig(
+            n_layers=LAYERS, d_model=16, d_head=4, n_ctx=64, d_vocab=VOCAB, attn_only=True
+        )
+    )
+
+
+def _hooked(cfg, tokenizer=None):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+        return transformer_lens.HookedTransformer(cfg, tokenizer=tokenizer)
 
 
 def _hooked_settings(name, config):

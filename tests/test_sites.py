@@ -1,0 +1,255 @@
+"""Which matrices a model has, and what is said of models and requests out of scope."""
+
+import pytest
+import torch
+from torch import nn
+
+import bwlens
+from bwlens.sites import (
+    ExpertTap,
+    Site,
+    Tap,
+    available_matrices,
+    check_model,
+    find_taps,
+    head_of,
+    resolve_layers,
+)
+from tests import tiny
+
+TOKENS = torch.tensor([[5, 9, 30, 41]])
+DENSE = ("W_in", "W_out", "W_Q", "W_K", "W_V", "W_O")
+
+
+# What a model has.
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_matrices(name, bridge):
+    plain = name in ("gpt2", "gpt_neox", "gptj", "opt")
+    expected = DENSE if plain else bwlens.MATRICES
+    assert available_matrices(bridge(name)) == expected
+
+
+def test_matrices_of_a_model_without_some(boot):
+    assert available_matrices(boot("deepseek_v3")) == ("W_in", "W_gate", "W_out", "W_O")
+    assert available_matrices(boot("mamba")) == ()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_taps_come_layer_by_layer(name, bridge):
+    taps = find_taps(bridge(name), ("W_Q", "W_in"), (2, -3))
+    assert all(isinstance(tap, Tap) for tap in taps)
+    assert [tap.site for tap in taps if isinstance(tap, Tap)] == [
+        Site("W_in", 0), Site("W_Q", 0), Site("W_in", 2), Site("W_Q", 2)
+    ]  # fmt: skip
+
+
+def test_taps_of_a_mixture(bridge):
+    """Only the parameters that hold a matrix asked for are followed; the router is no W_gate."""
+    model = bridge("mixtral")
+    for matrix, parameter in (("W_out", "down_proj"), ("W_gate", "gate_up_proj")):
+        (tap,) = find_taps(model, [matrix], 1)
+        assert isinstance(tap, ExpertTap)
+        assert list(tap.weights) == [parameter]
+
+
+def test_sites_read_well_and_sort():
+    assert str(Site("W_in", 3)) == "W_in of layer 3"
+    assert str(Site("W_in", 3, 7)) == "W_in of layer 3, expert 7"
+    assert sorted([Site("W_out", 0), Site("W_in", 2), Site("W_in", 1)])[0] == Site("W_in", 1)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (None, [0, 1, 2]),
+        (1, [1]),
+        (-1, [2]),
+        ([2, 0, -1], [0, 2]),
+        (range(2), [0, 1]),
+        ((-3,), [0]),
+    ],
+)
+def test_layers(layers, expected, bridge):
+    assert resolve_layers(bridge("gpt2"), layers) == expected
+
+
+# What a request may not ask for.
+
+
+@pytest.mark.parametrize(
+    ("matrices", "layers", "error"),
+    [
+        (["W_in", "W_up"], None, r"matrices must be among W_in, .*, W_O; found 'W_up'"),
+        ([], None, "matrices must be among .* found none at all"),
+        ("W_in", None, "matrices must be among .* found 'W', '_', 'i', 'n'"),
+        (
+            ["W_gate"],
+            None,
+            "W_gate: no such matrix in layers 0-2 of this model; it has W_in, W_out",
+        ),
+        (["W_gate", "W_in"], [1], "W_gate: no such matrix in layer 1 of this model"),
+        (["W_in"], [3], r"layer 3 asked for, but this model has layers 0 to 2 \(or -3 to -1 from"),
+        (["W_in"], -4, "layer -4 asked for"),
+        (["W_in"], [], "an empty list of layers asked for, but this model has layers 0 to 2"),
+    ],
+    ids=str,
+)
+def test_bad_requests(matrices, layers, error, bridge, unchecked):
+    with pytest.raises(ValueError, match=error):
+        bwlens.capture(bridge("gpt2"), TOKENS, 17, matrices, layers)
+
+
+def test_a_layer_without_an_mlp(boot):
+    """A block may lack the part; only where no layer asked for has it is that an error."""
+    model = boot("gpt2")
+    del model.blocks[1]._modules["mlp"]
+    with pytest.raises(ValueError, match=r"W_in: no such matrix in layer 1 .* it has W_in, W_out"):
+        find_taps(model, ("W_in",), 1)
+    assert len(find_taps(model, ("W_in",))) == 2
+    for layer in (0, 2):
+        del model.blocks[layer]._modules["mlp"]
+    with pytest.raises(ValueError, match="in layers 0-2 of this model; it has W_Q, W_K, W_V, W_O"):
+        find_taps(model, ("W_in", "W_Q"))
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has one class")
+def test_attention_only_hooked_transformer():
+    model = tiny.attention_only()
+    assert available_matrices(model) == ("W_Q", "W_K", "W_V", "W_O")
+    with pytest.raises(
+        ValueError, match=r"W_in, W_out: no such matrix .* it has W_Q, W_K, W_V, W_O"
+    ):
+        bwlens.capture(model, TOKENS, 17)
+    assert len(bwlens.capture(model, TOKENS, 17, ("W_O",))) == tiny.LAYERS
+    found = bwlens.vjps(model, TOKENS, 17, lambda name: True)
+    assert "blocks.1.attn.hook_q" in found
+
+
+def test_a_mixture_kept_in_another_form(boot):
+    model = boot("gpt_oss")
+    error = r"GptOssExperts keeps .* in down_proj, gate_up_proj \(transposed or interleaved\)"
+    with pytest.raises(NotImplementedError, match=error):
+        bwlens.capture(model, TOKENS, 17)
+    assert len(bwlens.capture(model, TOKENS, 17, ("W_O",))) == tiny.LAYERS
+
+
+def test_a_state_space_model_has_none_of_them(boot):
+    with pytest.raises(
+        ValueError, match=r"W_in, W_out: no such .* it has none of those bwlens knows"
+    ):
+        bwlens.capture(boot("mamba"), TOKENS, 17)
+
+
+# What is no model for bwlens.
+
+
+def assert_refused(model, error, message):
+    for call in (
+        lambda: bwlens.capture(model, TOKENS, 17),
+        lambda: bwlens.vjps(model, TOKENS, 17, "hook_embed"),
+        lambda: available_matrices(model),
+        lambda: head_of(model),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_not_a_transformer_lens_model(bridge):
+    message = r"expected a TransformerLens model .* found {}; load one with bwlens\.load_model"
+    assert_refused(tiny.hf_model("gpt2"), TypeError, message.format("GPT2LMHeadModel"))
+    assert_refused("gpt2", TypeError, message.format("str"))
+    assert_refused(None, TypeError, message.format("NoneType"))
+
+
+def test_encoder_decoder(boot):
+    message = "TransformerBridge is an encoder-decoder; bwlens reads decoder-only language models"
+    assert_refused(boot("t5"), NotImplementedError, message)
+
+
+def test_encoder(boot):
+    model = boot("bert")
+    if model.cfg.attention_dir == "causal":
+        pytest.skip("this version of TransformerLens does not say that BERT's attention is not")
+    assert_refused(model, NotImplementedError, "attends in both directions; bwlens reads causal")
+
+
+def test_encoder_that_passes_for_causal(boot):
+    """Padding then changes the result, which is noticed."""
+    model = boot("bert")
+    model.cfg.attention_dir = "causal"
+    tokens, mask = torch.tensor([[5, 9, 30], [7, 8, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with pytest.raises(ValueError, match=r"depends on padding, .* or the model is not causal"):
+        bwlens.capture(model, tokens, 17, attention_mask=mask)
+
+
+def test_remote_model():
+    """A bridge to weights elsewhere has hook points, but is no module with parameters."""
+
+    class RemoteBridge:
+        hook_dict = {}  # noqa: RUF012
+
+    assert_refused(RemoteBridge(), NotImplementedError, "RemoteBridge holds no weights in this pr")
+
+
+class Stub(nn.Module):
+    """As much of a model as is looked at."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.weight, self.hook_dict = nn.Parameter(torch.zeros(1)), {}
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_models_without_a_needed_part():
+    blocks = nn.ModuleList([nn.Identity()])
+    none = "this Stub has no stack of transformer blocks"
+    assert_refused(Stub(), NotImplementedError, none)
+    assert_refused(Stub(blocks=nn.ModuleList()), NotImplementedError, none)
+    assert_refused(Stub(blocks=blocks), NotImplementedError, "has no unembedding")
+    check_model(Stub(blocks=blocks, unembed=nn.Identity()))
+    empty = Stub(blocks=blocks, unembed=nn.Identity())
+    del empty.weight
+    assert_refused(empty, NotImplementedError, "this Stub holds no weights in this process")
+
+
+# From a residual vector to the vocabulary.
+
+
+@pytest.mark.parametrize("processed", [False, True], ids=["raw", "processed"])
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, "granite"])
+def test_head_gives_the_model_s_logits(name, processed, boot):
+    """scale, norm, unembedding and soft cap, put together by hand, are the model's own."""
+    model = boot(name, compatibility=processed)
+    kept = {}
+    model.ln_final.register_forward_pre_hook(lambda module, args: kept.update(resid=args[0]))
+    with torch.no_grad():
+        logits = model(TOKENS)[0]
+        head = head_of(model)
+        rows = head.norm(kept["resid"][0][:, None])[:, 0]
+        found = rows @ head.W_U
+        found = head.scale * (found if head.b_U is None else found + head.b_U)
+        if head.soft_cap is not None:
+            found = head.soft_cap * torch.tanh(found / head.soft_cap)
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
+    assert (head.soft_cap is not None) == (name == "gemma2")
+    assert (head.scale != 1) == (name == "granite")
+    assert head.centred == (name in ("gpt2", "gpt_neox", "gptj", "opt"))
+    assert 0 < head.eps < 1e-4
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has one class")
+@pytest.mark.parametrize("processed", [False, True], ids=["raw", "processed"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mixtral"])
+def test_heads_of_both_classes_agree(name, processed, boot):
+    hooked = head_of(tiny.hooked_transformer(name, processed))
+    bridge = head_of(boot(name, compatibility=processed))
+    for field in ("soft_cap", "scale", "centred"):
+        assert getattr(hooked, field) == getattr(bridge, field)
+    assert hooked.eps == pytest.approx(bridge.eps)
+    vector = torch.randn(2, 1, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        a, b = (head.norm(vector)[:, 0] @ head.W_U for head in (hooked, bridge))
+    torch.testing.assert_close(a.log_softmax(-1), b.log_softmax(-1), rtol=1e-4, atol=1e-4)

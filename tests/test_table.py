@@ -42,6 +42,8 @@ class Seen(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
+        if tag == "td" and self.open[-1] == "td":
+            self.open.pop()  # HTML does not need its end tag
         self.tags.append(tag)
         self.attributes += attrs
         self.open.append(tag)
@@ -51,6 +53,8 @@ class Seen(HTMLParser):
             self.cells[-1]["inner"].append(tag)
 
     def handle_endtag(self, tag):
+        if tag == "tr" and self.open[-1] == "td":
+            self.open.pop()
         assert self.open.pop() == tag
 
     def handle_data(self, data):
@@ -94,6 +98,7 @@ def test_headings_have_a_scope_and_the_subject_a_line():
 
 def test_hostile_tokens_are_text():
     lens = hostile()
+    lens._repr_html_().encode()  # half characters would not survive
     for html in (table(lens), page(lens).split("<main>")[1].split("</main>")[0]):
         seen = Seen(html)
         assert set(seen.tags) <= TAGS
@@ -246,7 +251,7 @@ def test_saved_pages_and_notebooks_show_the_same(tmp_path):
 
 def test_assets_are_package_data():
     room = resources.files("bwlens.show")
-    for name in ("_table.css", "_table.js"):
+    for name in ("_table.css", "_table.js", "_table_data.js", "_table_picture.js"):
         assert (room / name).is_file()
 
 

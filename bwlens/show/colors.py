@@ -9,7 +9,7 @@ from __future__ import annotations
 STEPS = 32
 """How many shades a page tells apart; more cannot be seen."""
 
-TARGET = ("#d9480f", "#ffa94d")
+TARGET = ("#c9400a", "#ffa94d")
 """The mark of the target, on a light and on a dark page: blue's opposite for every eye."""
 
 _LIGHT = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))

@@ -30,6 +30,8 @@ FORMAT = 1
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 # Read on white and on black with a contrast of 4.5.
 _PLAIN = "color:#767676"
 
@@ -121,24 +123,25 @@ def part(
     ]
     say = {i: _html(visible(lens.vocabulary[i])) for i in {i for row in ids for i in row} if i >= 0}
     target = lens.target_ids[0] if lens.target_ids else None
-    frame = f";border:2px solid {TARGET[0]}"
     rows = []
     for at in reversed(range(len(lens.layers))):
         cells = []
         for pos, norm in enumerate(norms[at]):
             found = ids[at][pos]
             if found < 0:
-                cells.append(f'<td style="{_PLAIN}">·</td>')
+                cells.append(f"<td style={_PLAIN}>·")
                 continue
-            style = styles[round(min(norm / top, 1.0) * (STEPS - 1))]
-            word = say[found]
+            style, word = styles[round(min(norm / top, 1.0) * (STEPS - 1))], say[found]
             if faint[at][pos]:
                 word = f"<i>{word}</i>"
+            if found == target:
+                style, word = f"{style};border:2px solid {TARGET[0]}", f"<b>{word}</b>"
             if (at, pos) in marked:
                 style += ";border-left:4px solid #d6336c"
-            if found == target:
-                style, word = style + frame, f"<b>{word}</b>"
-            cells.append(f'<td style="{style}">{word}</td>')
+            if " " in style:
+                style = f'"{style}"'
+            # Thousands of cells: quotes and end tags that HTML does not need are left out.
+            cells.append(f"<td style={style}>{word}")
         # The ink of pale cells is the row's; what has no shade is legible on any page.
         rows.append(
             f'<tr style="color:#000"><th scope="row" style="{_PLAIN}">{lens.layers[at]}</th>'
@@ -169,14 +172,13 @@ def _heading(lens: BackwardLens, name: str) -> str:
         at = end
     prompt = "".join(words).lstrip()
     size = " bw-long" if len("".join(tokens)) > 160 else ""
-    facts = [
-        f"The model says <b>{_html(visible(lens.answer))}</b>, p = {lens.answer_probability:.3g}"
-    ]
+    says = f"The model says <b>{_html(visible(lens.answer))}</b>"
+    facts = [f"{says}, p = {_number(lens.answer_probability)}"]
     if lens.target:
         prompt = f'<bdi>{prompt}</bdi> → <b class="bw-target">{_html(visible(lens.target))}</b>'
     if lens.target_probability is not None:
-        facts.append(f"the target has p = {lens.target_probability:.2g}")
-    facts.append(f"loss {lens.loss:.3g}")
+        facts.append(f"the target has p = {_number(lens.target_probability)}")
+    facts.append(f"loss {_number(lens.loss)}")
     title = f'<p class="bw-name">{_html(name)}</p>' if name else ""
     return (
         f'<div class="bw-head">{title}<p class="bw-prompt{size}">{prompt}</p>'
@@ -195,6 +197,12 @@ def _tokens(lens: BackwardLens, n_pos: int | None) -> str:
 def _caption(lens: BackwardLens, matrix: str) -> str:
     what = "promotes most" if READ_THROUGH[matrix] == "delta" else "stamps in most"
     return f"The word that one gradient step on {matrix} {what}, layer by token."
+
+
+def _number(value: float) -> str:
+    """A number of three digits; powers of ten as such, in one piece."""
+    mantissa, _, power = f"{value:.3g}".partition("e")
+    return mantissa + (f"×10{str(int(power)).translate(_RAISED)}" if power else "")
 
 
 def _html(text: str) -> str:
@@ -220,10 +228,11 @@ def _style() -> str:
 
 
 def _script() -> str:
-    """The script without its comments and indentation."""
-    lines = (line.strip() for line in _asset("_table.js").splitlines())
-    text = "\n".join(line for line in lines if line and not line.startswith("//"))
-    return text.replace("FORMAT", str(FORMAT)).replace("STEPS", str(STEPS))
+    """The script, its three parts in one scope of their own, without comments and indentation."""
+    parts = map(_asset, ("_table_data.js", "_table_picture.js", "_table.js"))
+    lines = (re.sub(r"^\s*//.*|\s//\s.*", "", line).strip() for line in "".join(parts).splitlines())
+    text = "\n".join(filter(None, lines)).replace("FORMAT", str(FORMAT))
+    return f'(()=>{{"use strict";\n{text.replace("STEPS", str(STEPS))}\n}})();'
 
 
 def _asset(name: str) -> str:

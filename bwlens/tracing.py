@@ -218,6 +218,8 @@ def flows_of(
     x, z = (_only(tap, side, candidates, seen) for side, candidates in (("x", tap.x), ("z", tap.z)))
     tokens = None if tap.routing is None else _routed(seen[tap.routing][0], tap.site.expert or 0)
     n_rows = batch.tokens.numel() if tokens is None else len(tokens)
+    if n_rows == 0:  # an expert that no token was sent to
+        return []
     per_head = x.ndim == 4 and tap.site.matrix in ("W_Q", "W_K", "W_V")
     if per_head or {len(as_rows(x)), len(as_rows(z))} != {n_rows}:
         raise NotImplementedError(

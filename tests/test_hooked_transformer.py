@@ -69,3 +69,77 @@ def test_same_as_the_bridge(name, boot):
         assert oracle.relative_error(a[site].x, b[site].x) < 1e-5
         assert oracle.relative_error(a[site].delta, b[site].delta) < 1e-5
     torch.testing.assert_close(a.next_logits.log_softmax(-1), b.next_logits.log_softmax(-1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_frozen_parameters(name):
+    model = tiny.hooked_transformer(name)
+    model.requires_grad_(False)
+    cases.check_every_matrix(model, tiny.hf_model(name), 1e-5, sides=("right",))
+    with torch.no_grad():
+        assert bwlens.capture(model, torch.tensor([5, 9]), 17, ["W_O"])["W_O", 0].delta.any()
+
+
+def test_texts(tokenizer):
+    """With BOS or without, its default included; padding is never asked of the tokenizer."""
+    model = tiny.hooked_transformer("llama", tokenizer=tokenizer)
+    texts = ["t5 t9 t30", "t7 t8"]
+    for prepend_bos, first in ((True, [1]), (False, []), (None, [1])):
+        tokens, mask = cases.padded([[*first, 5, 9, 30], [*first, 7, 8]])
+        a = bwlens.capture(model, texts, " t17", prepend_bos=prepend_bos)
+        b = bwlens.capture(model, tokens, 17, attention_mask=mask)
+        assert torch.equal(a.batch.tokens, b.batch.tokens)
+        assert torch.equal(a["W_in", 0].x, b["W_in", 0].x)
+    model.tokenizer.padding_side = "left"
+    left = bwlens.capture(model, texts, " t17")
+    assert torch.equal(left["W_in", 0].x, a["W_in", 0].x)
+    assert model.tokenizer.padding_side == "left"
+
+
+def test_an_expert_without_tokens_is_left_out(boot):
+    one = torch.tensor([5])
+    hooked = bwlens.capture(tiny.hooked_transformer("mixtral"), one, 17)
+    bridge = bwlens.capture(boot("mixtral"), one, 17)
+    assert set(hooked) == set(bridge)
+    assert len({site.expert for site in hooked if site.layer == 0}) == 2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_flags_of_the_user(name):
+    model, plain = tiny.hooked_transformer(name), tiny.hooked_transformer(name)
+    tokens, matrices = torch.tensor([[5, 9, 30]]), available_matrices(plain)
+    expected = bwlens.capture(plain, tokens, 17, matrices)
+    for flag in ("use_attn_result", "use_hook_mlp_in"):
+        getattr(model, f"set_{flag}")(True)
+        found = bwlens.capture(model, tokens, 17, matrices)
+        for site, gradient in expected.items():
+            assert oracle.relative_error(found[site].dense(), gradient.dense()) < 1e-5
+    model.set_use_split_qkv_input(True)
+    assert len(bwlens.capture(model, tokens, 17)) == 2 * tiny.LAYERS
+    with pytest.raises(NotImplementedError, match=r"W_Q of layer 0: .*_split_qkv_input\(Fal"):
+        bwlens.capture(model, tokens, 17, ("W_Q",))
+
+
+def test_ungrouped_keys_are_the_expanded_weight_s():
+    """With keys and values ungrouped, the matrices are the repeated ones that `W_K` shows."""
+    model = tiny.hooked_transformer("llama")
+    tokens = torch.tensor([[5, 9, 30]])
+    grouped = bwlens.capture(model, tokens, 17, ("W_K", "W_V"))
+    model.set_ungroup_grouped_query_attention(True)
+    ungrouped = bwlens.capture(model, tokens, 17, ("W_K", "W_V"))
+    for site, gradient in grouped.items():
+        heads = (
+            ungrouped[site].dense().reshape(16, 2, 2, 4).sum(2)
+        )  # [d_model, group, head, d_head]
+        assert oracle.relative_error(heads.flatten(1), gradient.dense()) < 1e-5
+
+
+def test_user_hooks_are_respected():
+    model = tiny.hooked_transformer("gpt2")
+    tokens = torch.tensor([[5, 9, 30, 41]])
+    model.add_hook("blocks.1.mlp.hook_post", lambda tensor, hook: tensor * 0.5 + 0.1)
+    (-model(tokens)[:, -1].log_softmax(-1)[:, 17]).sum().backward()
+    found = bwlens.capture(model, tokens, 17, ("W_in", "W_out"), 1)
+    for matrix in ("W_in", "W_out"):
+        expected = getattr(model.blocks[1].mlp, matrix).grad
+        assert oracle.relative_error(found[matrix, 1].dense(), expected) < 1e-5

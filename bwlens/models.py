@@ -6,6 +6,7 @@ does, leaves the loss and every delta alone but changes the x of W_in: `x_raw = 
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,25 +79,23 @@ def _bridge(source: str, is_folder: bool, dtype: Any, device: Any, options: dict
 
 
 def _hooked(source: str, is_folder: bool, dtype: Any, device: Any, options: dict[str, Any]) -> Any:
-    import transformer_lens
-
+    # Untyped, as these names exist on one of the two lines of TransformerLens only.
+    library: Any = import_module("transformer_lens")
     try:
-        HookedTransformer = transformer_lens.HookedTransformer
+        hooked = library.HookedTransformer
     except (ImportError, AttributeError) as error:
         raise NotImplementedError(
             "HookedTransformer was removed in TransformerLens 4; use kind='bridge' (the default),"
             " or install transformer_lens<4"
         ) from error
     if not is_folder:
-        return HookedTransformer.from_pretrained_no_processing(
-            source, dtype=dtype, device=device, **options
-        )
+        return hooked.from_pretrained_no_processing(source, dtype=dtype, device=device, **options)
     # from_pretrained takes official names only; its parts take a folder.
-    from transformer_lens import loading_from_pretrained as loading
     from transformers import AutoTokenizer
 
+    loading: Any = import_module("transformer_lens.loading_from_pretrained")
     cfg = loading.get_pretrained_model_config(source, dtype=dtype, device=device, **options)
-    model = HookedTransformer(cfg, AutoTokenizer.from_pretrained(source))
+    model = hooked(cfg, AutoTokenizer.from_pretrained(source))
     state = loading.get_pretrained_state_dict(source, cfg, dtype=dtype)
     model.load_and_process_state_dict(
         state,

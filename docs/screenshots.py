@@ -22,10 +22,10 @@ def main() -> None:
         page_file = lens.save(Path(folder) / "lens.html")
         chromium = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for scheme, name in (("light", "lens.png"), ("dark", "lens-dark.png")):
+        for dark, name in ((False, "lens.png"), (True, "lens-dark.png")):
             page = browser.new_page(
                 viewport={"width": 900, "height": 580},
-                color_scheme=scheme,
+                color_scheme="dark" if dark else "light",
                 device_scale_factor=2,
             )
             page.goto(page_file.as_uri())

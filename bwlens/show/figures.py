@@ -18,6 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from bwlens.show.colors import ink, shade
 from bwlens.show.words import visible
@@ -170,7 +171,7 @@ def spectrum(
             label=f"{layer} (rank {gradient.rank()})",
         )
     ax.set(xlabel=f"singular value of {matrix}'s gradient", ylabel="relative to the largest")
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain(ax)
     _legend(ax, title="layer")
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bwlens.show import circuits
 from bwlens.show.table import table
@@ -43,7 +43,7 @@ lens may read the norm's bias instead of it.</dd>
 </dl>
 """
 
-_FIGURES = (
+_FIGURES: tuple[tuple[Literal["norms", "target_ranks", "spectrum"], str], ...] = (
     ("norms", "How hard the step pushes: the norm of delta by layer and token."),
     ("target_ranks", "Where the target stands in each reading; the bottom is promoted most."),
     ("spectrum", "Singular values of each layer's gradient: its rank is at most its tokens."),

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [name ...] [--repeats N] [--quick] [--peer PYTHON]`."""
+"""`python -m benchmarks [name ...] [--repeats N] [--quick] [--cpu-time] [--peer PYTHON]`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks.batch import batch
 from benchmarks.capture import capture
 from benchmarks.lens import lens
-from benchmarks.measure import Note, Row
+from benchmarks.measure import Note, Row, count_cpu_seconds
 from benchmarks.model import SMALL, TINY
 from benchmarks.rank import rank
 from benchmarks.readout import readout
@@ -39,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="pairs timed; the median counts (default 7)")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all?")
     parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread's CPU seconds, for a busy machine"
+    )
+    parser.add_argument(
         "--peer", metavar="PYTHON", help="an interpreter with transformer_lens 4.2, for `lens`"
     )
     asked = parser.parse_args(arguments)
@@ -50,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         TINY if asked.quick else SMALL,
         asked.repeats or (2 if asked.quick else 7),
         peer=asked.peer,
+        cpu_time=asked.cpu_time,
     )
+    if asked.cpu_time:
+        count_cpu_seconds()
     console = Console()
     groups = []
     for name in asked.names or BENCHMARKS:
@@ -65,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _table(groups: list[list[Row | Note]], setting: Setting) -> Table:
     table = Table(
         title=f"Random GPT-2: {setting.shape}; {setting.repeats} pairs",
-        caption="Medians of runs in turn; the ratio is the pairs' median, with their quartiles.",
+        caption=f"Medians, in {'CPU seconds of one thread' if setting.cpu_time else 'wall time'};"
+        " the ratio is the median over the pairs, with their quartiles.",
     )
     table.add_column("what")
     for column in ("ours", "reference", "ratio", "target"):

@@ -24,7 +24,7 @@ def lens(setting: Setting) -> list[Row | Note]:
         return bwlens.backward_lens(model, prompt, f" t{TARGET}")
 
     if setting.peer is not None:
-        peer = OtherProcess(setting.peer, setting.shape, setting.seed, prompt)
+        peer = OtherProcess(setting.peer, setting, prompt)
     elif is_here():
         peer = Tool(model, prompt)
     else:

@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import held_bytes, timed
+from benchmarks.measure import count_cpu_seconds, held_bytes, timed
 from benchmarks.model import TARGET, Shape, bridge
+from benchmarks.setting import Setting
 
 
 def is_here() -> bool:
@@ -81,7 +82,7 @@ def _lists(layers: list[Any]) -> dict[str, Any]:
 class OtherProcess:
     """The tool on the same random model in another interpreter, which keeps its own clock."""
 
-    def __init__(self, python: str, shape: Shape, seed: int, prompt: str) -> None:
+    def __init__(self, python: str, setting: Setting, prompt: str) -> None:
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.peer"],
             cwd=Path(__file__).resolve().parents[1],
@@ -89,7 +90,14 @@ class OtherProcess:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._ask({"shape": asdict(shape), "seed": seed, "prompt": prompt})
+        self._ask(
+            {
+                "shape": asdict(setting.shape),
+                "seed": setting.seed,
+                "cpu_time": setting.cpu_time,
+                "prompt": prompt,
+            }
+        )
 
     def seconds(self) -> float:
         """How long one analysis took."""
@@ -128,6 +136,8 @@ def serve() -> None:
         print(json.dumps(value), file=answers, flush=True)
 
     first = json.loads(sys.stdin.readline())
+    if first["cpu_time"]:
+        count_cpu_seconds()
     tool = Tool(bridge(Shape(**first["shape"]), first["seed"]), first["prompt"])
     answer("ready")
     for line in sys.stdin:

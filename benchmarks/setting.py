@@ -20,6 +20,8 @@ class Setting:
     seed: int = 0
     peer: str | None = None
     """An interpreter whose TransformerLens still has its own `BackwardLens`."""
+    cpu_time: bool = False
+    """One thread's CPU seconds are counted, in the peer too."""
 
     @cached_property
     def model(self) -> Any:

@@ -94,7 +94,13 @@ def _hooked(source: str, is_folder: bool, dtype: Any, device: Any, options: dict
     from transformers import AutoTokenizer
 
     loading: Any = import_module("transformer_lens.loading_from_pretrained")
-    cfg = loading.get_pretrained_model_config(source, dtype=dtype, device=device, **options)
+    try:
+        cfg = loading.get_pretrained_model_config(source, dtype=dtype, device=device, **options)
+    except AttributeError as error:
+        raise ValueError(
+            f"HookedTransformer cannot be made from the config.json of {source!r}: {error}; add"
+            f" what is missing there, or use kind='bridge'"
+        ) from error
     model = hooked(cfg, AutoTokenizer.from_pretrained(source))
     state = loading.get_pretrained_state_dict(source, cfg, dtype=dtype)
     model.load_and_process_state_dict(

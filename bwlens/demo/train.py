@@ -121,6 +121,7 @@ def save_model(model: GPT2LMHeadModel, out: Path) -> None:
     (out / "model.safetensors").chmod(0o644)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = "float32"
+    config["n_ctx"] = config["n_positions"]  # GPT-2's own name for it, which HookedTransformer asks
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -118,9 +118,8 @@ def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_in_eval_mode(model))
-        for point in sorted(
-            points, key=lambda point: point.branch
-        ):  # the stream, then its branches
+        # Where a branch leaves the stream, the stream is noted first.
+        for point in sorted(points, key=lambda point: point.branch):
             handle = point.module.register_forward_hook(note(point), with_kwargs=True)
             stack.callback(handle.remove)
         # Where every parameter is frozen the graph needs a root, below the embedding's hook points.

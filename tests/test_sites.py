@@ -54,6 +54,14 @@ def test_taps_of_a_mixture(bridge):
         assert list(tap.weights) == [parameter]
 
 
+def test_a_gate_alone_is_a_router(boot):
+    """W_gate is a gate only beside a W_in."""
+    model = boot("llama")
+    for block in model.blocks:
+        del block.mlp._modules["in"]
+    assert available_matrices(model) == ("W_out", "W_Q", "W_K", "W_V", "W_O")
+
+
 def test_sites_read_well_and_sort():
     assert str(Site("W_in", 3)) == "W_in of layer 3"
     assert str(Site("W_in", 3, 7)) == "W_in of layer 3, expert 7"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice, product
 
 import torch
 
@@ -41,6 +42,16 @@ HOSTILE = (
     "x" * 60,
 )
 """Tokens that break careless pages."""
+
+
+def words_alike(n: int = 50257) -> list[str]:
+    """Words of two to four syllables, as many as a vocabulary has."""
+    ends = ("a", "e", "i", "o", "u", "an", "er")
+    syllables = [start + end for start in "bcdfghklmnprstvw" for end in ends]
+    return [
+        f" {''.join(word)}"
+        for word in islice(product(syllables, syllables, syllables), 0, None, 27)
+    ][:n]
 
 
 def fake_lens(

@@ -1,6 +1,5 @@
 // The lens table, first part: small helpers, and the data of a lens unpacked.
 
-const ARRAYS = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array };
 const ENDS = ["promoted", "suppressed"];
 
 function make(tag, className, ...children) {
@@ -66,21 +65,34 @@ function decode(lens) {
     best: (state, end, cell) => array(reading(state)[end].ids)[cell * k],
     word: (index) => words[index],
     list(state, end, cell) {
-      const { ids, scores, low, high } = reading(state)[end];
+      const { ids, scores, low, step } = reading(state)[end];
       const found = [];
       for (let at = cell * k; at < cell * k + k && array(ids)[at]; at++) {
-        const score = low + (array(scores)[at] * (high - low)) / 65535;
-        found.push({ index: array(ids)[at], score });
+        found.push({ index: array(ids)[at], score: low + array(scores)[at] * step });
       }
       return found;
     },
   };
 }
 
+// "f4:" and floats, or "u14:" and integers of fourteen bits each, in base64.
 function numbers(blob) {
-  const text = blob.slice(3);
+  const [kind, text] = blob.split(":");
   const bytes = Uint8Array.fromBase64?.(text) ?? bytesOf(atob(text));
-  return new ARRAYS[blob.slice(0, 2)](bytes.buffer);
+  return kind === "f4" ? new Float32Array(bytes.buffer) : integers(bytes, Number(kind.slice(1)));
+}
+
+function integers(bytes, width) {
+  const found = new Uint32Array(Math.floor((bytes.length * 8) / width));
+  let held = 0; // bits that are read and not yet used, and their number
+  let many = 0;
+  for (let at = 0, next = 0; at < found.length; at++) {
+    for (; many < width; many += 8) held = (held << 8) | bytes[next++];
+    many -= width;
+    found[at] = held >>> many;
+    held &= (1 << many) - 1;
+  }
+  return found;
 }
 
 function bytesOf(text) {

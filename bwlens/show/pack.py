@@ -1,8 +1,9 @@
 """A lens packed for a page: each word once, ids and scores as short arrays in base64.
 
 A cell has twenty words and a table thousands of cells, so plain JSON would be several megabytes.
-Ids point into the list of words and take two bytes; scores take two bytes within their own range
-(an error of at most 1/131070 of that range); readings that two matrices share are stored once.
+Ids point into the list of words and take as many bits as it needs, some twelve to fifteen; scores
+take sixteen bits within their own range (an error of at most 1/131070 of it); readings that two
+matrices share are stored once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 ENDS = ("promoted", "suppressed")
 _SHARED = 15  # letters at most that a word takes from the one before
 _PLAIN = re.compile(" ?[!-~]+").fullmatch  # what shows as it is; most words do
+_STEPS = 2**16 - 1
 READING = {False: "raw", True: "normalised"}
 
 
@@ -139,31 +141,34 @@ def _front_coded(words: Sequence[str]) -> list[str]:
 
 
 class _Blobs:
-    """Arrays as text, little-endian, each stored once: `type:base64`."""
+    """Arrays as text, each stored once: `f4:base64` are floats, `u14:base64` 14-bit integers."""
 
     def __init__(self) -> None:
         self.held: list[str] = []
         self._at: dict[str, int] = {}
 
     def integers(self, values: np.ndarray) -> int:
-        top = int(values.max(initial=0))
-        return self._add("u1" if top < 256 else "u2" if top < 65536 else "u4", values)
+        """Each in as many bits as the largest needs, the highest bit first."""
+        width = max(1, int(values.max(initial=0)).bit_length())
+        whole = values.astype("u4").reshape(-1, 1)
+        bits = (whole >> np.arange(width - 1, -1, -1, dtype="u4")) & 1
+        return self._add(f"u{width}", np.packbits(bits.astype(bool)))
 
     def floats(self, values: Tensor) -> int:
         wide = _numpy(values).astype("f8")
         # A norm too short for four bytes must not turn into "no gradient".
         tiny = np.where(wide > 0, np.float64(np.finfo("f4").smallest_subnormal), 0.0)
-        return self._add("f4", np.maximum(wide, tiny).clip(max=np.finfo("f4").max))
+        return self._add("f4", np.maximum(wide, tiny).clip(max=np.finfo("f4").max).astype("<f4"))
 
     def scores(self, values: np.ndarray) -> dict[str, Any]:
         finite = values[np.isfinite(values)].astype("f8")
         low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-        steps = 65535 / (high - low) if high > low else 0.0
-        places = np.nan_to_num((values - low) * steps).clip(0, 65535).round()
-        return {"scores": self._add("u2", places), "low": low, "high": high}
+        steps = _STEPS / (high - low) if high > low else 0.0
+        places = np.nan_to_num((values - low) * steps).clip(0, _STEPS).round()
+        return {"scores": self.integers(places), "low": low, "step": (high - low) / _STEPS}
 
     def _add(self, kind: str, values: np.ndarray) -> int:
-        text = f"{kind}:{b64encode(values.astype('<' + kind).tobytes()).decode()}"
+        text = f"{kind}:{b64encode(values.tobytes()).decode()}"
         if text not in self._at:
             self._at[text] = len(self.held)
             self.held.append(text)

@@ -271,7 +271,5 @@ def test_a_loss_that_reads_too_little(boot):
         return out.square().sum((1, 2))
 
     assert len(bwlens.capture(model, TOKENS, early, layers=[0, 1])) == 4
-    with pytest.raises(
-        ValueError, match=r"depend on W_in of layer 2, so .* ask for other"
-    ):
+    with pytest.raises(ValueError, match=r"depend on W_in of layer 2, so .* ask for other"):
         bwlens.capture(model, TOKENS, early)

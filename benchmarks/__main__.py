@@ -20,6 +20,7 @@ from benchmarks.model import SMALL, TINY
 from benchmarks.rank import rank
 from benchmarks.readout import readout
 from benchmarks.setting import Setting
+from benchmarks.table import table
 
 BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "capture": capture,
@@ -27,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "lens": lens,
     "rank": rank,
     "batch": batch,
+    "table": table,
 }
 
 
@@ -62,28 +64,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in asked.names or BENCHMARKS:
         with console.status(name):
             groups.append(BENCHMARKS[name](setting))
-    console.print(_table(groups, setting))
+    console.print(_printed(groups, setting))
     notes = [one.text for group in groups for one in group if isinstance(one, Note)]
     for note in [*notes, _conditions()]:
         console.print(note, highlight=False, markup=False)
 
 
-def _table(groups: list[list[Row | Note]], setting: Setting) -> Table:
-    table = Table(
+def _printed(groups: list[list[Row | Note]], setting: Setting) -> Table:
+    rows = Table(
         title=f"Random GPT-2: {setting.shape}; {setting.repeats} pairs",
         caption=f"Medians, in {'CPU seconds of one thread' if setting.cpu_time else 'wall time'};"
         " the ratio is the median over the pairs, with their quartiles.",
     )
-    table.add_column("what")
+    rows.add_column("what")
     for column in ("ours", "reference", "ratio", "target"):
-        table.add_column(column, justify="right")
-    table.add_column("met?", justify="center")
+        rows.add_column(column, justify="right")
+    rows.add_column("met?", justify="center")
     for group in groups:
         for row in group:
             if isinstance(row, Row):
-                table.add_row(*_cells(row, setting))
-        table.add_section()
-    return table
+                rows.add_row(*_cells(row, setting))
+        rows.add_section()
+    return rows
 
 
 def _cells(row: Row, setting: Setting) -> list[str]:

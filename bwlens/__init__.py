@@ -1,5 +1,6 @@
 """Read what a language model learns: the Backward Lens for TransformerLens."""
 
+from bwlens import show as show
 from bwlens.capture import Gradients as Gradients
 from bwlens.capture import capture as capture
 from bwlens.capture import vjps as vjps

@@ -10,6 +10,7 @@ WORDS = {
     "lens": "BackwardLens",
     "rank": "svdvals",
     "batch": "one by one",
+    "table": "table, build",
 }
 
 

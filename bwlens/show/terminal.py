@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bwlens.show.colors import css, ink, shade
-from bwlens.show.words import visible
+from bwlens.show.words import spaced, visible
 
 if TYPE_CHECKING:
     from bwlens.lens import BackwardLens
@@ -69,7 +69,7 @@ def heading(lens: BackwardLens, matrix: str) -> Group:
     """The prompt with its subject underlined, the target, the model's answer, what is shown."""
     line = Text()
     for pos, token in enumerate(lens.tokens[: lens.n_prompt]):
-        line.append(token, Style(underline=pos in lens.subject, bold=pos in lens.subject))
+        line.append(spaced(token), Style(underline=pos in lens.subject, bold=pos in lens.subject))
     if lens.target:
         line.append(" → ", "dim")
         line.append(visible(lens.target), "bold green")

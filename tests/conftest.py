@@ -16,6 +16,8 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.browser import chromium as chromium
+from tests.browser import show as show
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -11,8 +11,6 @@ from bwlens.show.report import report
 from bwlens.show.words import visible
 from tests.fake_lens import HOSTILE, fake_lens
 
-pytest_plugins = ("tests.browser",)
-
 
 @pytest.fixture(scope="module")
 def lens():

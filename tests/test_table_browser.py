@@ -13,8 +13,6 @@ from bwlens.show.table import assets, page, table, widget
 from bwlens.show.words import visible
 from tests.fake_lens import HOSTILE, fake_lens
 
-pytest_plugins = ("tests.browser",)
-
 LAYERS, TOKENS = 4, 5
 
 

@@ -70,10 +70,11 @@ def test_a_target_that_merges_with_its_prompt(stories):
     """Where prompt and target share a token, the target's own tokens follow the prompt's."""
     model, prompt = stories.bridge, "Once upon a ti"
     alone = stories.ids(prompt)
-    assert stories.ids(prompt + "me")[: len(alone)] != alone
-    batch = make_batch(model, prompt, "me")
-    assert batch.tokens[0, : len(alone)].tolist() == alone
-    assert batch.targets[0] == tuple(stories.ids("me")[1:])
+    for target in ("me", "me, there was"):
+        assert stories.ids(prompt + target)[: len(alone)] != alone
+        batch = make_batch(model, prompt, target)
+        assert batch.tokens[0, : len(alone)].tolist() == alone
+        assert batch.targets[0] == tuple(stories.ids(target)[1:])
 
 
 # Bad input. `unchecked` is a user without run-time checks of the signatures.

@@ -26,7 +26,7 @@ from torch import Tensor
 from bwlens.sites import Head, head_of
 
 _BLOCK = 128  # The k best of a row lie in the k blocks with the best maxima.
-_TILE = 4096  # Vocabulary columns scored at a time: rows x tile stays in the cache.
+_TILE = 2048  # Vocabulary columns scored at a time: rows x tile stays in the cache.
 _SORT = 64  # From this many targets on, one sort of a row is cheaper than counting for each.
 _TRUSTED = 0.9  # Shrinkage below which a bias may speak louder than the vector.
 
@@ -222,7 +222,7 @@ def _plan(head: Head, top_k: int, targets: Tensor, max_memory: int) -> tuple[int
     d_model, d_vocab = head.W_U.shape
     item = _score_dtype(head).itemsize
     width = min(_TILE, max(1, max_memory // (8 * d_model * item * _BLOCK)) * _BLOCK)
-    tiles = 4 * item * min(width, d_vocab)
+    tiles = 6 * item * min(width, d_vocab)
     ends = (3 * 8 + 2 * item) * _candidates(d_vocab, top_k)
     ranks = (8 + item) * d_vocab if targets.shape[1] > _SORT else 0
     per_row = item * (d_vocab + 8 * d_model) + 32 * targets.shape[1] + max(tiles, ends, ranks)
@@ -293,13 +293,13 @@ def _score_rows(
     normalizer = scores.new_full((len(rows),), -float("inf"))
     for tile in _tiles(head, rows, scores, width):
         if blocked:
-            whole = tile[:, : tile.shape[1] // _BLOCK * _BLOCK].unflatten(1, (-1, _BLOCK))
-            highs.append(whole.amax(2))
-            lows.append(whole.amin(2))
+            whole = tile[: len(tile) // _BLOCK * _BLOCK].unflatten(0, (-1, _BLOCK))
+            highs.append(whole.amax(1))
+            lows.append(whole.amin(1))
         if log_probs:
-            normalizer = torch.logaddexp(normalizer, _final(head, tile).logsumexp(1))
-    top = _ends(scores, torch.cat(highs, 1) if blocked else None, k, largest=True)
-    bottom = _ends(scores, torch.cat(lows, 1) if blocked else None, k, largest=False)
+            normalizer = torch.logaddexp(normalizer, _final(head, tile).logsumexp(0))
+    top = _ends(scores, torch.cat(highs).T if blocked else None, k, largest=True)
+    bottom = _ends(scores, torch.cat(lows).T if blocked else None, k, largest=False)
     found = {
         "top_ids": top,
         "top_scores": _final(head, scores.gather(1, top)),
@@ -312,16 +312,23 @@ def _score_rows(
 
 
 def _tiles(head: Head, rows: Tensor, out: Tensor, width: int) -> Iterator[Tensor]:
-    """Fill `out` with norm(rows) W_U + b_U, tile by tile of columns, and hand over each tile."""
-    hidden = head.norm(rows[:, None])[:, 0].to(out.dtype)
+    """Fill `out` with norm(rows) W_U + b_U, and hand over each tile of it, [columns, n].
+
+    The product is taken transposed: a tall matrix times a narrow one is a quarter faster on CPUs,
+    and so are the extremes of a tile.
+    """
+    hidden = head.norm(rows[:, None])[:, 0].to(out.dtype).T
     b_U = None if head.b_U is None or not head.b_U.any() else head.b_U.to(out.dtype)
+    buffer = out.new_empty(min(width, out.shape[1]), len(rows))
     for start in range(0, out.shape[1], width):
         columns = slice(start, start + width)
-        tile, W_U = out[:, columns], head.W_U[:, columns].to(out.dtype)
+        W_U = head.W_U[:, columns].to(out.dtype).T
+        tile = buffer[: len(W_U)]
         if b_U is None:
-            torch.mm(hidden, W_U, out=tile)
+            torch.mm(W_U, hidden, out=tile)
         else:
-            torch.addmm(b_U[columns], hidden, W_U, out=tile)
+            torch.addmm(b_U[columns, None], W_U, hidden, out=tile)
+        out[:, columns] = tile.T
         yield tile
 
 

@@ -120,9 +120,9 @@ def test_bridge_and_hooked_transformer_agree(name, processed, boot):
     expected = bwlens.vjps(hooked, TOKENS, 17, names)
     assert_close(bwlens.vjps(model, TOKENS, 17, names), expected)
     if name == "gpt2":  # HookedTransformer's ln1 runs three times
-        norms = full(["ln1.hook_normalized", "ln2.hook_normalized"])
-        a, b = (bwlens.vjps(m, TOKENS, 17, norms) for m in (hooked, model))
-        assert_close(a, b)
+        for others in (["ln1.hook_normalized", "ln2.hook_normalized"], ["hook_attn_in"]):
+            a, b = (bwlens.vjps(m, TOKENS, 17, full(others)) for m in (hooked, model))
+            assert_close(a, b)
     once = full(STREAM + INSIDE[:2] + INSIDE[4:])  # its own hooks, where they fire once
     assert_close({n: expected[n] for n in once}, own_backward_hooks(hooked, once))
 

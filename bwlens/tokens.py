@@ -21,8 +21,11 @@ def subject_positions(
     start = prompt.rfind(subject) if subject.strip() else -1
     if start < 0:
         raise ValueError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
-    stop = start + len(subject)
-    offsets = token_offsets(model, prompt, prepend_bos)
+    return span_positions(token_offsets(model, prompt, prepend_bos), start, start + len(subject))
+
+
+def span_positions(offsets: Sequence[tuple[int, int]], start: int, stop: int) -> tuple[int, ...]:
+    """Positions of the tokens that hold some of the characters [start, stop)."""
     return tuple(index for index, (low, high) in enumerate(offsets) if low < stop and high > start)
 
 
@@ -32,6 +35,18 @@ def token_offsets(
     """The stretch of characters [start, stop) of each token; (0, 0) for BOS.
 
     A token's leading white space is not counted as part of its stretch.
+    """
+    lead, offsets = prompt_offsets(model, prompt, prepend_bos)
+    return [(0, 0)] * lead + offsets
+
+
+def prompt_offsets(
+    model: Any, prompt: str, prepend_bos: bool | None = None
+) -> tuple[int, list[tuple[int, int]]]:
+    """How many tokens stand before the prompt's own (BOS), and the stretch of each of its own.
+
+    Raises:
+        NotImplementedError: The tokenizer gives no offsets (it is not a fast one).
     """
     if not getattr(model.tokenizer, "is_fast", False):
         raise NotImplementedError(
@@ -45,7 +60,7 @@ def token_offsets(
         raise NotImplementedError(
             "the tokenizer's offsets do not match the model's own tokens; pass prepend_bos=False"
         )
-    offsets = [(0, 0)] * lead
+    offsets: list[tuple[int, int]] = []
     for name, (low, high) in zip(encoding.tokens(), encoding["offset_mapping"], strict=True):
         piece = prompt[low:high]
         # SentencePiece puts a space before the first word, and says it stands where that begins.
@@ -53,7 +68,7 @@ def token_offsets(
             offsets.append((low, low))
         else:
             offsets.append((low + len(piece) - len(piece.lstrip()), high))
-    return offsets
+    return lead, offsets
 
 
 def text_to_ids(model: Any, text: str, prepend_bos: bool | None) -> list[int]:

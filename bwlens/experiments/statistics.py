@@ -1,0 +1,106 @@
+"""Means over prompts with bootstrap confidence intervals, many groups at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RESAMPLES = 1000
+"""Number of bootstrap resamples."""
+
+
+class MeanCI(NamedTuple):
+    """Means of groups with the ends of their intervals; nan for a group without values."""
+
+    mean: Float[np.ndarray, " groups"]
+    low: Float[np.ndarray, " groups"]
+    high: Float[np.ndarray, " groups"]
+    n: Int[np.ndarray, " groups"]
+
+
+def mean_ci(
+    values: Float[np.ndarray, "prompts groups"], level: float = 0.95, seed: int = 0
+) -> MeanCI:
+    """The mean of each column over the prompts that have a value, with its bootstrap interval.
+
+    The percentile bootstrap: prompts are drawn with replacement, all columns of a prompt together,
+    and the interval holds the middle `level` of the resampled means. nan marks a missing value.
+
+    Raises:
+        ValueError: `level` is not between 0 and 1.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
+
+    >>> mean_ci(np.array([[1.0], [1.0], [1.0]])).high
+    array([1.])
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; expected a share between 0 and 1, such as 0.95")
+    there = ~np.isnan(values)
+    filled = np.where(there, values, 0.0)
+    counts = there.sum(0)
+    n_prompts = len(values)
+    if n_prompts == 0:
+        blank = np.full(values.shape[1], np.nan)
+        return MeanCI(blank, blank, blank, counts)
+    # How often each prompt is drawn: the means of all groups are then one matrix product.
+    draws = np.random.default_rng(seed).multinomial(
+        n_prompts, np.full(n_prompts, 1 / n_prompts), size=RESAMPLES
+    )
+    draws = draws.astype(float)  # products of integers are not left to BLAS
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = filled.sum(0) / counts
+        means = (draws @ filled) / (draws @ there.astype(float))
+    ends = np.full((2, values.shape[1]), np.nan)
+    if (some := counts > 0).any():
+        tail = (1 - level) / 2
+        ends[:, some] = np.nanquantile(means[:, some], (tail, 1 - tail), axis=0)
+    # Where all values are alike, rounding must not put the mean outside its interval.
+    return MeanCI(mean, np.fmin(ends[0], mean), np.fmax(ends[1], mean), counts)
+
+
+def summarize(
+    rows: pd.DataFrame,
+    by: Sequence[str],
+    values: Sequence[str],
+    unit: str = "item",
+    level: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The mean over prompts of each value in each group, tidy, with counts and intervals.
+
+    Args:
+        rows: Tidy rows; several of one prompt in one group are averaged first, so that each
+            prompt has one vote.
+        by: Columns that make a group.
+        values: Columns to average; nan is no value.
+        unit: The column that names the prompt.
+        level: Share of the resampled means that an interval holds.
+        seed: Of the bootstrap.
+
+    Returns:
+        Columns `by`, then `quantity`, `mean`, `low`, `high`, `n` (prompts with a value).
+    """
+    import pandas as pd
+
+    frames = []
+    by = list(by)
+    for value in values:
+        table = rows.pivot_table(
+            index=unit, columns=by, values=value, aggfunc="mean", dropna=False, sort=False,
+            observed=True,
+        )  # fmt: skip
+        found = mean_ci(table.to_numpy(dtype=float), level, seed)
+        groups = table.columns.to_frame(index=False)
+        groups.columns = by
+        groups["quantity"] = value
+        for name, column in found._asdict().items():
+            groups[name] = column
+        frames.append(groups[groups["n"] > 0])
+    return pd.concat(frames, ignore_index=True)

@@ -4,6 +4,9 @@ from bwlens import show as show
 from bwlens.capture import Gradients as Gradients
 from bwlens.capture import capture as capture
 from bwlens.capture import vjps as vjps
+from bwlens.evaluate.records import Record as Record
+from bwlens.evaluate.records import Records as Records
+from bwlens.evaluate.records import read_records as read_records
 from bwlens.gradients import LowRankGradient as LowRankGradient
 from bwlens.lens import BackwardLens as BackwardLens
 from bwlens.lens import backward_lens as backward_lens

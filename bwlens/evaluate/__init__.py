@@ -1,0 +1,6 @@
+"""Does an edit do what it should, and nothing else? Records, metrics and the harness."""
+
+from bwlens.evaluate.records import Problem as Problem
+from bwlens.evaluate.records import Record as Record
+from bwlens.evaluate.records import Records as Records
+from bwlens.evaluate.records import read_records as read_records

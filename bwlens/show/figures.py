@@ -1,42 +1,25 @@
-"""Static figures for papers: the lens table, norms, target ranks, spectra (matplotlib).
+"""Static figures of a lens for papers: the table, norms, target ranks, spectra (matplotlib).
 
-Each function takes a lens and an optional `ax` and returns the `Figure`. Sizes are in inches, made
-for one column (3.3) by default; text is set as text, never as mathematics, and characters that the
-font lacks are written by their code rather than as empty boxes.
+Each function takes a lens and an optional `ax` and returns the `Figure`.
 """
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any, Literal
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from bwlens.show import drawing
 from bwlens.show.colors import ink, shade
+from bwlens.show.drawing import COLUMN, LINES, SCALE, STYLES, TARGET, drawable
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
     from bwlens.lens import BackwardLens
-
-COLUMN = 3.3
-"""Width of one column of a two-column page, in inches."""
-
-SCALE = LinearSegmentedColormap.from_list(
-    "bwlens", [tuple(c / 255 for c in shade(step / 64)) for step in range(65)]
-)
-"""The sequential colours of every picture of bwlens."""
-
-# Colours of the Okabe-Ito set, which colour-blind readers can tell apart.
-_TARGET, _LINES = "#d55e00", ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-_STYLES = ("-", "--", "-.", ":")
 
 
 def table(
@@ -55,7 +38,7 @@ def table(
     words = lens.words(which, matrix)
     norms = lens.norms(matrix).double().numpy()
     n_layers, n_pos = norms.shape
-    figure, ax = _axes(ax, (width, max(1.0, 0.17 * n_layers + 0.75)))
+    figure, ax = drawing.axes(ax, (width, max(1.0, 0.17 * n_layers + 0.75)))
     top = norms.max() or 1.0
     target = lens.target_tokens[0] if lens.target_tokens else None
     texts = []
@@ -71,16 +54,16 @@ def table(
             texts.append(_write(ax, pos, at, word, color=front, ha="center", va="center_baseline"))
             if words[at][pos][0] == target:
                 frame = Rectangle((pos - 0.47, at - 0.45), 0.94, 0.9, fill=False, lw=1.0)
-                frame.set_edgecolor(_TARGET)
+                frame.set_edgecolor(TARGET)
                 ax.add_patch(frame)
     ax.set(xlim=(-0.5, n_pos - 0.5), ylim=(-0.5, n_layers - 0.5), ylabel="layer")
     _tokens_below(ax, lens)
     step = max(1, n_layers // 12)
     ax.set_yticks(range(0, n_layers, step), [str(k) for k in lens.layers[::step]])
-    _plain(ax)
+    drawing.plain(ax)
     for side in ax.spines.values():
         side.set_visible(False)
-    _scale_bar(figure, ax, top, f"norm of $\\delta$, {matrix}")
+    drawing.scale_bar(figure, ax, top, f"norm of $\\delta$, {matrix}")
     _fit(figure, ax, texts, n_pos)
     return figure
 
@@ -97,14 +80,14 @@ def norms(
     Source: Backward Lens, figures 5 and 16-17.
     """
     values = lens.norms(matrix, of).double().numpy()
-    figure, ax = _axes(ax, (width, 2.2))
+    figure, ax = drawing.axes(ax, (width, 2.2))
     ax.imshow(values, origin="lower", aspect="auto", cmap=SCALE, vmin=0, vmax=values.max() or 1.0)
     _tokens_below(ax, lens)
     _layers_beside(ax, lens)
     ax.set_ylabel("layer")
-    _plain(ax)
+    drawing.plain(ax)
     name = "\\delta" if of == "delta" else "x"
-    _scale_bar(figure, ax, values.max() or 1.0, f"norm of ${name}$, {matrix}")
+    drawing.scale_bar(figure, ax, values.max() or 1.0, f"norm of ${name}$, {matrix}")
     return figure
 
 
@@ -120,27 +103,27 @@ def target_ranks(
     """
     ranks = lens.target_ranks(matrix).double().numpy()
     ranks = np.where(ranks < 0, np.nan, ranks)
-    figure, ax = _axes(ax, (width, 2.3))
+    figure, ax = drawing.axes(ax, (width, 2.3))
     for pos, token in enumerate(lens.tokens):
         last = pos == lens.n_prompt - 1
         ax.plot(
             lens.layers,
             ranks[:, pos],
-            color="black" if last else _LINES[pos % len(_LINES)],
-            linestyle="-" if last else _STYLES[pos // len(_LINES) % len(_STYLES)],
+            color="black" if last else LINES[pos % len(LINES)],
+            linestyle="-" if last else STYLES[pos // len(LINES) % len(STYLES)],
             linewidth=1.6 if last else 0.9,
             marker="o",
             markersize=2.2,
-            label=_label(f"{pos} {visible(token)}"),
+            label=drawing.label(f"{pos} {visible(token)}"),
             zorder=3 if last else 2,
         )
-    ax.set(xlabel="layer", ylabel=f"rank of {_label(visible(lens.target))}, {matrix}")
+    ax.set(xlabel="layer", ylabel=f"rank of {drawing.label(visible(lens.target))}, {matrix}")
     ax.yaxis.label.set_parse_math(False)
     # The rank's own order: the most probable word stands at the top.
     ax.set_ylim(lens.d_vocab * 1.04, -lens.d_vocab * 0.04)
     _layers_below(ax, lens)
-    _plain(ax)
-    _legend(ax)
+    drawing.plain(ax)
+    drawing.legend(ax)
     return figure
 
 
@@ -151,7 +134,7 @@ def spectrum(
 
     Source: Backward Lens, Lemma 4.1 and figure 3.
     """
-    figure, ax = _axes(ax, (width, 2.3))
+    figure, ax = drawing.axes(ax, (width, 2.3))
     floor = 1e-9
     n_layers = len(lens.layers)
     for at, layer in enumerate(lens.layers):
@@ -172,61 +155,17 @@ def spectrum(
         )
     ax.set(xlabel=f"singular value of {matrix}'s gradient", ylabel="relative to the largest")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain(ax)
-    _legend(ax, title="layer")
+    drawing.plain(ax)
+    drawing.legend(ax, title="layer")
     return figure
-
-
-def drawable(text: str) -> str:
-    """The text, with characters that the figure's fonts lack written by their code, as <65E5>."""
-    charmaps = [
-        get_font(findfont(FontProperties(family=[family]))).get_charmap()
-        for family in mpl.rcParams["font.family"]
-    ]
-    return "".join(
-        c if any(ord(c) in charmap for charmap in charmaps) else f"<{ord(c):X}>" for c in text
-    )
-
-
-class _Drawing(Figure):
-    """A figure that shows itself in a notebook, whether or not pyplot was ever imported."""
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        held = io.BytesIO()
-        self.savefig(held, format="png", dpi=220)
-        width, height = (round(110 * inches) for inches in self.get_size_inches())
-        return held.getvalue(), {"width": width, "height": height}
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The axes given, or new ones in a figure that no global state keeps."""
-    if ax is not None:
-        figure = ax.figure
-        assert isinstance(figure, Figure)
-        return figure, ax
-    figure = _Drawing(figsize=size, layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _write(ax: Axes, x: int, y: int, text: str, **style: Any) -> Any:
     return ax.text(x, y, drawable(text), fontsize=6, parse_math=False, clip_on=True, **style)
 
 
-def _label(text: str, longest: int = 16) -> str:
-    text = drawable(text)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def _plain(ax: Axes) -> None:
-    ax.tick_params(labelsize=6, length=2, width=0.5, pad=2)
-    for label in (ax.xaxis.label, ax.yaxis.label):
-        label.set_fontsize(7)
-    for side in ax.spines.values():
-        side.set_linewidth(0.5)
-
-
 def _tokens_below(ax: Axes, lens: BackwardLens) -> None:
-    labels = [_label(visible(token)) for token in lens.tokens]
+    labels = [drawing.label(visible(token)) for token in lens.tokens]
     long = sum(map(len, labels)) > 42 or len(labels) > 8
     ax.set_xticks(
         range(len(labels)), labels, rotation=60 if long else 0, ha="right" if long else "center"
@@ -246,26 +185,6 @@ def _layers_beside(ax: Axes, lens: BackwardLens) -> None:
 
 def _layers_below(ax: Axes, lens: BackwardLens) -> None:
     ax.set_xticks(list(lens.layers[:: max(1, len(lens.layers) // 8)]))
-
-
-def _scale_bar(figure: Figure, ax: Axes, top: float, label: str) -> None:
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(0, top), SCALE), ax=ax, fraction=0.05, pad=0.02, aspect=24
-    )
-    bar.ax.tick_params(labelsize=5, length=1.5, width=0.4, pad=1)
-    bar.set_label(label, fontsize=6)
-    for side in bar.ax.spines.values():
-        side.set_linewidth(0.4)
-
-
-def _legend(ax: Axes, title: str | None = None) -> None:
-    many = len(ax.get_lines()) > 8
-    legend = ax.legend(
-        title=title, fontsize=5, title_fontsize=5, frameon=False, ncols=1 + many,
-        loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4, columnspacing=0.8,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)
 
 
 def _fit(figure: Figure, ax: Axes, texts: list[Any], n_pos: int) -> None:

@@ -1,0 +1,200 @@
+"""What every static figure shares: sizes, colours, plain axes, and text as text (matplotlib).
+
+Sizes are in inches, made for one column (3.3) by default; text is set as text, never as
+mathematics, and characters that the font lacks are written by their code rather than as empty
+boxes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import MaxNLocator
+
+from bwlens.show.colors import shade
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMN = 3.3
+"""Width of one column of a two-column page, in inches."""
+
+SCALE = LinearSegmentedColormap.from_list(
+    "bwlens", [(r / 255, g / 255, b / 255) for r, g, b in (shade(k / 64) for k in range(65))]
+)
+"""The sequential colours of every picture of bwlens."""
+
+LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
+"""Colours of the Okabe-Ito set, which colour-blind readers can tell apart."""
+
+TARGET = "#d55e00"
+"""The mark of the target."""
+
+STYLES = ("-", "--", "-.", ":")
+"""Line styles, for more lines than there are colours."""
+
+
+def drawable(text: str) -> str:
+    """The text, with characters that the figure's fonts lack written by their code, as <65E5>."""
+    charmaps = [
+        get_font(findfont(FontProperties(family=[family]))).get_charmap()
+        for family in mpl.rcParams["font.family"]
+    ]
+    return "".join(
+        c if any(ord(c) in charmap for charmap in charmaps) else f"<{ord(c):X}>" for c in text
+    )
+
+
+class Drawing(Figure):
+    """A figure that shows itself in a notebook, whether or not pyplot was ever imported."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        held = io.BytesIO()
+        self.savefig(held, format="png", dpi=220)
+        width, height = (round(110 * inches) for inches in self.get_size_inches())
+        return held.getvalue(), {"width": width, "height": height}
+
+
+def axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
+    """The axes given, or new ones in a figure that no global state keeps."""
+    if ax is not None:
+        figure = ax.figure
+        assert isinstance(figure, Figure)
+        return figure, ax
+    figure = Drawing(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def label(text: str, longest: int = 16) -> str:
+    """The text as a label: drawable, and shortened with an ellipsis."""
+    text = drawable(text)
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def plain(ax: Axes) -> None:
+    """Small type and thin lines, as a column of a paper wants them."""
+    ax.tick_params(labelsize=6, length=2, width=0.5, pad=2)
+    for name in (ax.xaxis.label, ax.yaxis.label):
+        name.set_fontsize(7)
+    for side in ax.spines.values():
+        side.set_linewidth(0.5)
+
+
+def scale_bar(
+    figure: Figure, ax: Axes, top: float, name: str, low: float = 0.0, cmap: Any = SCALE
+) -> None:
+    """The colours' scale beside the axes, from `low` to `top`."""
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(low, top), cmap), ax=ax, fraction=0.05, pad=0.02, aspect=24
+    )
+    bar.ax.tick_params(labelsize=5, length=1.5, width=0.4, pad=1)
+    bar.set_label(name, fontsize=6)
+    for side in bar.ax.spines.values():
+        side.set_linewidth(0.4)
+
+
+def legend(ax: Axes, title: str | None = None, columns: int | None = None) -> None:
+    """The lines' names, at the right of the axes."""
+    held = ax.legend(
+        title=title, fontsize=5, title_fontsize=5, frameon=False,
+        ncols=columns or 1 + (len(ax.get_lines()) > 8),
+        loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4, columnspacing=0.8,
+    )  # fmt: skip
+    for text in held.get_texts():
+        text.set_parse_math(False)
+
+
+def panels(
+    summary: pd.DataFrame,
+    titles: Sequence[str],
+    rows: Sequence[Any],
+    line: str,
+    order: Sequence[str],
+    ylabel: str,
+    x: str = "layer",
+    size: tuple[float, float] = (2.1, 1.75),
+    columns: int = 4,
+    share_y: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """Means by layer, one panel for each of `rows`, a line with its interval for each `line`.
+
+    Args:
+        summary: All the rows, to give each line one colour throughout.
+        titles: What stands above each panel.
+        rows: The rows of each panel: columns `x`, `line`, `mean`, `low`, `high`.
+        line: The column that makes lines.
+        order: The lines' order.
+        ylabel: What the first panel of a row says beside it.
+        x: The column along the axis.
+        size: Of one panel.
+        columns: Panels in a row.
+        share_y: Whether panels have one scale.
+    """
+    columns = min(columns, len(rows))
+    n_rows = -(-len(rows) // columns)
+    figure = Drawing(figsize=(size[0] * columns + 1.0, size[1] * n_rows), layout="constrained")
+    grid = figure.subplots(n_rows, columns, squeeze=False, sharey=share_y, sharex=True)
+    lines = [name for name in order if name in set(summary[line])]
+    every = list(grid.flat)
+    for at, (ax, title, held) in enumerate(zip(every, titles, rows, strict=False)):
+        for number, name in enumerate(lines):
+            band = held.query(f"`{line}` == @name").sort_values(x)
+            if band.empty:
+                continue
+            where = band[x].to_numpy(dtype=float)
+            color = line_color(number, name)
+            values = (band[end].to_numpy(dtype=float) for end in ("mean", "low", "high"))
+            mean, low, high = values
+            ax.plot(where, mean, color=color, linestyle=line_style(number), lw=1.1, marker="o",
+                    markersize=2, label=name)  # fmt: skip
+            ax.fill_between(where, low, high, color=color, alpha=0.18, lw=0)
+        ax.set_title(title, fontsize=7, pad=3)
+        if at % columns == 0:
+            ax.set_ylabel(ylabel)
+        if at + columns >= len(rows):
+            ax.set_xlabel(x)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
+        ax.margins(y=0.08)
+        plain(ax)
+    for ax in every[len(rows) :]:
+        ax.remove()
+    if len(lines) > 1:
+        fullest = max(every[: len(rows)], key=lambda ax: len(ax.get_lines()))
+        handles, names = fullest.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", fontsize=6, frameon=False)
+    return figure, every[: len(rows)]
+
+
+def line_color(number: int, name: str = "") -> str:
+    """The colour of the n-th line; the last prompt token is black in every figure."""
+    return "black" if name == "last" else LINES[number % len(LINES)]
+
+
+def line_style(number: int) -> str:
+    """The style of the n-th line: every other one is dashed, so that equal lines both show."""
+    return STYLES[number % 2 + 2 * (number // len(LINES) % 2)]
+
+
+def cosine_maps(maps: Mapping[str, tuple[Sequence[int], Any]]) -> Figure:
+    """Maps of cosines from -1 to 1, layers by layers, side by side."""
+    figure = Drawing(figsize=(2.6 * len(maps) + 0.5, 2.5), layout="constrained")
+    grid = list(figure.subplots(1, len(maps), squeeze=False).flat)
+    for ax, (title, (layers, values)) in zip(grid, maps.items(), strict=True):
+        ax.imshow(values, origin="lower", cmap="RdBu", vmin=-1, vmax=1)
+        step = max(1, len(layers) // 8)
+        ticks = list(range(0, len(layers), step)), [str(layer) for layer in layers[::step]]
+        ax.set_xticks(*ticks)
+        ax.set_yticks(*ticks)
+        ax.set(xlabel="layer", ylabel="layer")
+        ax.set_title(title, fontsize=7, pad=3)
+        plain(ax)
+    scale_bar(figure, grid[-1], 1, "mean cosine", low=-1, cmap="RdBu")
+    return figure

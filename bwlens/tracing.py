@@ -117,7 +117,7 @@ def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list
 
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_in_eval_mode(model))
+        stack.enter_context(in_eval_mode(model))
         # Where a branch leaves the stream, the stream is noted first.
         for point in sorted(points, key=lambda point: point.branch):
             handle = point.module.register_forward_hook(note(point), with_kwargs=True)
@@ -139,7 +139,7 @@ def _as_root(module: nn.Module, args: Any, output: Any) -> Tensor | None:
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode within (no dropout, so no random numbers drawn), each module's own mode after."""
     # A bridge's own tree leaves out some modules of the model it wraps (GPT-2's first dropout).
     wrapped = getattr(model, "original_model", None)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
@@ -28,7 +29,7 @@ COLUMN = 3.3
 """Width of one column of a two-column page, in inches."""
 
 SCALE = LinearSegmentedColormap.from_list(
-    "bwlens", [(r / 255, g / 255, b / 255) for r, g, b in (shade(k / 64) for k in range(65))]
+    "bwlens", np.array([shade(step / 64) for step in range(65)]) / 255
 )
 """The sequential colours of every picture of bwlens."""
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bwlens.show import circuits
+from bwlens.show.sheet import definitions, document, svg
 from bwlens.show.table import table
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from bwlens.lens import BackwardLens
-
-_STYLE = """
-:root{color-scheme:light dark}
-body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;
-background:light-dark(#fff,#14181d);color:light-dark(#1c2128,#e6e9ee)}
-h1{font-size:1.3rem;font-weight:600}h2{font-size:1.15rem;margin-top:2.2em}
-.sheet{background:#fff;color:#111;color-scheme:light;border-radius:8px;padding:.6rem 1rem}
-.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem}
-.figures figure{margin:0}.figures svg{width:100%;height:auto}figcaption{font-size:.85rem}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}dd{margin:0}
-dl.small{font-size:.85rem}dt{opacity:.75}dd code{overflow-wrap:anywhere}
-"""
 
 _LEGEND = """
 <dl>
@@ -60,20 +46,14 @@ def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -
     """
     matrix = "W_out" if "W_out" in lens.matrices else lens.matrices[0]
     title = f"{visible(lens.prompt)} → {visible(lens.target)}" if lens.target else lens.prompt
-    html = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        # The page loads nothing, and lets nothing be loaded.
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:;'
-        " style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        '<link rel="icon" href="data:,">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>"
+    html = document(
+        title,
         "<h1>What one gradient step would write</h1>"
         f"{table(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
         f"<h2>The strongest cells of {matrix}</h2>{_details(lens, matrix, cells)}"
-        f"<h2>To make this again</h2>{_settings(lens)}</body></html>"
+        f"<h2>To make this again</h2>{_settings(lens)}",
     )
     if path is not None:
         Path(path).write_text(html, encoding="utf-8")
@@ -93,7 +73,7 @@ def _details(lens: BackwardLens, matrix: str, cells: int) -> str:
 
 def _figures(lens: BackwardLens, matrix: str) -> str:
     drawn = [
-        f'<figure class="sheet">{_svg(lens.figure(kind, matrix))}'
+        f'<figure class="sheet">{svg(lens.figure(kind, matrix))}'
         f"<figcaption>{caption}</figcaption></figure>"
         for kind, caption in _FIGURES
         if kind != "target_ranks" or lens.target
@@ -101,20 +81,5 @@ def _figures(lens: BackwardLens, matrix: str) -> str:
     return f'<div class="figures">{"".join(drawn)}</div>'
 
 
-def _svg(figure: Figure) -> str:
-    held = io.StringIO()
-    figure.savefig(held, format="svg", metadata={"Date": None})
-    _, tag, rest = held.getvalue().partition("<svg")
-    return tag + rest
-
-
 def _settings(lens: BackwardLens) -> str:
-    return _list([(k, str(v)) for k, v in lens.settings.items()], "small", code=True)
-
-
-def _list(rows: list[tuple[str, str]], kind: str = "", code: bool = False) -> str:
-    inner = "".join(
-        f"<dt>{escape(name)}</dt><dd>{f'<code>{escape(v)}</code>' if code else escape(v)}</dd>"
-        for name, v in rows
-    )
-    return f'<dl class="{kind}">{inner}</dl>'
+    return definitions([(k, str(v)) for k, v in lens.settings.items()], "small", code=True)

@@ -140,7 +140,7 @@ class Run:
     def _open(self, meta: dict[str, Any]) -> None:
         """Write run.json, or compare with the one that is there; the first process wins."""
         path = self.folder / "run.json"
-        text = json.dumps(meta, indent=1, ensure_ascii=False, sort_keys=True)
+        text = json.dumps(meta, indent=1, ensure_ascii=False)
         if not path.exists():
             strangers = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
             if set(strangers) - {_MARKS, "run.json"}:

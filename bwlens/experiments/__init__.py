@@ -1,1 +1,28 @@
-"""The paper's experiments, each a function from a model and edits to rows and a figure."""
+"""The paper's experiments, each a function from a model and edits to rows and a figure.
+
+>>> from bwlens import experiments
+>>> list(experiments.EXPERIMENTS)[:4]
+['gradient_rank', 'segment_norms', 'target_rank', 'layer_cosine']
+"""
+
+from bwlens.experiments.base import Experiment as Experiment
+from bwlens.experiments.base import Reading as Reading
+from bwlens.experiments.base import Result as Result
+from bwlens.experiments.base import run as run
+from bwlens.experiments.gradient_rank import GradientRank as GradientRank
+from bwlens.experiments.gradient_rank import gradient_rank as gradient_rank
+from bwlens.experiments.layer_cosine import LayerCosine as LayerCosine
+from bwlens.experiments.layer_cosine import layer_cosine as layer_cosine
+from bwlens.experiments.segment_norms import SegmentNorms as SegmentNorms
+from bwlens.experiments.segment_norms import segment_norms as segment_norms
+from bwlens.experiments.sweep import Sweep as Sweep
+from bwlens.experiments.sweep import read_sweep as read_sweep
+from bwlens.experiments.sweep import sweep as sweep
+from bwlens.experiments.target_rank import TargetRank as TargetRank
+from bwlens.experiments.target_rank import target_rank as target_rank
+
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    experiment.name: experiment
+    for experiment in (GradientRank, SegmentNorms, TargetRank, LayerCosine)
+}
+"""Every experiment of the paper, by its name."""

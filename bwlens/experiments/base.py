@@ -108,6 +108,10 @@ class Experiment(ABC):
     """What it is about, in a few words."""
     source: ClassVar[str] = ""
     """The paper's figures."""
+    reading: ClassVar[str] = ""
+    """How to read the figure."""
+    published: ClassVar[str] = ""
+    """What the published figure shows."""
     needs: ClassVar[tuple[str, ...] | None] = ()
     """Matrices to capture where the experiment has no field `matrices`."""
 

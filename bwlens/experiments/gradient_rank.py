@@ -38,6 +38,15 @@ class GradientRank(Experiment):
     name: ClassVar[str] = "gradient_rank"
     title: ClassVar[str] = "Rank of the gradient"
     source: ClassVar[str] = "Figure 3"
+    reading: ClassVar[str] = (
+        "Each prompt's gradient is a sum of n outer products, so its rank is at most its"
+        " number of tokens n; the last layer's has rank 1, as only the last token has a delta"
+        " there."
+    )
+    published: ClassVar[str] = (
+        "rank exactly n for more than 98.5 % of prompts in every layer but the last, where it"
+        " is 1; where vectors are linearly dependent it falls short by one or two."
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""

@@ -34,6 +34,14 @@ class SegmentNorms(Experiment):
     name: ClassVar[str] = "segment_norms"
     title: ClassVar[str] = "Norms of delta and x by segment"
     source: ClassVar[str] = "Figures 5, 16, 17"
+    reading: ClassVar[str] = (
+        "How hard a step pushes (delta) and how much comes in (x), averaged over the tokens"
+        " of each part of the prompt."
+    )
+    published: ClassVar[str] = (
+        "delta peaks at the subject's tokens in the first layers and at the last token from"
+        " about the second quarter on, and is near zero elsewhere; x shows no such pattern."
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""

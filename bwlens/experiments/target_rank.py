@@ -41,6 +41,16 @@ class TargetRank(Experiment):
     name: ClassVar[str] = "target_rank"
     title: ClassVar[str] = "Rank of target and answer by segment"
     source: ClassVar[str] = "Figures 6, 18-21"
+    reading: ClassVar[str] = (
+        "Rank 0 is the most probable word. A target at the bottom of delta is what a descent"
+        " step promotes most; an answer at the top of x is what the layer already reads. Zero"
+        " vectors are left out."
+    )
+    published: ClassVar[str] = (
+        "at the last token the target is at the bottom of delta in every layer; in the last"
+        " layer all other tokens' deltas are zero, and share the rank that the final norm's"
+        " bias gives."
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""

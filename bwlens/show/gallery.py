@@ -1,0 +1,71 @@
+"""The figures of a sweep on one page, each with what the paper saw and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from bwlens.show.sheet import definitions, document, svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from bwlens.experiments.sweep import Sweep
+
+_MOST_FAILURES = 50
+
+
+def gallery(sweep: Sweep, figures: Mapping[str, Figure]) -> str:
+    """The whole page as text."""
+    settings = sweep.settings["settings"]
+    model, data = settings["model"]["name"], settings["data"]
+    n = data["edits"]
+    contents = "".join(
+        f'<li><a href="#{name}">{escape(result.experiment.title)}</a>'
+        f" ({escape(result.experiment.source)})</li>"
+        for name, result in sweep.results.items()
+        if name in figures
+    )
+    sections = "".join(_section(sweep, name, figure) for name, figure in figures.items())
+    return document(
+        f"Backward Lens: {model}",
+        f"<h1>The Backward Lens experiments on {escape(model)}: {n} edits</h1>"
+        f"<ul>{contents}</ul>{sections}{_failures(sweep)}"
+        f"<h2>To make this again</h2>{_settings(sweep.settings)}",
+    )
+
+
+def _section(sweep: Sweep, name: str, figure: Figure) -> str:
+    experiment = sweep.results[name].experiment
+    files = " · ".join(
+        f'<a href="{name}{ending}">{text}</a>'
+        for ending, text in ((".csv", "summary"), (".pdf", "figure"), ("", "rows (Parquet)"))
+    )
+    prompts = sweep.results[name].rows["item"].nunique()
+    return (
+        f'<h2 id="{name}">{escape(experiment.title)}</h2>'
+        f'<figure class="wide"><div class="sheet scroll">{svg(figure)}</div><figcaption>'
+        f"{escape(experiment.source)} of the paper; means over {prompts} prompts, bands are 95 %"
+        f" bootstrap intervals. {files}</figcaption></figure>"
+        f"<p>{escape(experiment.reading)}</p><p>In the paper: {escape(experiment.published)}</p>"
+    )
+
+
+def _failures(sweep: Sweep) -> str:
+    if not sweep.failures:
+        return ""
+    shown = sweep.failures[:_MOST_FAILURES]
+    rest = len(sweep.failures) - len(shown)
+    items = "".join(f"<li>{escape(failure.message)}</li>" for failure in shown)
+    more = f"<li>and {rest} more</li>" if rest else ""
+    return f"<h2>Left out</h2><ul>{items}{more}</ul>"
+
+
+def _settings(meta: dict[str, Any]) -> str:
+    rows = [
+        (f"{group} {name}" if group else name, str(value))
+        for group, held in (*meta["settings"].items(), ("", meta["versions"]))
+        for name, value in (held.items() if isinstance(held, dict) else [("", held)])
+    ]
+    return definitions(rows, "small", code=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from bwlens.gradients import LowRankGradient
 from bwlens.objectives import as_objective
 from bwlens.prompts import Batch, Mask, Prompts, make_batch
-from bwlens.sites import ExpertTap, Point, Site, Tap, find_taps, hook_points
+from bwlens.sites import ExpertTap, Point, Site, Tap, as_site, find_taps, hook_points
 from bwlens.tracing import Flow, as_rows, check_mode, expert_calls, flows_of, forward, recording
 
 
@@ -41,7 +41,7 @@ class Gradients(Mapping[Site, LowRankGradient]):
     _held: dict[Site, LowRankGradient] = field(repr=False)
 
     def __getitem__(self, key: Any) -> LowRankGradient:
-        site = _as_site(key)
+        site = as_site(key)
         if site not in self._held:
             there = sorted(other for other in self._held if other.matrix == site.matrix)
             layers = sorted({other.layer for other in there})
@@ -61,7 +61,7 @@ class Gradients(Mapping[Site, LowRankGradient]):
 
     def __contains__(self, key: object) -> bool:
         try:
-            return _as_site(key) in self._held
+            return as_site(key) in self._held
         except KeyError:
             return False
 
@@ -228,15 +228,6 @@ def vjps(
         conversion = getattr(points[name].module, "hook_conversion", None)
         out[name] = delta if conversion is None else conversion.convert(delta)
     return out
-
-
-def _as_site(key: Any) -> Site:
-    """A site from `grads["W_in", 3]`, with an expert in a mixture."""
-    if isinstance(key, Site):
-        return key
-    if isinstance(key, tuple) and len(key) in (2, 3):
-        return Site(*key)
-    raise KeyError(f"{key!r} is no matrix and layer; write grads['W_in', 3], or a Site")
 
 
 def _check_seen(points: dict[str, Point], seen: dict[Point, list[Tensor]]) -> None:

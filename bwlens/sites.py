@@ -48,6 +48,19 @@ class Site:
         return f"{self.matrix} of layer {self.layer}{expert}"
 
 
+def as_site(key: Any) -> Site:
+    """A site from what stands in the brackets of `grads["W_in", 3]`, an expert's number last.
+
+    Raises:
+        KeyError: Neither a `Site` nor a matrix and a layer.
+    """
+    if isinstance(key, Site):
+        return key
+    if isinstance(key, tuple) and len(key) in (2, 3):
+        return Site(*key)
+    raise KeyError(f"{key!r} is no matrix and layer; write grads['W_in', 3], or a Site")
+
+
 @dataclass(frozen=True)
 class Point:
     """A tensor on its way: what goes into a module, or what comes out of it.
@@ -79,11 +92,13 @@ class Tap:
     Not every hook point fires in every mode, so there can be several candidates; the first that
     fires is used. In a mixture of experts, `routing` gives the experts chosen for each token
     [token, choice], and the rows of x are the tokens sent to this expert, by choice, then token.
+    `holder` is the module that keeps the weight itself.
     """
 
     site: Site
     x: tuple[Point, ...]
     z: tuple[Point, ...]
+    holder: nn.Module
     routing: Point | None = None
 
 
@@ -327,7 +342,7 @@ def _bridge_taps(part: Any, layer: int, names: list[str]) -> list[Tap | ExpertTa
             # hook_out is silent with use_attn_result; the container's is the same z.
             if name == "W_O":
                 z.append(Point(part.hook_out, "input"))
-            taps.append(Tap(Site(name, layer), tuple(x), tuple(z)))
+            taps.append(Tap(Site(name, layer), tuple(x), tuple(z), _unwrapped(projection)))
             break
     return taps
 
@@ -362,7 +377,7 @@ def _hooked_taps(
             continue
         x, z = ways[name]
         z_point = z if isinstance(z, Point) else Point(getattr(part, z), "input")
-        taps.append(Tap(Site(name, layer, expert), (x,), (z_point,), routing))
+        taps.append(Tap(Site(name, layer, expert), (x,), (z_point,), part, routing))
     return taps
 
 

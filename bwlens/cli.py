@@ -1,4 +1,4 @@
-"""The `bwlens` command: `bwlens demo`, `bwlens lens`.
+"""The `bwlens` command: `bwlens demo`, `bwlens lens`, `bwlens sweep`.
 
 Errors that a user can mend are one readable line and exit code 1; `--debug` shows the traceback.
 Wrong usage exits with 2, as every command does.
@@ -7,6 +7,7 @@ Wrong usage exits with 2, as every command does.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,10 @@ app = typer.Typer(
 )
 
 _Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+_Dtype = Annotated[str, typer.Option(help="The weights' dtype, e.g. 'bfloat16'.")]
+_DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread one model over devices: 'auto', as TransformerLens does.")
+]
 _Html = Annotated[Path | None, typer.Option(help="Write the lens as a page to this file.")]
 
 
@@ -90,6 +95,65 @@ def lens(
                 _save(console, found, path)
 
 
+@app.command()
+def sweep(
+    experiment: Annotated[
+        list[str],
+        typer.Argument(help="'paper' for all experiments, or names such as gradient_rank."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the results.")],
+    data: Annotated[
+        str, typer.Option(help="'demo', a file of records, or a data set on the hub.")
+    ] = "demo",
+    model: Annotated[str, typer.Option(help="'demo', a folder, or a name on the hub.")] = "demo",
+    limit: Annotated[int | None, typer.Option(help="Only so many edits, from the first.")] = None,
+    max_memory: Annotated[
+        str, typer.Option(help="Memory that a batch may take, e.g. '512MB' or '8GB'.")
+    ] = "1GB",
+    bos: Annotated[bool | None, typer.Option(help="Prepend a BOS token.")] = None,
+    dtype: _Dtype = "float32",
+    device_map: _DeviceMap = None,
+    debug: _Debug = False,
+) -> None:
+    """Run the paper's experiments over a data set: batched, resumable, shared over processes.
+
+    Killed and started again, it carries on. To share it over processes or GPUs, start it with
+    [bold]accelerate launch --multi_gpu --num_processes N -m bwlens sweep ...[/] (without GPUs too).
+    """
+    with _readable_errors(debug):
+        from bwlens.parts import Process
+
+        process = Process.current()
+        console = Console(quiet=process.index > 0)
+        with _importing(console):
+            import bwlens
+            from bwlens.experiments.sweep import resolve
+            from bwlens.experiments.sweep import sweep as run
+
+        experiments = resolve(experiment)
+        memory = _bytes(max_memory)
+        _quiet()
+        records = bwlens.read_records(data)
+        loaded = _load(model, dtype, device_map, process)
+        found = run(
+            experiments,
+            loaded,
+            records,
+            out,
+            prepend_bos=bos,
+            max_memory=memory,
+            limit=limit,
+        )
+        for failure in found.failures[:20]:
+            console.print(f"Left out: {_escaped(failure.message)}", highlight=False)
+        if len(found.failures) > 20:
+            console.print(f"... and {len(found.failures) - 20} more; see the page")
+        if found.finished:
+            console.print(f"Wrote [bold]{found.index}[/]", highlight=False, soft_wrap=True)
+        else:
+            console.print("This process' share is done; the last to finish writes the page.")
+
+
 def main() -> None:
     """Run the command line."""
     app()
@@ -113,6 +177,45 @@ def _lens(
         found = bwlens.backward_lens(model, prompt, target, subject=subject, **options)
         progress.update(task, advance=1)
     return found
+
+
+@contextmanager
+def _importing(console: Console) -> Iterator[None]:
+    """A sign of life while the libraries are read in, which takes seconds."""
+    with console.status("Importing"):
+        yield
+
+
+def _load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
+    """The model, on a GPU of its own where several processes share the work."""
+    import torch
+
+    from bwlens.models import load_model
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16")
+    if device_map is not None:
+        if process.count > 1:
+            raise ValueError("--device-map spreads one model over all devices; start one process")
+        return load_model(name, dtype=kind, device_map=device_map)
+    return load_model(name, dtype=kind, device=process.device())
+
+
+def _bytes(text: str) -> int:
+    """Bytes out of '512MB', '1.5 GB' or a plain number.
+
+    Raises:
+        ValueError: The text says no such thing.
+    """
+    units = {"": 1, "B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+    match = re.fullmatch(r"([0-9.]+)\s*([A-Za-z]*)", text.strip())
+    try:
+        assert match is not None
+        number, unit = float(match[1]), units[match[2].upper().replace("I", "")]
+    except (AssertionError, ValueError, KeyError):
+        raise ValueError(f"--max-memory {text!r}: expected a size such as '512MB'") from None
+    return int(number * unit)
 
 
 def _quiet() -> None:
@@ -174,7 +277,7 @@ def _readable_errors(debug: bool) -> Iterator[None]:
         sys.exit(1)
 
 
-def _escaped(error: Exception) -> str:
+def _escaped(error: Exception | str) -> str:
     from rich.markup import escape
 
     return escape(" ".join(str(error).split()))

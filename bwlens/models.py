@@ -15,7 +15,7 @@ import torch
 
 from bwlens.demo import MODEL_DIR
 
-_SAMPLED = 65_536
+_SAMPLED = 2**20
 
 
 def load_model(
@@ -78,8 +78,8 @@ def model_label(model: Any) -> str:
 def fingerprint(model: Any) -> str:
     """Sixteen hexadecimal digits that tell a model's weights from any others.
 
-    A hash of every parameter's name, shape, dtype and bytes; of more than 65,536 numbers, as many
-    are taken at even steps that meet every row and column. The device plays no part.
+    A hash of every parameter's name, shape, dtype and bytes; of more than a million numbers, as
+    many are taken at even steps that meet every row and column. The device plays no part.
 
     Example:
         >>> fingerprint(load_model("demo")) == fingerprint(load_model("demo"))

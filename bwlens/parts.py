@@ -88,7 +88,7 @@ class Run:
     ) -> None:
         self.folder, self._sizes = Path(folder), list(sizes)
         try:
-            (self.folder / _MARKS).mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(
                 f"cannot make the folder {str(folder)!r} for the results ({error.strerror}); name"
@@ -103,6 +103,7 @@ class Run:
                 "items": sum(self._sizes),
             }
         )
+        (self.folder / _MARKS).mkdir(exist_ok=True)
 
     def done(self, part: int) -> bool:
         """Whether a part is finished."""
@@ -142,11 +143,11 @@ class Run:
         path = self.folder / "run.json"
         text = json.dumps(meta, indent=1, ensure_ascii=False)
         if not path.exists():
-            strangers = [p.name for p in self.folder.iterdir() if not p.name.startswith(".")]
-            if set(strangers) - {_MARKS, "run.json"}:
+            strangers = {p.name for p in self.folder.iterdir() if not p.name.startswith(".")}
+            if strangers := sorted(strangers - {_MARKS, path.name}):
                 raise ValueError(
-                    f"{str(self.folder)!r} holds {sorted(strangers)[0]!r} but no run.json; name a"
-                    f" new or empty folder for the results"
+                    f"{str(self.folder)!r} holds {strangers[0]!r} but no run.json; name a new or"
+                    f" empty folder for the results"
                 )
             part = self.folder / f".run.json.{os.getpid()}.tmp"
             part.write_text(text, encoding="utf-8")
@@ -158,9 +159,12 @@ class Run:
             finally:
                 part.unlink()
         there, now = _flat(read_meta(self.folder)), _flat(json.loads(text))
+        # Settings first: the number of parts follows from them.
+        keys = sorted({*there, *now}, key=lambda key: (not key.startswith("settings."), key))
         differing = [
-            f"{key} was {there.get(key, 'not set')!r}, is {now.get(key, 'not set')!r}"
-            for key in sorted({*there, *now})
+            f"{key.removeprefix('settings.')} was {there.get(key, 'not set')!r}, is"
+            f" {now.get(key, 'not set')!r}"
+            for key in keys
             if there.get(key) != now.get(key)
         ]
         if differing:
@@ -175,9 +179,9 @@ class Run:
     def _write(self, part: int, done: Part) -> None:
         for name, rows in done.tables.items():
             (self.folder / name).mkdir(exist_ok=True)
-            with _whole(self.folder / name / f"part-{part:05d}.parquet") as path:
+            with whole(self.folder / name / f"part-{part:05d}.parquet") as path:
                 rows.to_parquet(path, index=False, compression="zstd")
-        with _whole(self._mark(part)) as path:
+        with whole(self._mark(part)) as path:
             rows = {name: len(table) for name, table in done.tables.items()}
             mark = {"rows": rows, "failures": [asdict(failure) for failure in done.failures]}
             path.write_text(json.dumps(mark, ensure_ascii=False), encoding="utf-8")
@@ -273,8 +277,11 @@ def _marks(folder: str | Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when it is whole and on the disk."""
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place when it is whole and on the disk.
+
+    If writing it fails, what stood at `path` stays as it was.
+    """
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}.tmp")
     try:
         yield part

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from bwlens.experiments.base import MAX_MEMORY, Batches, Experiment, Result, joined
 from bwlens.models import fingerprint, model_label
-from bwlens.parts import Failure, Part, Process, Run, read_failures, read_meta, read_tables
+from bwlens.parts import (
+    Failure,
+    Part,
+    Process,
+    Run,
+    read_failures,
+    read_meta,
+    read_tables,
+    whole,
+)
 from bwlens.prompts import Edit
 
 if TYPE_CHECKING:
@@ -64,11 +73,15 @@ class Sweep:
         for name, result in self.results.items():
             if not len(result.rows):
                 continue
-            result.summary.to_csv(self.folder / f"{name}.csv", index=False)
-            figures[name] = result.figure()
-            figures[name].savefig(self.folder / f"{name}.pdf")
-            figures[name].savefig(self.folder / f"{name}.png", dpi=200)
-        self.index.write_text(gallery(self, figures), encoding="utf-8")
+            with whole(self.folder / f"{name}.csv") as path:
+                result.summary.to_csv(path, index=False)
+            figures[name] = figure = result.figure()
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # it stands; laying out again takes most of a save
+            with whole(self.folder / f"{name}.pdf") as path:
+                figure.savefig(path, format="pdf", metadata={"CreationDate": None})
+        with whole(self.index) as path:
+            path.write_text(gallery(self, figures), encoding="utf-8")
         return self.index
 
 

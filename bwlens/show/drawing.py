@@ -124,6 +124,7 @@ def panels(
     size: tuple[float, float] = (2.1, 1.75),
     columns: int = 4,
     share_y: bool = False,
+    share_x: bool = True,
 ) -> tuple[Figure, list[Axes]]:
     """Means by layer, one panel for each of `rows`, a line with its interval for each `line`.
 
@@ -138,11 +139,12 @@ def panels(
         size: Of one panel.
         columns: Panels in a row.
         share_y: Whether panels have one scale.
+        share_x: Whether panels have one axis below.
     """
     columns = min(columns, len(rows))
     n_rows = -(-len(rows) // columns)
     figure = Drawing(figsize=(size[0] * columns + 1.0, size[1] * n_rows), layout="constrained")
-    grid = figure.subplots(n_rows, columns, squeeze=False, sharey=share_y, sharex=True)
+    grid = figure.subplots(n_rows, columns, squeeze=False, sharey=share_y, sharex=share_x)
     lines = [name for name in order if name in set(summary[line])]
     every = list(grid.flat)
     for at, (ax, title, held) in enumerate(zip(every, titles, rows, strict=False)):
@@ -168,9 +170,17 @@ def panels(
     for ax in every[len(rows) :]:
         ax.remove()
     if len(lines) > 1:
-        fullest = max(every[: len(rows)], key=lambda ax: len(ax.get_lines()))
-        handles, names = fullest.get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", fontsize=6, frameon=False)
+        held = {}  # panels need not show the same lines
+        for ax in every[: len(rows)]:
+            held |= {name: line for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+        shown = [name for name in lines if name in held]
+        figure.legend(
+            [held[name] for name in shown],
+            shown,
+            loc="outside right center",
+            fontsize=6,
+            frameon=False,
+        )
     return figure, every[: len(rows)]
 
 
@@ -197,5 +207,5 @@ def cosine_maps(maps: Mapping[str, tuple[Sequence[int], Any]]) -> Figure:
         ax.set(xlabel="layer", ylabel="layer")
         ax.set_title(title, fontsize=7, pad=3)
         plain(ax)
-    scale_bar(figure, grid[-1], 1, "mean cosine", low=-1, cmap="RdBu")
+    scale_bar(figure, grid[-1], 1.0, "mean cosine", low=-1.0, cmap="RdBu")
     return figure

@@ -1,0 +1,209 @@
+"""Sweeps: the rows of one run whatever interrupts it, shared work, bad records listed."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+import torch
+
+from bwlens import Edit
+from bwlens.experiments import EXPERIMENTS, GradientRank, SegmentNorms, read_sweep, sweep
+from bwlens.experiments.base import Batches, memory_per_token
+from bwlens.models import load_model
+from bwlens.parts import Process
+
+EDITS = [
+    Edit("{} plays for", "Lionel Messi", " Paris"),
+    Edit("{} grew up in", "Obama", " Paris"),
+    Edit("The city of {} lies in the country of", "Rome", " Spain"),
+    Edit("{}, developed by", "iPod Nano", " Google"),
+    Edit("{} is a type of", "Pikachu", " cheese"),
+]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_model("demo")
+
+
+def small(model, prompts=2):
+    """Memory for batches of about so many prompts."""
+    return prompts * 10 * memory_per_token(model, ["W_in", "W_out"])
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        pd.testing.assert_frame_equal(a[name].rows, b[name].rows, check_exact=True)
+
+
+def test_every_edit_is_measured_and_the_page_written(demo, tmp_path):
+    found = sweep(
+        ["gradient_rank", SegmentNorms(matrices=("W_out",))], demo, EDITS, tmp_path,
+        max_memory=small(demo), progress=False,
+    )  # fmt: skip
+    assert found.finished
+    assert sorted(found["gradient_rank"].rows["item"].unique()) == list(range(len(EDITS)))
+    assert set(found["segment_norms"].rows["matrix"]) == {"W_out"}
+    page = found.index.read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "http://www.w3.org" not in page.replace("xmlns", "").split("<svg")[0]
+    summary = pd.read_csv(tmp_path / "gradient_rank.csv")
+    assert summary.query("quantity == 'full' and layer == 0")["mean"].tolist() == [1.0, 1.0]
+    assert (tmp_path / "segment_norms.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_an_interrupted_sweep_ends_with_the_same_rows(demo, tmp_path, monkeypatch):
+    options = {"max_memory": small(demo), "progress": False}
+    whole = sweep("gradient_rank", demo, EDITS, tmp_path / "whole", **options)
+    held, calls = Batches.__call__, []
+
+    def breaks(self, number):
+        calls.append(number)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return held(self, number)
+
+    monkeypatch.setattr(Batches, "__call__", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        sweep("gradient_rank", demo, EDITS, tmp_path / "cut", **options)
+    assert not read_sweep(tmp_path / "cut").finished
+    again = sweep("gradient_rank", demo, EDITS, tmp_path / "cut", **options)
+    assert len(calls) > 2
+    assert_same(again.results, whole.results)
+
+
+def test_processes_share_a_sweep(demo, tmp_path):
+    options = {"max_memory": small(demo), "progress": False}
+    both = ["gradient_rank", "layer_cosine"]
+    whole = sweep(both, demo, EDITS, tmp_path / "whole", **options)
+    for index in range(2):
+        found = sweep(both, demo, EDITS, tmp_path / "both", process=Process(index, 2), **options)
+        assert found.finished == (index == 1)
+        assert found.index.exists() == (index == 1)
+    assert_same(found.results, whole.results)
+
+
+def test_other_settings_or_weights_are_refused(demo, tmp_path):
+    sweep("gradient_rank", demo, EDITS[:2], tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"experiments\.gradient_rank\.layers was None, is \[1\]"):
+        sweep(GradientRank((1,)), demo, EDITS[:2], tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"data\.edits was 2, is 3"):
+        sweep("gradient_rank", demo, EDITS[:3], tmp_path, progress=False)
+    other = load_model("demo")
+    with torch.no_grad():
+        other.blocks[2].mlp.out.original_component.weight[5, 7] += 1
+    with pytest.raises(ValueError, match=r"model\.fingerprint"):
+        sweep("gradient_rank", other, EDITS[:2], tmp_path, progress=False)
+    assert read_sweep(tmp_path).finished
+
+
+def test_a_bad_edit_is_listed_and_the_rest_measured(demo, tmp_path):
+    long = Edit("{} " + "word " * 200 + "is", "Rome", " Spain")
+    found = sweep("gradient_rank", demo, [EDITS[0], long, EDITS[1]], tmp_path, progress=False)
+    assert sorted(found["gradient_rank"].rows["item"].unique()) == [0, 2]
+    (failure,) = found.failures
+    assert failure.item == 1
+    assert "context holds 128" in failure.message
+    assert "context holds 128" in found.index.read_text(encoding="utf-8")
+
+
+def test_an_edit_that_fails_in_its_batch_is_found(demo, tmp_path, monkeypatch):
+    measure = GradientRank.measure
+
+    def fails(self, reading):
+        if any(edit.subject == "Obama" for edit in reading.edits):
+            raise ValueError("the loss of prompt 0 is nan")
+        return measure(self, reading)
+
+    monkeypatch.setattr(GradientRank, "measure", fails)
+    found = sweep("gradient_rank", demo, EDITS, tmp_path, progress=False)
+    assert sorted(found["gradient_rank"].rows["item"].unique()) == [0, 2, 3, 4]
+    assert [failure.item for failure in found.failures] == [1]
+    assert "loss of the prompt is nan" in found.failures[0].message
+
+
+def test_nothing_to_read_is_an_error(demo, tmp_path):
+    with pytest.raises(ValueError, match="no edits given"):
+        sweep("gradient_rank", demo, [], tmp_path)
+    with pytest.raises(ValueError, match="no experiment 'rank'; there are paper"):
+        sweep("rank", demo, EDITS, tmp_path)
+    with pytest.raises(ValueError, match="no W_gate"):
+        sweep(GradientRank(None, ("W_gate",)), demo, EDITS, tmp_path)
+    with pytest.raises(ValueError, match="found a list with str"):
+        sweep("gradient_rank", demo, ["text"], tmp_path)
+    with pytest.raises(ValueError, match="named twice"):
+        sweep(["paper", "gradient_rank"], demo, EDITS, tmp_path)
+
+
+def test_every_experiment_says_what_it_is():
+    for name, experiment in EXPERIMENTS.items():
+        assert experiment.name == name
+        assert experiment.title
+        assert experiment.source.startswith(("Figure", "Lemma"))
+        assert experiment.reading.endswith(".")
+        assert experiment.published.endswith(".")
+
+
+COMMAND = ["-m", "bwlens", "sweep", "gradient_rank", "--limit", "60", "--max-memory", "10MB"]
+
+
+LAUNCHER = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+    "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+
+
+def command(folder, *launcher):
+    return [sys.executable, *launcher, *COMMAND, "--out", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """The environment without process numbers, and with one thread, as rounding hangs on them."""
+    held = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return held | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def complete(environment):
+    """Run a command to its end, and read the sweep it made."""
+
+    def run(folder, *launcher):
+        done = subprocess.run(
+            command(folder, *launcher), env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = read_sweep(folder)
+        assert found.finished
+        assert found.index.exists()
+        return found.results
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(complete, tmp_path_factory):
+    return complete(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_a_killed_sweep_carries_on_to_the_very_same_rows(
+    undisturbed, complete, environment, tmp_path
+):
+    with subprocess.Popen(
+        command(tmp_path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("done/part-0000[2-9].json")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert not read_sweep(tmp_path).finished
+    assert_same(complete(tmp_path), undisturbed)
+
+
+def test_two_launched_processes_give_the_same_rows_as_one(undisturbed, complete, tmp_path):
+    assert_same(complete(tmp_path, *LAUNCHER), undisturbed)

@@ -20,6 +20,7 @@ from benchmarks.model import SMALL, TINY
 from benchmarks.rank import rank
 from benchmarks.readout import readout
 from benchmarks.setting import Setting
+from benchmarks.sweep import sweep
 
 
 def table(setting: Setting) -> list[Row | Note]:
@@ -37,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "lens": lens,
     "rank": rank,
     "batch": batch,
+    "sweep": sweep,
     "table": table,
 }
 

@@ -81,11 +81,14 @@ def test_processes_share_a_sweep(demo, tmp_path):
     options = {"max_memory": small(demo), "progress": False}
     both = ["gradient_rank", "layer_cosine"]
     whole = sweep(both, demo, EDITS, tmp_path / "whole", **options)
-    for index in range(2):
-        found = sweep(both, demo, EDITS, tmp_path / "both", process=Process(index, 2), **options)
-        assert found.finished == (index == 1)
-        assert found.index.exists() == (index == 1)
-    assert_same(found.results, whole.results)
+    first, second = (
+        sweep(both, demo, EDITS, tmp_path / "both", process=Process(index, 2), **options)
+        for index in range(2)
+    )
+    assert not first.finished
+    assert second.finished
+    assert second.index.exists()
+    assert_same(second.results, whole.results)
 
 
 def test_other_settings_or_weights_are_refused(demo, tmp_path):

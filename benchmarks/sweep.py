@@ -1,0 +1,101 @@
+"""The paper's experiments over many prompts: in batches, one by one, and against plain training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+import bwlens
+from benchmarks.measure import Note, Row, race, size, timed
+from benchmarks.setting import Setting
+from bwlens.experiments import GradientRank, SegmentNorms, TargetRank
+from bwlens.experiments.base import Batches
+
+N_PROMPTS = 96
+SHORTEST, LONGEST = 5, 15
+FEW, MANY = 100, 2000
+
+_WEIGH = """
+import json, resource, sys, tempfile
+import bwlens
+from bwlens.experiments import sweep
+n = int(sys.argv[1])
+model, edits = bwlens.load_model("demo"), bwlens.read_records("demo").edits
+edits = (edits * (n // len(edits) + 1))[:n]
+with tempfile.TemporaryDirectory() as folder:
+    sweep("paper" if len(sys.argv) < 3 else sys.argv[2:], model, edits, folder, progress=False)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+"""
+
+
+def sweep(setting: Setting) -> list[Row | Note]:
+    """Rank, norms and target ranks of the demo model's own records, 5 to 15 tokens each."""
+    model = bwlens.load_model("demo")
+    edits = [edit for edit in bwlens.read_records("demo").edits if _fits(model, edit)][:N_PROMPTS]
+    experiments = [GradientRank(), SegmentNorms(), TargetRank()]
+
+    def ours() -> Any:
+        return _all(Batches(experiments, model, edits))
+
+    def one_by_one() -> Any:
+        return [_all(Batches(experiments, model, [edit])) for edit in edits]
+
+    def backward() -> Any:
+        for edit in edits:
+            tokens = model.to_tokens(edit.text)
+            target = model.to_tokens(edit.target_new, prepend_bos=False)[0, 0]
+            logits = model(tokens)[0, -1]
+            torch.nn.functional.cross_entropy(logits[None], target[None]).backward()
+            model.zero_grad()
+
+    few, many = (FEW, MANY) if setting.repeats > 2 else (FEW // 10, MANY // 10)
+    least, most = (_peak(n) for n in (few, many))
+    return [
+        race(
+            f"{N_PROMPTS} prompts swept / one by one, throughput",
+            timed(ours),
+            timed(one_by_one),
+            setting.repeats,
+            3.0,
+            throughput=True,
+        ),
+        race(
+            f"{N_PROMPTS} prompts swept / loss.backward() of each alone, throughput",
+            timed(ours),
+            timed(backward),
+            setting.repeats,
+            1.0,
+            throughput=True,
+        ),
+        Row(
+            f"paper, peak memory of the process: {many} prompts / {few}",
+            size(most),
+            size(least),
+            most / least,
+            1.1,
+        ),
+        Note(
+            f"sweep: the demo model; {', '.join(e.name for e in experiments)} of all matrices;"
+            " the plain backward pass computes the gradients and reads nothing from them"
+        ),
+    ]
+
+
+def _all(batches: Batches) -> list[Any]:
+    return [batches(number) for number in range(len(batches.sizes))]
+
+
+def _fits(model: Any, edit: bwlens.Edit) -> bool:
+    return SHORTEST <= model.to_tokens(edit.text).shape[1] <= LONGEST
+
+
+def _peak(n: int) -> int:
+    """The most memory a process held that swept n prompts and drew the figures."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WEIGH, str(n)], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])

@@ -156,7 +156,7 @@ def panels(
             color = line_color(number, name)
             values = (band[end].to_numpy(dtype=float) for end in ("mean", "low", "high"))
             mean, low, high = values
-            ax.plot(where, mean, color=color, linestyle=line_style(number), lw=1.1, marker="o",
+            ax.plot(where, mean, color=color, linestyle=line_style(number, name), lw=1.1, marker="o",
                     markersize=2, label=name)  # fmt: skip
             ax.fill_between(where, low, high, color=color, alpha=0.18, lw=0)
         ax.set_title(title, fontsize=7, pad=3)
@@ -189,8 +189,10 @@ def line_color(number: int, name: str = "") -> str:
     return "black" if name == "last" else LINES[number % len(LINES)]
 
 
-def line_style(number: int) -> str:
+def line_style(number: int, name: str = "") -> str:
     """The style of the n-th line: every other one is dashed, so that equal lines both show."""
+    if name == "last":
+        return "-"
     return STYLES[number % 2 + 2 * (number // len(LINES) % 2)]
 
 

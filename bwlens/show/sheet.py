@@ -19,6 +19,7 @@ a{color:light-dark(#0b5cad,#7ab8ff)}
 .sheet{background:#fff;color:#111;color-scheme:light;border-radius:8px;padding:.6rem 1rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(300px,1fr));gap:1rem}
 figure{margin:0}figure svg{width:100%;height:auto}figcaption{font-size:.85rem}
+figure.wide .sheet{width:fit-content;max-width:100%;box-sizing:border-box}
 figure.wide svg{display:block;width:auto;max-width:100%}
 table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.15rem .6rem;text-align:left;border-bottom:1px solid light-dark(#d8dee6,#333b45)}

@@ -34,7 +34,7 @@ class Stepped:
     Attributes:
         logits: [batch, pos, d_vocab], float32 at least.
         x: What entered each matrix that was watched, at the prompts' last tokens [batch, d_in].
-        z: What left it, its change included [batch, d_out].
+        z: What left it, its change included [batch, d_out]; both float32 at least.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
@@ -104,14 +104,14 @@ def stepped(
     for passing in passes:
         passing.check()
     return Stepped(
-        logits if logits.dtype is torch.float64 else logits.float(),
+        _precise(logits),
         {p.tap.site: p.last_x for p in passes if p.tap.site in watched},
         {p.tap.site: p.last_z for p in passes if p.tap.site in watched},
     )
 
 
 def padded(gradient: LowRankGradient, batch: Batch) -> tuple[Tensor, Tensor]:
-    """x [batch, pos, d_in] and delta [batch, pos, d_out] of a captured gradient, zero at padding."""
+    """A captured gradient's x [batch, pos, d_in] and delta [batch, pos, d_out], 0 at padding."""
     assert gradient.prompt is not None
     assert gradient.pos is not None
     whole = []
@@ -135,6 +135,10 @@ def whole(matrix: Float[Tensor, "batch d_in d_out"], step: Step) -> Change:
     return lambda entering: _times(entering @ matrix.to(entering), step)
 
 
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()
+
+
 def _times(tensor: Tensor, step: Step) -> Tensor:
     return tensor * (step[:, None, None].to(tensor) if isinstance(step, Tensor) else step)
 
@@ -153,27 +157,32 @@ class _Passing:
         self.tap, self._change = tap, change
         self._shape, self._last = batch.tokens.shape, batch.last
         self._seen: dict[Point, Tensor] = {}
-        self._done = 0
+        self._through: list[Point] = []
+        self.last_x = self.last_z = torch.empty(0)
 
     def enter(self, stack: ExitStack) -> None:
         for point in self.tap.x:
-            self._hook(stack, point, self._note(point))
+            # A module's input must be known before what is inside it runs.
+            hook = self._note(point)
+            if point.side == "input":
+                handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
+            else:
+                handle = point.module.register_forward_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
         for point in self.tap.z:
-            self._hook(stack, point, self._add(point))
+            hook = self._add(point)
+            stack.callback(point.module.register_forward_hook(hook, with_kwargs=True).remove)
 
     def check(self) -> None:
-        if self._done != 1:
+        times = max((self._through.count(point) for point in self._through), default=0)
+        if times != 1:
             raise NotImplementedError(
-                f"{self.tap.site} ran {self._done} times where bwlens can reach it; expected once."
+                f"{self.tap.site} ran {times} times where bwlens can reach it; expected once."
                 f" Reload the model raw (bwlens.load_model)"
             )
 
-    @staticmethod
-    def _hook(stack: ExitStack, point: Point, hook: Callable[..., Any]) -> None:
-        stack.callback(point.module.register_forward_hook(hook, with_kwargs=True).remove)
-
     def _note(self, point: Point) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
             self._seen[point] = point.take(args, kwargs, output)
 
         return hook
@@ -190,11 +199,12 @@ class _Passing:
             last = self._last.to(entering.device)
             x = entering.reshape(*self._shape, -1)
             leaving = output[0] if isinstance(output, tuple) else output
-            if self._change is not None and not self._done:
+            # W_O's z passes the attention module, too: what was added is there already.
+            if self._change is not None and point in (self._through or [point])[:1]:
                 leaving = leaving + self._change(x).to(leaving).view_as(leaving)
-            self._done += 1
-            self.last_x = x[rows, last]
-            self.last_z = leaving.reshape(*self._shape, -1)[rows, last]
+            self._through.append(point)
+            self.last_x = _precise(x[rows, last])
+            self.last_z = _precise(leaving.reshape(*self._shape, -1)[rows, last])
             return (leaving, *output[1:]) if isinstance(output, tuple) else leaving
 
         return hook

@@ -4,6 +4,8 @@ from bwlens import show as show
 from bwlens.capture import Gradients as Gradients
 from bwlens.capture import capture as capture
 from bwlens.capture import vjps as vjps
+from bwlens.evaluate.evaluation import Evaluation as Evaluation
+from bwlens.evaluate.harness import evaluate as evaluate
 from bwlens.evaluate.records import Record as Record
 from bwlens.evaluate.records import Records as Records
 from bwlens.evaluate.records import read_records as read_records

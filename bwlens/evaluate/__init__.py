@@ -1,5 +1,9 @@
 """Does an edit do what it should, and nothing else? Records, metrics and the harness."""
 
+from bwlens.evaluate.evaluation import Evaluation as Evaluation
+from bwlens.evaluate.harness import evaluate as evaluate
+from bwlens.evaluate.methods import Method as Method
+from bwlens.evaluate.metrics import METRICS as METRICS
 from bwlens.evaluate.records import Problem as Problem
 from bwlens.evaluate.records import Record as Record
 from bwlens.evaluate.records import Records as Records

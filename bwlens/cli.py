@@ -130,13 +130,13 @@ def sweep(
             from bwlens.experiments.sweep import resolve
             from bwlens.experiments.sweep import sweep as run
 
-        experiments = resolve(experiment)
+        resolve(experiment)  # a wrong name is told before anything is loaded
         memory = _bytes(max_memory)
         _quiet()
         records = bwlens.read_records(data)
         loaded = _load(model, dtype, device_map, process)
         found = run(
-            experiments,
+            experiment,
             loaded,
             records,
             out,

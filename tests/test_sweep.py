@@ -143,6 +143,14 @@ def test_nothing_to_read_is_an_error(demo, tmp_path):
         sweep(["paper", "gradient_rank"], demo, EDITS, tmp_path)
 
 
+def test_experiments_that_a_model_cannot_take_are_left_out_of_the_paper(boot, tmp_path):
+    from bwlens.experiments.sweep import _fitting
+
+    fit, unfit = _fitting([GradientRank(), EXPERIMENTS["imprint_shift"]()], boot("mixtral"))
+    assert [experiment.name for experiment in fit] == ["gradient_rank"]
+    assert "mixture of experts" in unfit[0].message
+
+
 def test_every_experiment_says_what_it_is():
     for name, experiment in EXPERIMENTS.items():
         assert experiment.name == name

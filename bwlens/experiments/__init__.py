@@ -11,6 +11,8 @@ from bwlens.experiments.base import Result as Result
 from bwlens.experiments.base import run as run
 from bwlens.experiments.gradient_rank import GradientRank as GradientRank
 from bwlens.experiments.gradient_rank import gradient_rank as gradient_rank
+from bwlens.experiments.imprint_shift import ImprintShift as ImprintShift
+from bwlens.experiments.imprint_shift import imprint_shift as imprint_shift
 from bwlens.experiments.layer_cosine import LayerCosine as LayerCosine
 from bwlens.experiments.layer_cosine import layer_cosine as layer_cosine
 from bwlens.experiments.segment_norms import SegmentNorms as SegmentNorms
@@ -23,6 +25,6 @@ from bwlens.experiments.target_rank import target_rank as target_rank
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     experiment.name: experiment
-    for experiment in (GradientRank, SegmentNorms, TargetRank, LayerCosine)
+    for experiment in (GradientRank, SegmentNorms, TargetRank, LayerCosine, ImprintShift)
 }
 """Every experiment of the paper, by its name."""

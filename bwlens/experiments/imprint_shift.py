@@ -92,6 +92,18 @@ class ImprintShift(Experiment):
     name: ClassVar[str] = "imprint_shift"
     title: ClassVar[str] = "Imprint and shift of a step"
     source: ClassVar[str] = "Lemma 5.2"
+    reading: ClassVar[str] = (
+        "Above: how much a step on one layer lowers the prompt's own loss, and how much first"
+        " order says it should. Below: the change of the MLP's output, split into the imprint"
+        " (changed activations through the old W_out), the shift (old activations through the"
+        " changed W_out) and what comes of both; and the step size up to which first order is"
+        " off by less than a tenth."
+    )
+    published: ClassVar[str] = (
+        "a lemma, not a figure: a step moves neuron j's pre-activation on the same input by -eta"
+        " ||x||^2 delta_j and W_out's output by -eta ||x||^2 delta; terms between tokens are left"
+        " out."
+    )
 
     def wanted(self, model: Any) -> tuple[str, ...]:
         """W_in, W_out, and W_gate where some layer has one; the step sizes are checked as well."""

@@ -119,8 +119,12 @@ def sweep(
         ValueError: The folder holds a sweep with other settings (the difference is named), no edit
             can be read, an unknown experiment, or settings that do not fit the model.
     """
-    chosen = resolve(experiments)
+    asked = [experiments] if isinstance(experiments, str | Experiment) else list(experiments)
+    chosen = resolve(asked)
     edits, source, problems = _edits(data, limit)
+    if "paper" in asked:  # as many of them as the model can take
+        chosen, unfit = _fitting(chosen, model)
+        problems += unfit
     batches = Batches(chosen, model, edits, prepend_bos, max_memory)
     failures = [*problems, *batches.failures]
     settings = {
@@ -167,7 +171,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     return Sweep(Path(folder), results, failures, done == meta["parts"], meta)
 
 
-def resolve(experiments: str | Experiment | Sequence[str | Experiment]) -> list[Experiment]:
+def resolve(asked: Sequence[str | Experiment]) -> list[Experiment]:
     """Experiments by name, or as they are.
 
     Raises:
@@ -175,7 +179,6 @@ def resolve(experiments: str | Experiment | Sequence[str | Experiment]) -> list[
     """
     from bwlens.experiments import EXPERIMENTS
 
-    asked = [experiments] if isinstance(experiments, str | Experiment) else list(experiments)
     names = [name for one in asked for name in (EXPERIMENTS if one == "paper" else [one])]
     unknown = [n for n in names if isinstance(n, str) and n not in EXPERIMENTS]
     if unknown or not names:
@@ -187,6 +190,20 @@ def resolve(experiments: str | Experiment | Sequence[str | Experiment]) -> list[
     if twice:
         raise ValueError(f"{twice[0]} is named twice; sweep it into two folders")
     return chosen
+
+
+def _fitting(
+    experiments: Sequence[Experiment], model: Any
+) -> tuple[list[Experiment], list[Failure]]:
+    """The experiments that a model can take, and why the others are left out."""
+    fit, unfit = [], []
+    for experiment in experiments:
+        try:
+            experiment.wanted(model)
+            fit.append(experiment)
+        except NotImplementedError as error:
+            unfit.append(Failure(-1, f"{experiment.name} was left out: {error}"))
+    return fit, unfit
 
 
 def _made(name: str, settings: dict[str, Any]) -> Experiment:

@@ -19,6 +19,8 @@ N_PROMPTS = 96
 SHORTEST, LONGEST = 5, 15
 FEW, MANY = 100, 2000
 
+_WEIGHED = ("gradient_rank", "segment_norms", "target_rank", "layer_cosine")
+
 _WEIGH = """
 import json, resource, sys, tempfile
 import bwlens
@@ -27,7 +29,7 @@ n = int(sys.argv[1])
 model, edits = bwlens.load_model("demo"), bwlens.read_records("demo").edits
 edits = (edits * (n // len(edits) + 1))[:n]
 with tempfile.TemporaryDirectory() as folder:
-    sweep("paper" if len(sys.argv) < 3 else sys.argv[2:], model, edits, folder, progress=False)
+    sweep(sys.argv[2:], model, edits, folder, progress=False)
 print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 """
 
@@ -72,7 +74,7 @@ def sweep(setting: Setting) -> list[Row | Note]:
             throughput=True,
         ),
         Row(
-            f"paper, peak memory of the process: {many} prompts / {few}",
+            f"swept and drawn, peak memory of the process: {many} prompts / {few}",
             size(most),
             size(least),
             most / least,
@@ -96,6 +98,9 @@ def _fits(model: Any, edit: bwlens.Edit) -> bool:
 def _peak(n: int) -> int:
     """The most memory a process held that swept n prompts and drew the figures."""
     done = subprocess.run(
-        [sys.executable, "-c", _WEIGH, str(n)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", _WEIGH, str(n), *_WEIGHED],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])

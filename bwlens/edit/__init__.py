@@ -1,3 +1,6 @@
 """Editing facts: methods that compute a change of the weights, and the change itself."""
 
+from bwlens.edit.fine_tune import fine_tune as fine_tune
+from bwlens.edit.gradient import gradient_step as gradient_step
+from bwlens.edit.shift import forward_pass_shift as forward_pass_shift
 from bwlens.edit.weights import WeightChange as WeightChange

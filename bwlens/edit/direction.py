@@ -1,0 +1,99 @@
+"""Which vector in the residual stream stands for a token, and how W_out has to write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.sites import head_of
+
+Direction = Literal["unembedding", "embedding", "folded"]
+"""A token's vector: its column of W_U, its row of W_E, or its column of W_U behind the final norm's
+gain."""
+
+
+def token_directions(
+    model: Any, ids: Sequence[int], direction: Direction = "unembedding"
+) -> Float[Tensor, "n d_model"]:
+    """The vectors that stand for tokens in the residual stream, one row each.
+
+    - "unembedding": `W_U[:, t]`, the paper's raw row. In GPT-2 the embedding is tied to the
+      unembedding and this is its row; where they are untied, this is the one that the answer is
+      read out with, and where embeddings are scaled (Gemma), the one without the scale.
+    - "embedding": `W_E[t]`, what the model holds for reading the token. Only in tied models does
+      writing it raise the token's logit dependably.
+    - "folded": `g * W_U[:, t]` with the final norm's gain g, less its mean where that norm
+      subtracts the mean: the direction in which the token's logit grows fastest, that of the true
+      gradient above the last block.
+
+    The three are one vector, up to centring, in a model with tied and folded weights.
+
+    Raises:
+        ValueError: No such direction, or an id outside the vocabulary.
+    """
+    head = head_of(model)
+    d_vocab = head.W_U.shape[1]
+    if bad := [i for i in ids if not 0 <= i < d_vocab]:
+        raise ValueError(f"token id {bad[0]} is outside the vocabulary of {d_vocab}")
+    index = torch.tensor(list(ids), dtype=torch.long, device=head.W_U.device)
+    if direction == "embedding":
+        table = model.embed.W_E.detach()
+        return _wide(table[index.to(table.device)])
+    rows = _wide(head.W_U[:, index].T)
+    if direction == "unembedding":
+        return rows.contiguous()
+    if direction == "folded":
+        rows = rows * norm_gain(head.norm, rows)
+        return rows - rows.mean(-1, keepdim=True) if head.centred else rows
+    raise ValueError(
+        f"direction must be 'unembedding', 'embedding' or 'folded', found {direction!r}"
+    )
+
+
+def before_norm(
+    norm: Callable[[Tensor], Tensor] | None, directions: Float[Tensor, "n d_model"]
+) -> Float[Tensor, "n d_model"]:
+    """What to write before a norm for its output to move along the directions: `v / g`.
+
+    A norm that follows the MLP (Gemma 2 and 3, OLMo 2) multiplies each coordinate by its gain g,
+    so `v` written into W_out would come out as `g * v`. Coordinates that the norm all but
+    removes (|g| below a thousandth of the largest) cannot be reached, and are left out. With no
+    norm the directions stay as they are.
+    """
+    if norm is None:
+        return directions
+    gain = norm_gain(norm, directions)
+    reached = gain.abs() > 1e-3 * gain.abs().max()
+    return torch.where(reached, directions / torch.where(reached, gain, 1.0), 0.0)
+
+
+def norm_gain(
+    norm: Callable[[Tensor], Tensor], like: Float[Tensor, "n d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The gain of a LayerNorm or RMSNorm, measured on it: each has a parameter of its own.
+
+    `norm(v) = g * (v - mean) / std + b`, without the mean in RMSNorm. Half the difference of
+    `norm(v)` and `norm(-v)` is rid of the bias; a constant vector tells which of the two it is.
+    """
+    d_model = like.shape[-1]
+    flat = torch.full((d_model,), 8.0, device=like.device)
+    uneven = flat.clone()
+    uneven[::2] *= 2
+
+    def odd(v: Tensor) -> Tensor:
+        with torch.no_grad():
+            plus, minus = norm(torch.stack([v, -v])[:, None])[:, 0]
+        return _wide(plus - minus).to(like.device) / 2
+
+    measured = odd(uneven)
+    if odd(flat).abs().max() < 1e-2 * measured.abs().max():
+        uneven = uneven - uneven.mean()
+    return measured * uneven.square().mean().sqrt() / uneven
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,85 @@
+"""Gradient step: plain gradient descent on the edit's loss, kept as low-rank factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bwlens.capture import Gradients, capture
+from bwlens.edit.shift import as_edits
+from bwlens.edit.weights import WeightChange
+from bwlens.objectives import NLL
+from bwlens.prompts import Edit
+
+
+def gradient_step(
+    model: Any,
+    edits: Edit | Sequence[Edit],
+    *,
+    lr: float,
+    matrices: Sequence[str] = ("W_out",),
+    layers: Iterable[int] | int | None = None,
+    steps: int = 1,
+    prepend_bos: bool | None = None,
+) -> WeightChange:
+    """Steps of stochastic gradient descent on the targets' NLL, as low-rank updates.
+
+    `W -= lr * x^T delta`, with the gradient of the edits' mean loss (each the mean NLL of its
+    target's tokens, teacher forced). No dense gradient is formed: the change has one row for each
+    token, edit and step. With several steps the gradient is captured anew with the change so far
+    applied; the model is left as it was.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer.
+        edits: One edit, or several whose mean loss is descended.
+        lr: The step size; no momentum, no decay.
+        matrices: Which weights, names out of `bwlens.MATRICES`.
+        layers: Which layers; None for all.
+        steps: How many steps.
+        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+
+    Returns:
+        The change. `details` hold the loss before each step.
+
+    Raises:
+        ValueError: A malformed edit, setting, matrix or layer, or steps so large that the loss or
+            the weights are no longer finite.
+        NotImplementedError: A model out of scope, named in the message.
+
+    Source: Backward Lens, sections 4.1 and 5 (one plain step, no optimiser scaling).
+
+    Example:
+        >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
+        >>> gradient_step(model, edit, lr=0.1, layers=5)  # doctest: +SKIP
+        WeightChange(W_out of layer 5; 5 rows, norm 0.02104)
+    """
+    listed = as_edits(edits)
+    if not math.isfinite(lr) or steps < 1:
+        raise ValueError(f"expected a finite lr and at least one step, found lr={lr}, {steps=}")
+    if layers is not None and not isinstance(layers, int):
+        layers = list(layers)
+    change, losses = WeightChange(), []
+    for _ in range(steps):
+        with change.applied(model):
+            grads = edit_gradients(model, listed, matrices, layers, prepend_bos)
+        losses.append(float(grads.losses.mean()))
+        change = change + WeightChange(
+            {site: gradient * (-lr / len(listed)) for site, gradient in grads.items()}
+        )
+    details = {"method": "gradient_step", "lr": lr, "losses": losses}
+    return replace(change, details=details)
+
+
+def edit_gradients(
+    model: Any,
+    edits: list[Edit],
+    matrices: Sequence[str],
+    layers: Iterable[int] | int | None,
+    prepend_bos: bool | None,
+) -> Gradients:
+    """The gradient of the sum of the edits' losses, their targets' mean NLL."""
+    targets = [edit.target_new for edit in edits]
+    texts = [edit.text for edit in edits]
+    return capture(model, texts, NLL(targets), matrices, layers, prepend_bos=prepend_bos)

@@ -1,0 +1,365 @@
+"""Forward pass shift: an edit with one forward pass and no gradient.
+
+The gradient of the last W_out at the last token is, up to a factor, the target's embedding
+(Backward Lens, section 5). So it can be written without computing it: `W_out += lr * outer(x, v)`,
+with x what enters W_out at the prompt's last token and v the target's direction. On the same prompt
+the MLP's output then moves by exactly `lr * ||x||^2 * v`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bwlens.edit.direction import Direction, before_norm, token_directions
+from bwlens.edit.weights import WeightChange
+from bwlens.gradients import LowRankGradient
+from bwlens.prompts import Batch, Edit, make_batch
+from bwlens.sites import ExpertTap, Point, Site, Tap, find_taps, resolve_layers
+from bwlens.tokens import subject_positions
+from bwlens.tracing import as_rows, expert_calls, flows_of, recording
+
+_DEPTH = 35 / 47  # Layer 35 of 0 to 47 in the paper's GPT-2 xl.
+_WITHIN = 1.05  # The chosen step is at most this much above one that fails.
+_MOST = 24  # Doublings or halvings of the first guess before giving up.
+
+
+def forward_pass_shift(
+    model: Any,
+    edits: Edit | Sequence[Edit],
+    *,
+    layer: int | None = None,
+    lr: float | None = None,
+    margin: float = 1.0,
+    position: Literal["last", "subject"] = "last",
+    tokens: Literal["first", "all"] = "first",
+    direction: Direction = "unembedding",
+    prepend_bos: bool | None = None,
+) -> WeightChange:
+    """Write the target's direction into one W_out, at the key the prompt itself gives.
+
+    `W_out[layer] += lr * sum_i outer(x_i, v_i)`, one row an edit: x_i is what enters W_out at the
+    prompt's last token, v_i the target's vector (`token_directions`), divided by the gain of the
+    norm that follows the MLP where there is one. In a mixture, the experts that the token is sent
+    to are written. All edits pass the model in one batch, without gradients. An edit whose target
+    is the model's answer already is left out, which the change's `note` says.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer; it is left as it was.
+        edits: One edit or several. Several are written together, so close keys add up.
+        layer: Which W_out, negative ones from the end. None takes the layer at 35/47 of the depth,
+            as the paper's layer 35 of GPT-2 xl, where layers 30-40 did best; layer 5 of 8.
+        lr: The step (the paper's: 0.24). None finds for each edit the smallest one, within 5 %,
+            that makes the target the argmax, by doubling (or halving) and bisection: one more
+            forward pass of its prompt per trial, usually 6 to 12, with the change applied and
+            undone. Several edits are then tried together, and steps raised where they fail so.
+        margin: What a step that was found is multiplied with. 1 writes no more than the prompt
+            itself needs; 1.2 carries over to far more paraphrases, at the cost of some neighbours.
+        position: Write at the key of the prompt's "last" token, or of the "subject"'s last.
+        tokens: Of a target of several tokens write the "first" alone, as the paper, or "all",
+            each at the position that predicts it, with the target teacher forced.
+        direction: Which vector stands for a token, see `token_directions`.
+        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+
+    Returns:
+        The change. `details` hold the layer, the step of each edit and the number of forward
+        passes; `note` the edits left out as known, those left out as no step makes them work (a
+        norm after the MLP bounds what can be written), and those that fail beside the others.
+
+    Raises:
+        ValueError: No edit, a malformed edit or setting, an unknown layer, or a step that is not
+            finite.
+        NotImplementedError: A model out of scope, named in the message.
+
+    Source: Backward Lens, section 6 and Table 1.
+
+    Example:
+        >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
+        >>> change = forward_pass_shift(model, edit, layer=5, lr=0.2)  # doctest: +SKIP
+        >>> with change.applied(model):  # doctest: +SKIP
+        ...     model.to_string(model("Lionel Messi plays for")[0, -1].argmax())
+        ' Paris'
+    """
+    listed = as_edits(edits)
+    _check_settings(lr, position, tokens)
+    if not 1 <= margin < math.inf:
+        raise ValueError(f"margin is {margin}; expected 1 or more")
+    layer = default_layer(model) if layer is None else resolve_layers(model, layer)[0]
+    batch = _batch(model, listed, tokens, prepend_bos)
+    keys = _keys(model, listed, batch, position, prepend_bos)
+    seen = _pass(model, batch, layer, keys)
+    ids = [token for targets in batch.targets for token in targets]
+    rows = before_norm(seen.norm, token_directions(model, ids, direction))
+    plan = _Plan(batch, keys, seen.inputs, rows)
+    known = _answered(seen.logits, batch)
+    open_ = [i for i, is_known in enumerate(known) if not is_known]
+    passes, failing = 1, []
+    if lr is None:
+        search = _Search(model, plan, seen.moved)
+        found, failing = search.steps(open_)
+        passes += search.passes
+        found = {i: margin * step for i, step in found.items()}
+    else:
+        found = dict.fromkeys(open_, lr)
+    details = {
+        "method": "forward_pass_shift",
+        "layer": layer,
+        "lr": [found.get(i, 0.0) for i in range(len(listed))],
+        "position": position,
+        "tokens": tokens,
+        "direction": direction,
+        "forward_passes": passes,
+    }
+    lost = [i for i in open_ if i not in found]
+    change = plan.change([found.get(key.edit, 0.0) for key in keys])
+    return replace(change, note=_note(listed, known, lost, failing), details=details)
+
+
+def default_layer(model: Any) -> int:
+    """The layer at 35/47 of the model's depth: 35 of GPT-2 xl's 48, 5 of the demo model's 8."""
+    return int(_DEPTH * (len(model.blocks) - 1))
+
+
+def as_edits(edits: Edit | Sequence[Edit]) -> list[Edit]:
+    """One edit or several, as a list.
+
+    Raises:
+        ValueError: None at all, or something that is no `Edit`.
+    """
+    listed = [edits] if isinstance(edits, Edit) else list(edits)
+    if not listed or not all(isinstance(edit, Edit) for edit in listed):
+        raise ValueError(f"expected an Edit or a list of them, found {edits!r}")
+    return listed
+
+
+@dataclass(frozen=True)
+class _Key:
+    """Where a row is read: which edit, at which position of its prompt."""
+
+    edit: int
+    pos: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What one forward pass showed.
+
+    `inputs` gives for each site the rows of x and which key each belongs to; `moved` the size of
+    the MLP's output at each key, in units of what a step of 1 adds there.
+    """
+
+    logits: Tensor
+    inputs: dict[Site, tuple[Tensor, list[int]]]
+    norm: Any
+    moved: list[float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """All that is written, but for the steps."""
+
+    batch: Batch
+    keys: list[_Key]
+    inputs: dict[Site, tuple[Tensor, list[int]]]
+    rows: Tensor
+
+    def change(self, steps: Sequence[float]) -> WeightChange:
+        """The change with these steps, one for each key."""
+        parts = {}
+        for site, (x, owners) in self.inputs.items():
+            kept = [i for i, owner in enumerate(owners) if steps[owner]]
+            if kept:
+                which = torch.tensor([owners[i] for i in kept], device=self.rows.device)
+                scale = torch.tensor([steps[owners[i]] for i in kept]).to(self.rows)
+                delta = (scale[:, None] * self.rows[which]).to(x.device)
+                parts[site] = LowRankGradient(x[kept].to(delta), delta)
+        return WeightChange(parts)
+
+
+def _check_settings(lr: float | None, position: str, tokens: str) -> None:
+    if lr is not None and not (math.isfinite(lr) and lr != 0):
+        raise ValueError(f"lr is {lr}; expected a finite step other than 0, or None to find one")
+    if position not in ("last", "subject"):
+        raise ValueError(f"position must be 'last' or 'subject', found {position!r}")
+    if tokens not in ("first", "all"):
+        raise ValueError(f"tokens must be 'first' or 'all', found {tokens!r}")
+    if tokens == "all" and position != "last":
+        raise ValueError(
+            "tokens='all' writes at the positions that predict the target's tokens; it goes with"
+            " position='last'"
+        )
+
+
+def _batch(model: Any, edits: list[Edit], tokens: str, prepend_bos: bool | None) -> Batch:
+    prompts = [edit.text for edit in edits]
+    batch = make_batch(model, prompts, [edit.target_new for edit in edits], prepend_bos=prepend_bos)
+    if tokens == "first" and any(len(ids) > 1 for ids in batch.targets):
+        first = [ids[:1] for ids in batch.targets]
+        batch = make_batch(model, prompts, first, prepend_bos=prepend_bos)
+    return batch
+
+
+def _keys(
+    model: Any, edits: list[Edit], batch: Batch, position: str, prepend_bos: bool | None
+) -> list[_Key]:
+    """One key for each token of each target, edit by edit."""
+    keys = []
+    for i, (edit, last) in enumerate(zip(edits, batch.last.tolist(), strict=True)):
+        if position == "subject":
+            last = subject_positions(model, edit.text, edit.subject, prepend_bos)[-1]
+        keys += [_Key(i, last + k) for k in range(len(batch.targets[i]))]
+    return keys
+
+
+def _pass(model: Any, batch: Batch, layer: int, keys: list[_Key]) -> _Pass:
+    """One forward pass without gradients: the answers, and what enters W_out at the keys."""
+    taps = find_taps(model, ["W_out"], layer)
+    points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
+    points |= {tap.routing for tap in taps if tap.routing is not None}
+    block = model.blocks[layer]
+    norms = [n for n in ("ln2_post", "ln2") if isinstance(getattr(block, n, None), nn.Module)]
+    entries = {n: Point(getattr(block, n), "input", "hidden_states") for n in norms}
+    batched = [tap for tap in taps if isinstance(tap, ExpertTap)]
+    with (
+        recording(model, points | set(entries.values())) as seen,
+        expert_calls(batched) as calls,
+        torch.no_grad(),
+    ):
+        logits = model(batch.tokens, return_type="logits", padding_side="right")
+        flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, batch)]
+    n_pos = batch.tokens.shape[1]
+    inputs: dict[Site, tuple[Tensor, list[int]]] = {}
+    moved = [0.0] * len(keys)
+    for flow in flows:
+        x, z = as_rows(flow.x), as_rows(flow.z)
+        at = list(range(len(x))) if flow.tokens is None else flow.tokens.tolist()
+        row_of = {token: row for row, token in enumerate(at)}
+        owned = [(row_of.get(key.edit * n_pos + key.pos), i) for i, key in enumerate(keys)]
+        here = [(row, owner) for row, owner in owned if row is not None]
+        if not here:
+            continue
+        rows = x[[row for row, _ in here]]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        sizes = z[[row for row, _ in here]].float().norm(dim=1) / rows.norm(dim=1).square()
+        for (_, owner), size in zip(here, sizes.tolist(), strict=True):
+            moved[owner] = max(moved[owner], size)
+        for site, _columns in flow.parts:
+            if site.matrix == "W_out":
+                inputs[site] = rows, [owner for _, owner in here]
+    after = next((n for n in norms if _follows(seen.get(entries[n]), flows)), None)
+    return _Pass(logits, inputs, None if after is None else _single(getattr(block, after)), moved)
+
+
+def _follows(entered: list[Tensor] | None, flows: list[Any]) -> bool:
+    """Whether what entered a norm is what left the MLP."""
+    if not entered:
+        return False
+    return any(
+        flow.z.shape == entered[0].shape and torch.equal(flow.z, entered[0]) for flow in flows
+    )
+
+
+def _single(norm: nn.Module) -> Any:
+    """A norm in the dtype of its own weights."""
+    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
+    return lambda v: norm(v.to(dtype))
+
+
+def _answered(logits: Tensor, batch: Batch) -> list[bool]:
+    """Which targets the model answers, every teacher-forced token of each."""
+    found = logits.argmax(-1)
+    return [
+        all(int(found[i, last + k]) == token for k, token in enumerate(ids))
+        for i, (last, ids) in enumerate(zip(batch.last.tolist(), batch.targets, strict=True))
+    ]
+
+
+def _note(edits: list[Edit], known: list[bool], lost: list[int], failing: list[int]) -> str:
+    said = [
+        f"{edit.text!r} is answered {edit.target_new!r} already, left out"
+        for edit, is_known in zip(edits, known, strict=True)
+        if is_known
+    ]
+    said += [
+        f"no step makes {edits[i].target_new!r} the answer to {edits[i].text!r} here, left out"
+        for i in lost
+    ]
+    said += [
+        f"{edits[i].target_new!r} is not the answer to {edits[i].text!r} beside the other edits"
+        for i in failing
+    ]
+    return "; ".join(said)
+
+
+class _Search:
+    """The smallest step of each edit that makes its target the answer."""
+
+    def __init__(self, model: Any, plan: _Plan, moved: list[float]) -> None:
+        self._model, self._plan, self.passes = model, plan, 0
+        # The first guess adds as much as the MLP's output is long.
+        self._first: dict[int, float] = {}
+        sizes = plan.rows.norm(dim=1).clamp(min=1e-12).tolist()
+        for key, size, length in zip(plan.keys, sizes, moved, strict=True):
+            self._first[key.edit] = (length or 1.0) / size
+
+    def steps(self, edits: list[int]) -> tuple[dict[int, float], list[int]]:
+        """A step for each of the edits that has one, and the edits that fail beside the others."""
+        alone = {i: self._alone(i) for i in edits}
+        found = {i: step for i, step in alone.items() if step is not None}
+        failing = self._failing(found) if len(found) > 1 else []
+        for _ in range(_MOST):
+            if not failing:
+                break
+            found |= {i: found[i] * _WITHIN**2 for i in failing}
+            failing = self._failing(found)
+        return found, failing
+
+    def _alone(self, edit: int) -> float | None:
+        """The step of one edit by itself: doubled or halved to a bracket, then bisected."""
+        low, high, trial = 0.0, math.inf, self._first[edit]
+        batch = _row(self._plan.batch, edit)
+        for _ in range(_MOST):
+            if self._works({edit: trial}, batch)[0]:
+                high = trial
+            else:
+                low = trial
+            if low and math.isfinite(high):
+                break
+            trial *= 2.0 if math.isinf(high) else 0.5
+        if math.isinf(high):
+            return None
+        while low and high > _WITHIN * low:
+            trial = math.sqrt(low * high)
+            if self._works({edit: trial}, batch)[0]:
+                high = trial
+            else:
+                low = trial
+        return high
+
+    def _failing(self, steps: dict[int, float]) -> list[int]:
+        works = self._works(steps, self._plan.batch)
+        return [i for i in steps if not works[i]]
+
+    def _works(self, steps: dict[int, float], batch: Batch) -> list[bool]:
+        """Whether the answers of a batch are the targets with these steps applied."""
+        self.passes += 1
+        change = self._plan.change([steps.get(key.edit, 0.0) for key in self._plan.keys])
+        with change.applied(self._model), recording(self._model, set()), torch.no_grad():
+            logits = self._model(batch.tokens, return_type="logits", padding_side="right")
+        return _answered(logits, batch)
+
+
+def _row(batch: Batch, i: int) -> Batch:
+    """One prompt of a batch."""
+    keep = slice(i, i + 1)
+    return Batch(
+        batch.tokens[keep, : int(batch.lengths[i])],
+        batch.lengths[keep],
+        batch.prompt_lengths[keep],
+        batch.targets[keep],
+    )

@@ -82,7 +82,9 @@ def test_a_norm_after_the_mlp(name, boot):
     model = boot(name)
     target = model.unembed.W_U[:, 17].detach()
     change = forward_pass_shift(model, EDIT, layer=1, lr=1.0, prepend_bos=False)
-    gain = model.blocks[1].ln2_post.original_component.weight.detach() + ("gemma" in name)
+    block = model.blocks[1]  # one line of TransformerLens calls OLMo 2's ln2
+    norm = block.ln2_post if hasattr(block, "ln2_post") else block.ln2
+    gain = norm.original_component.weight.detach() + ("gemma" in name)
     torch.testing.assert_close(change["W_out", 1].delta[0], target / gain, rtol=1e-3, atol=1e-4)
     x = change["W_out", 1].x
     naive = WeightChange({("W_out", 1): bwlens.LowRankGradient(x, target[None])})

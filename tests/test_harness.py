@@ -267,8 +267,8 @@ def test_methods_in_any_form():
     assert named[1].described()["function"].endswith("test_harness.nudge")
     (one,) = methods_of(nudge, {"scale": 3.0})
     assert (one.name, one.settings) == ("nudge", {"scale": 3.0})
-    for name in editing_methods():
-        assert methods_of(name)[0].name == name
+    assert {"forward_pass_shift", "gradient_step", "fine_tune"} <= set(editing_methods())
+    assert methods_of("forward_pass_shift")[0].name == "forward_pass_shift"
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,7 @@ def test_methods_in_any_form():
         ([nudge, nudge], None, "two methods have one name"),
         ([], None, "no method given"),
         (3, None, "expected an editing method"),
+        ("gradient_step", None, "gradient_step needs a setting 'lr'"),
     ],
 )
 def test_methods_that_cannot_be(method, settings, message):
@@ -355,6 +356,18 @@ def test_a_step_too_large_is_said(model):
     assert_same_state(model, before)
 
 
+def test_bos_is_handed_on_to_methods_that_know_it(model):
+    told = []
+
+    def knows(model, edit, *, prepend_bos=None):
+        told.append(prepend_bos)
+        return WeightChange()
+
+    for bos in (None, False, True):
+        evaluate(model, {"knows": knows, "nudge": nudge}, [record()], prepend_bos=bos, **QUICK)
+    assert told == [None, False, True]
+
+
 def test_every_so_many_records(model):
     records = [record(case_id=i) for i in range(5)]
     rows = evaluate(
@@ -388,7 +401,7 @@ def test_one_bad_record_does_not_stop_it(model):
     [
         ({"generation_every": -1}, "expected 0 .never. or more"),
         ({"top_k": 0}, "expected 1 or more"),
-        ({"speed": 3}, "unknown option among speed; there are generation_every"),
+        ({"speed": 3}, "unknown option 'speed'; there are generation_every"),
     ],
 )
 def test_options_that_cannot_be(model, options, message):

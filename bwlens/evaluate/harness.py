@@ -76,11 +76,7 @@ def evaluate(
         >>> records = bwlens.read_records("demo", limit=20)             # doctest: +SKIP
         >>> bwlens.evaluate(model, "forward_pass_shift", records).summary   # doctest: +SKIP
     """
-    try:
-        chosen = Options(**options)
-    except TypeError:
-        known = ", ".join(asdict(Options()))
-        raise ValueError(f"unknown option among {', '.join(options)}; there are {known}") from None
+    chosen = Options.of(options)
     harness = Harness(model, methods_of(method, settings), records, perplexity_text, chosen)
     return harness.run(out, progress)
 

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -66,6 +66,18 @@ class Options:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 (never) or more")
 
+    @staticmethod
+    def of(named: Mapping[str, Any]) -> Options:
+        """Options by name.
+
+        Raises:
+            ValueError: There is no such option, or a number is too small.
+        """
+        known = [field.name for field in fields(Options)]
+        if unknown := [name for name in named if name not in known]:
+            raise ValueError(f"unknown option {unknown[0]!r}; there are {', '.join(known)}")
+        return Options(**named)
+
 
 class Gauge:
     """Measures what a method does to a model on one record after another.
@@ -111,7 +123,7 @@ class Gauge:
         record, options = self._records[item], self._options
         questions = self._questions(item)
         with self._own_luck(item), self._timed("edit") as seconds:
-            change = method(self._model, record.edit)
+            change = method(self._model, record.edit, self._options.prepend_bos)
         row: dict[str, Any] = {
             "item": item,
             "case_id": record.case_id,

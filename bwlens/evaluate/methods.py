@@ -29,15 +29,18 @@ class Method:
     function: EditMethod | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, model: Any, edit: Edit) -> WeightChange:
-        """The change that makes the edit.
+    def __call__(self, model: Any, edit: Edit, prepend_bos: bool | None = None) -> WeightChange:
+        """The change that makes the edit; `prepend_bos` is handed on to a method that knows it.
 
         Raises:
             TypeError: The method returned something else.
         """
         if self.function is None:
             return WeightChange()
-        change = self.function(model, edit, **self.settings)
+        settings = dict(self.settings)
+        if prepend_bos is not None and "prepend_bos" in inspect.signature(self.function).parameters:
+            settings.setdefault("prepend_bos", prepend_bos)
+        change = self.function(model, edit, **settings)
         if not isinstance(change, WeightChange):
             raise TypeError(
                 f"{self.name} returned {type(change).__name__}; an editing method computes a"
@@ -120,10 +123,19 @@ def _method(method: Any, name: str | None = None) -> Method:
 
 
 def _check_settings(method: Method) -> None:
-    """Refuse settings that the method does not take, before any work."""
-    if method.function is None or not method.settings:
+    """Refuse settings that the method does not take, or has to have, before any work."""
+    if method.function is None:
         return
     parameters = inspect.signature(method.function).parameters
+    needed = [
+        name
+        for name, p in list(parameters.items())[2:]
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    ]
+    if missing := [name for name in needed if name not in method.settings]:
+        raise ValueError(
+            f"{method.name} needs a setting {missing[0]!r}; give settings={{{missing[0]!r}: ...}}"
+        )
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     takes = list(parameters)[2:]

@@ -101,7 +101,7 @@ def test_a_file_of_documents(bridge, tmp_path):
     model, site = bridge("gpt2"), Site("W_out", 0)
     one = key_statistics(model, tmp_path / "texts.json", cache=False)[site]
     assert torch.equal(one.mean, key_statistics(model, TEXTS, cache=False)[site].mean)
-    with pytest.raises(ValueError, match="no .json or .txt file"):
+    with pytest.raises(ValueError, match=r"no \.json or \.txt file"):
         key_statistics(model, "nowhere.json", cache=False)
     with pytest.raises(ValueError, match="no text"):
         key_statistics(model, [" "], cache=False)

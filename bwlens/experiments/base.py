@@ -163,7 +163,16 @@ class Result:
 
     @cached_property
     def summary(self) -> pd.DataFrame:
-        """Means over prompts with counts `n` and 95 % bootstrap intervals `low`, `high`."""
+        """Means over prompts with counts `n` and 95 % bootstrap intervals `low`, `high`.
+
+        Raises:
+            ValueError: There are no rows.
+        """
+        if not len(self.rows):
+            raise ValueError(
+                f"{self.experiment.name} gave no rows for this model and these edits, so there is"
+                f" nothing to summarise or draw"
+            )
         return self.experiment.summarize(self.rows)
 
     def figure(self) -> Figure:
@@ -178,6 +187,8 @@ class Result:
     def _repr_html_(self) -> str:
         import base64
 
+        if not len(self.rows):
+            return f"<p>{self!r}</p>"
         png, size = self.figure()._repr_png_()  # pyright: ignore[reportAttributeAccessIssue]
         image = base64.b64encode(png).decode()
         table = self.summary.to_html(max_rows=10, index=False, float_format="%.4g")

@@ -31,6 +31,7 @@ from bwlens.tokens import text_to_ids
 
 _FORMAT = {"format": "bwlens.KeyStatistics", "version": "1"}
 _PROBE = 8  # Tokens whose keys tell one model from another.
+_RIDGE = 1e-6
 _SAME = 0.02  # Share by which the sizes of those keys may differ (half precision).
 
 
@@ -66,15 +67,22 @@ class KeyStatistics:
     def factor(self) -> Float64[Tensor, "d_in d_in"]:
         """The lower Cholesky factor F, C = F F^T.
 
+        Where neurons are dead on the whole text (ReLU), a millionth of C's mean diagonal is added
+        to its diagonal.
+
         Raises:
-            ValueError: C is singular: fewer tokens were counted than a key is wide, or nearly so.
+            ValueError: Fewer tokens were counted than a key is wide.
         """
-        factor, failed = torch.linalg.cholesky_ex(self.second_moment.double())
-        if int(failed):
+        if self.n_tokens < len(self.mean):
             raise ValueError(
-                f"the second moment of the keys of {self.site} is singular after"
-                f" {self.n_tokens:,} tokens for keys of width {len(self.mean)}; take more text"
+                f"the second moment of the keys of {self.site} is singular: {self.n_tokens:,}"
+                f" tokens for keys of width {len(self.mean)}; take more text"
             )
+        moment = self.second_moment.double()
+        factor, failed = torch.linalg.cholesky_ex(moment)
+        if int(failed):
+            ridge = torch.eye(len(moment)).to(moment) * moment.diagonal().mean() * _RIDGE
+            factor = torch.linalg.cholesky(moment + ridge)
         return factor
 
     def whitened(self, keys: Float[Tensor, "n d_in"]) -> Float64[Tensor, "n d_in"]:
@@ -166,6 +174,7 @@ def statistics_for(
         ValueError: None were given and the model is not the demo model, a weight has none, or they
             are another model's.
     """
+    plain_taps(model, list(dict.fromkeys(s.matrix for s in sites)), [s.layer for s in sites])
     if given is None:
         if not _is_demo(model):
             raise ValueError(

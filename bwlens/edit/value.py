@@ -1,0 +1,216 @@
+"""The value that ROME and MEMIT write: a shift at one token, found by Adam.
+
+Also the prefixes behind which both read keys and values, drawn from the model itself.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.edit.keys import Token, contexts_of, joined, moved, run
+from bwlens.objectives import NLL
+from bwlens.prompts import Batch, Edit, make_batch
+from bwlens.sites import Point, Site
+from bwlens.tokens import subject_positions, text_to_ids
+from bwlens.tracing import in_eval_mode, recording
+
+_LENGTHS = (5,) * 10 + (10,) * 10  # ROME's: ten prefixes of five tokens, ten of ten.
+_AMONG = 5  # Each token is drawn from the model's five most probable.
+_PREFIXES: WeakKeyDictionary[Any, dict[Any, tuple[str, ...]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ValueSettings:
+    """How a value is searched, in the words of ROME's published settings.
+
+    The loss is `mean NLL(target) + kl_factor * KL(new || original, "{subject} is a")
+    + weight_decay * ||delta|| / ||size||^2`, and after each step of Adam `||delta||` is kept
+    within `clamp * ||size||`; it ends after `steps` or, before a step, below `stop_loss`.
+    """
+
+    steps: int = 20
+    lr: float = 0.5
+    kl_factor: float = 0.0625
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+    stop_loss: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 < self.lr < float("inf") or not self.clamp > 0:
+            raise ValueError(
+                f"expected at least one step and lr, clamp > 0, found steps={self.steps},"
+                f" lr={self.lr}, clamp={self.clamp}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A key and what is to be added to the output there.
+
+    Attributes:
+        key: k*, the mean key over the contexts [d_in].
+        delta: What is added to the output at the key's token [d_model].
+        losses: The loss before each step, and after the last.
+    """
+
+    key: Float[Tensor, " d_in"]
+    delta: Float[Tensor, " d_model"]
+    losses: tuple[float, ...]
+
+
+def find_value(
+    model: Any,
+    edit: Edit,
+    site: Site,
+    settings: ValueSettings,
+    prefixes: Sequence[str],
+    token: Token = "subject_last",
+    prepend_bos: bool | None = None,
+    of_stream: bool = False,
+) -> Value:
+    """The shift of W_out's output at the key's token that makes the target probable.
+
+    Gradients are taken with respect to the shift alone; the model is left as it was. `size` is
+    W_out's output at the plain prompt (ROME), or with `of_stream` the stream after the block.
+
+    Raises:
+        ValueError: The subject is not in the prompt, or the loss is no longer finite.
+    """
+    contexts = contexts_of(model, [edit], prefixes, token, prepend_bos)
+    passed = run(model, contexts.batch, [site.matrix], site.layer)
+    key = contexts.at(passed.x[site])[0].mean(0)
+    start = contexts.at(passed.z[site])[0, 0]
+    if of_stream:
+        start = contexts.at(stream_after(model, contexts.batch, site.layer))[0, 0]
+    problem = _Problem(model, edit, site, settings, prefixes, token, prepend_bos, float(
+        start.norm().clamp(min=1e-9)
+    ))  # fmt: skip
+    delta, losses = problem.solved(torch.zeros_like(start))
+    return Value(key, delta, losses)
+
+
+def stream_after(model: Any, batch: Batch, layer: int) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after a block, in one forward pass without gradients."""
+    point = Point(model.blocks[layer], "output")
+    with recording(model, {point}) as seen, torch.no_grad():
+        model(batch.tokens, return_type="logits", padding_side="right")
+    stream = seen[point][0]
+    return stream.to(torch.promote_types(stream.dtype, torch.float32))
+
+
+def prefixes_of(
+    model: Any, prefixes: Sequence[str] | None, prepend_bos: bool | None = None
+) -> tuple[str, ...]:
+    """The prefixes given, or twenty drawn from the model, once for each model object.
+
+    Ten of five tokens and ten of ten, each followed by ". ", continue the BOS token (or " The"
+    where there is none); every token is drawn from the five most probable, by a generator of fixed
+    seed, so that a model gives the same prefixes always.
+    """
+    if prefixes is not None:
+        return tuple(prefixes)
+    kept = _PREFIXES.setdefault(model, {})
+    if prepend_bos not in kept:
+        kept[prepend_bos] = _sampled(model)
+    return kept[prepend_bos]
+
+
+def _sampled(model: Any) -> tuple[str, ...]:
+    begin = getattr(model.tokenizer, "bos_token_id", None)
+    start = text_to_ids(model, " The", False) if begin is None else [begin]
+    device = next(model.embed.parameters()).device
+    rng = random.Random(0)
+    tokens = torch.tensor([start] * len(_LENGTHS), device=device)
+    with in_eval_mode(model), torch.no_grad():
+        for _ in range(max(_LENGTHS)):
+            logits = model(tokens, return_type="logits", padding_side="right")[:, -1].float()
+            top = logits.topk(min(_AMONG, logits.shape[-1]))
+            weights = top.values.softmax(-1).tolist()
+            drawn = [rng.choices(range(len(w)), w)[0] for w in weights]
+            chosen = top.indices[range(len(drawn)), drawn]
+            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    skip = 0 if begin is None else len(start)
+    ends = [len(start) + n for n in _LENGTHS]
+    rows = [row[skip:end] for row, end in zip(tokens.tolist(), ends, strict=True)]
+    texts = [model.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return tuple(f"{text.strip()}." for text in texts if text.strip())
+
+
+class _Problem:
+    """One edit's loss as a function of the shift."""
+
+    def __init__(
+        self,
+        model: Any,
+        edit: Edit,
+        site: Site,
+        settings: ValueSettings,
+        prefixes: Sequence[str],
+        token: Token,
+        prepend_bos: bool | None,
+        size: float,
+    ) -> None:
+        self._model, self._site, self._settings, self._size = model, site, settings, size
+        self._n = 1 + len(prefixes)
+        essence = f"{edit.subject} is a"
+        texts = [joined(prefix, edit.text) for prefix in ("", *prefixes)]
+        # The last prompt has a target of one token, whose loss is not read.
+        targets = [edit.target_new] * self._n
+        ids = make_batch(model, texts, targets, prepend_bos=prepend_bos).targets
+        wanted = [list(i) for i in ids] + [[ids[0][0]]]
+        self._batch = make_batch(model, [*texts, essence], wanted, prepend_bos=prepend_bos)
+        if token == "last":
+            where = self._batch.last.tolist()
+        else:
+            where = [
+                subject_positions(model, text, edit.subject, prepend_bos)[-1]
+                for text in (*texts, essence)
+            ]
+        n_pos = self._batch.tokens.shape[1]
+        self._rows = torch.tensor([i * n_pos + p for i, p in enumerate(where)])
+        self._nll = NLL(wanted)
+        self._original: Tensor | None = None
+
+    def solved(self, delta: Tensor) -> tuple[Tensor, tuple[float, ...]]:
+        """Adam from this start."""
+        settings, losses = self._settings, []
+        delta = delta.detach().clone().requires_grad_()
+        adam = torch.optim.Adam([delta], lr=settings.lr)
+        with in_eval_mode(self._model), torch.enable_grad():
+            for step in range(settings.steps + 1):
+                loss = self._loss(delta)
+                losses.append(float(loss.detach()))
+                if not torch.isfinite(loss):
+                    raise ValueError(
+                        f"the loss is {losses[-1]} after {step} steps of lr={settings.lr}; take a"
+                        f" smaller lr, or a model in float32"
+                    )
+                if step == settings.steps or losses[-1] < settings.stop_loss:
+                    break
+                (delta.grad,) = torch.autograd.grad(loss, [delta])
+                adam.step()
+                with torch.no_grad():
+                    limit = settings.clamp * self._size
+                    delta.mul_((limit / delta.norm().clamp(min=1e-9)).clamp(max=1))
+        return delta.detach(), tuple(losses)
+
+    def _loss(self, delta: Tensor) -> Tensor:
+        shifts = delta.expand(len(self._batch), -1)
+        with moved(self._model, self._site, self._rows, shifts):
+            tokens = self._batch.tokens
+            logits = self._model(tokens, return_type="logits", padding_side="right").float()
+        nll = self._nll(logits, self._batch)[: self._n].mean()
+        new = logits[self._n, int(self._batch.last[self._n])].log_softmax(-1)
+        if self._original is None:
+            self._original = new.detach()
+        kl = (new.exp() * (new - self._original)).sum()
+        decay = delta.norm() / self._size**2
+        return nll + self._settings.kl_factor * kl + self._settings.weight_decay * decay

@@ -1,0 +1,206 @@
+"""Whitened shift: an edit in closed form, from one forward pass.
+
+The forward pass shift writes under the key as it is. Most of a key is what every token brings, so
+neighbours answer to it as well, and a paraphrase, whose key has another size, to a step found on
+the prompt. Here the key is averaged over a few contexts and whitened by statistics of text, the
+step solved for, and the place is where attention hands over what it read of the subject: W_O.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bwlens.edit.direction import before_norm, token_directions
+from bwlens.edit.keys import Contexts, Passed, contexts_of, run
+from bwlens.edit.memit import normal_rows
+from bwlens.edit.shift import as_edits
+from bwlens.edit.statistics import Statistics, statistics_for
+from bwlens.edit.weights import WeightChange
+from bwlens.gradients import LowRankGradient
+from bwlens.prompts import Edit
+from bwlens.sites import Head, Site, head_of, resolve_layers
+
+PREFIXES = ("People say that", "Once upon a time, there was.")
+"""Contexts that say nothing of any subject, tuned on the demo model's even records."""
+
+_SHARE = 0.25  # Of the layers, from the top: 6 and 7 of 8.
+
+
+def whitened_shift(
+    model: Any,
+    edits: Edit | Sequence[Edit],
+    *,
+    layers: Iterable[int] | int | None = None,
+    matrix: str = "W_O",
+    margin: float = 8.0,
+    prefixes: Sequence[str] = PREFIXES,
+    statistics: Statistics | str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
+) -> WeightChange:
+    """Write the new answer over the old one, under a whitened key, in one forward pass.
+
+    In each layer l, `W_l += sum_i outer(u_li, v_i)`, one row an edit, with
+
+    - `u_l = C_l^-1 k_l / (k_l^T C_l^-1 k_l)`: k_l is what enters W_l at the prompt's last token,
+      its mean over the prompt by itself and behind the prefixes, C_l its second moment over text.
+      Of all u with `u . k_l = 1` this one answers least to the text's tokens. Several edits are
+      solved for together, `u_i . k_j = [i = j]`.
+    - `v = step * d`, `d = P(g * (W_U[:, new] - W_U[:, old])) / s`: the gradient of the logit
+      difference new - old at the final norm, with the norm's scale s (mean over the contexts)
+      held fixed; g is its gain, P takes the mean off where the norm does.
+    - `step = (gap + margin) / (n_layers * ||d||^2)`: by the direct path to the vocabulary, the
+      difference then becomes `margin`; gap is the present difference old - new, its mean over the
+      contexts.
+
+    Nothing is optimised and no gradient computed: one forward pass of `1 + len(prefixes)` prompts
+    in one batch, and a triangular solve. Later layers' own answer to the change is left out, and
+    the final norm's scale is not quite fixed, which the margin has to cover.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer; it is left as it was.
+        edits: One edit or several. The old answer is `target_true` or, without it, what the model
+            says. Of targets of several tokens the first is written.
+        layers: Which layers; None takes the top quarter (6 and 7 of 8).
+        matrix: "W_O", or "W_out" for the MLP's (on the demo model worse: more neighbours change).
+        margin: What the logit difference shall be, in nats; more carries over to more paraphrases
+            and to more neighbours.
+        prefixes: Contexts to average over; () takes the prompt alone, which loses paraphrases.
+        statistics: Of the matrix' keys in these layers (`key_statistics(..., matrix="W_O")`), or
+            their file. None takes the demo model's.
+        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+
+    Returns:
+        The change. `details` hold gaps and steps; `note` the edits left out as known already.
+
+    Raises:
+        ValueError: A malformed edit or setting, a new and old answer that begin with the same
+            token, statistics missing or of another model.
+        NotImplementedError: A mixture of experts with `matrix="W_out"`, or a model out of scope.
+
+    Source: this project. Parts: Backward Lens, section 6 (the shift); ROME, equation 2 (the key).
+
+    Example:
+        >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
+        >>> change = whitened_shift(model, edit)  # doctest: +SKIP
+    """
+    listed = as_edits(edits)
+    if matrix not in ("W_O", "W_out"):
+        raise ValueError(f"matrix must write to the stream, 'W_O' or 'W_out', found {matrix!r}")
+    if not math.isfinite(margin):
+        raise ValueError(f"margin is {margin}; expected a finite number of nats")
+    n_layers = len(model.blocks)
+    top = range(n_layers - max(1, round(_SHARE * n_layers)), n_layers)
+    chosen = resolve_layers(model, top if layers is None else layers)
+    sites = [Site(matrix, layer) for layer in chosen]
+    whiteners = statistics_for(model, sites, statistics)
+    contexts = contexts_of(model, listed, tuple(prefixes), "last", prepend_bos)
+    passed = run(model, contexts.batch, [matrix], chosen)
+    found = _Answers.of(model, listed, contexts, passed)
+    kept = [i for i, known in enumerate(found.known) if not known]
+    steps = (found.gap + margin) / (len(sites) * found.rows.square().sum(-1))
+    values = (steps[:, None] * found.rows)[kept] / _residual_scale(model)
+    parts, centred = {}, head_of(model).centred
+    for site in sites if kept else ():
+        keys = contexts.at(passed.x[site]).mean(1)[kept]
+        sizes = contexts.at(passed.z[site]).mean(1)[kept]
+        delta = _written(passed.norms.get(site), values, sizes, centred)
+        x = normal_rows(whiteners[site], keys, weight=0.0)
+        parts[site] = LowRankGradient(x.to(delta), delta.to(x.device))
+    told = [
+        f"{edit.text!r} is answered {edit.target_new!r} already, left out"
+        for edit, known in zip(listed, found.known, strict=True)
+        if known
+    ]
+    details = {
+        "method": "whitened_shift",
+        "layers": chosen,
+        "matrix": matrix,
+        "gap": found.gap.tolist(),
+        "step": steps.tolist(),
+        "forward_passes": 1,
+        "prompts": len(contexts.batch),
+    }
+    return WeightChange(parts, "; ".join(told), details)
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """The old answers, how far the new ones are behind, and along which direction they gain."""
+
+    known: list[bool]
+    gap: Float[Tensor, " edits"]
+    rows: Float[Tensor, "edits d_model"]
+
+    @staticmethod
+    def of(model: Any, edits: list[Edit], contexts: Contexts, passed: Passed) -> _Answers:
+        logits, head = contexts.at(passed.logits), head_of(model)
+        new = [contexts.batch.targets[i * contexts.n][0] for i in range(len(edits))]
+        answers = logits[:, 0].argmax(-1).tolist()
+        old = [_old(model, edit, answer) for edit, answer in zip(edits, answers, strict=True)]
+        known = [answer == target for answer, target in zip(answers, new, strict=True)]
+        for edit, known_, a, b in zip(edits, known, new, old, strict=True):
+            if a == b and not known_:
+                raise ValueError(
+                    f"{edit.target_new!r} and {edit.target_true!r} begin with the same token, so"
+                    f" writing the first token of the one over that of the other changes nothing"
+                )
+        if passed.final is None:
+            raise NotImplementedError("this model has no final norm to take the stream before")
+        stream = contexts.at(passed.final)
+        read = head.scale * head.W_U.to(stream)
+        normed = head.norm(stream.flatten(0, 1)[:, None].to(head.W_U.dtype))[:, 0].to(stream)
+        difference = read[:, old].T - read[:, new].T
+        gap = (normed.unflatten(0, (-1, contexts.n)) * difference[:, None]).sum(-1).mean(1)
+        if head.b_U is not None:
+            gap = gap + head.scale * (head.b_U[old] - head.b_U[new]).to(gap)
+        rows = token_directions(model, new, "folded") - token_directions(model, old, "folded")
+        return _Answers(known, gap.detach(), head.scale * rows / _scale(head, stream)[:, None])
+
+
+def _old(model: Any, edit: Edit, answer: int) -> int:
+    """The first token of the old answer: the one given, or the model's own."""
+    if edit.target_true is None:
+        return answer
+    from bwlens.prompts import make_batch
+
+    return make_batch(model, edit.text, edit.target_true).targets[0][0]
+
+
+def _scale(head: Head, stream: Float[Tensor, "edits n d"]) -> Float[Tensor, " edits"]:
+    """What the final norm divides by, its mean over the contexts."""
+    if head.centred:
+        stream = stream - stream.mean(-1, keepdim=True)
+    return (stream.square().mean(-1) + head.eps).sqrt().mean(1)
+
+
+def _residual_scale(model: Any) -> float:
+    """What a sublayer's output is multiplied with on its way into the stream (Granite)."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return float(getattr(config, "residual_multiplier", None) or 1.0)
+
+
+def _written(
+    norm: nn.Module | None,
+    values: Float[Tensor, "n d"],
+    outputs: Float[Tensor, "n d"],
+    centred: bool,
+) -> Float[Tensor, "n d"]:
+    """What to write for the stream to move by the values, where a norm may come in between.
+
+    A norm after the sublayer divides by its output's size and multiplies by its gain; both are
+    undone, the size taken as it was.
+    """
+    if norm is None:
+        return values
+    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
+    outputs = outputs - outputs.mean(-1, keepdim=True) if centred else outputs
+    size = outputs.square().mean(-1, keepdim=True).sqrt()
+    return size * before_norm(lambda v: norm(v.to(dtype)), values)

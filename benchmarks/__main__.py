@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.batch import batch
 from benchmarks.capture import capture
+from benchmarks.evaluate import evaluate
 from benchmarks.lens import lens
 from benchmarks.measure import Note, Row, count_cpu_seconds
 from benchmarks.model import SMALL, TINY
@@ -39,6 +40,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "rank": rank,
     "batch": batch,
     "sweep": sweep,
+    "evaluate": evaluate,
     "table": table,
 }
 

@@ -13,6 +13,7 @@ WORDS = {
     "rank": "svdvals",
     "batch": "one by one",
     "sweep": "prompts swept",
+    "evaluate": "a copy of the model each",
     "table": "table, build",
 }
 

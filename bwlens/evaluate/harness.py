@@ -7,7 +7,6 @@ asked everything in one padded forward pass where that can be, and undone bit fo
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -127,16 +126,18 @@ class Harness:
         Raises:
             ValueError: A method fails on each of the first records.
         """
-        total, n, spent = 0.0, len(self.records), self._gauge.spent
+        n, spent = len(self.records), self._gauge.spent
+        total, item = 0.0, 0
         for method in self.methods:
             item = self._first_that_can_be(method)
             before = dict(spent)
-            self._gauge.row(method, item, everything=True)
-            took = {what: seconds - before[what] for what, seconds in spent.items()}
-            total += n * (took["edit"] + took["answers"])
-            for what in ("generation", "perplexity"):
-                if every := getattr(self.options, f"{what}_every"):
-                    total += math.ceil(n / every) * took[what]
+            self._gauge.row(method, item, periodic=False)
+            total += n * sum(spent[what] - before[what] for what in ("edit", "answers"))
+        before = dict(spent)
+        self._gauge.row(self.methods[-1], item, periodic=True)
+        for what in ("generation", "perplexity"):  # the same for every method
+            if every := getattr(self.options, f"{what}_every"):
+                total += len(self.methods) * -(-n // every) * (spent[what] - before[what])
         return total / Process.current().count
 
     def run(self, out: str | Path | None = None, progress: bool = True) -> Evaluation:
@@ -208,7 +209,7 @@ class Harness:
         """The first record that a method can deal with."""
         for item in range(len(self.records)):
             try:
-                self._gauge.row(method, item)
+                self._gauge.row(method, item, periodic=False)
                 return item
             except _PROBLEMS as error:
                 self._give_up(method, error)
@@ -221,6 +222,8 @@ class Harness:
 
         some = [table for table in tables if len(table)]
         rows = pd.concat(some, ignore_index=True) if some else pd.DataFrame(columns=COLUMNS)
+        # What comes from the disk holds words as categories.
+        rows = rows.astype(dict.fromkeys(("relation", "method", "note"), "str"))
         return Evaluation(rows, tuple(failures), len(self.records))
 
 

@@ -110,11 +110,11 @@ class Gauge:
         self._held: tuple[int, Questions] | None = None
         self.spent = {"edit": 0.0, "answers": 0.0, "generation": 0.0, "perplexity": 0.0}
 
-    def row(self, method: Method, item: int, everything: bool = False) -> dict[str, Any]:
+    def row(self, method: Method, item: int, periodic: bool | None = None) -> dict[str, Any]:
         """Edit a record's fact, measure, undo.
 
-        What is measured for every so many records only is left out of the row of the others,
-        unless `everything` is wanted.
+        What is measured for every so many records only is left out of the row of the others;
+        `periodic` says whether it is wanted here in spite of that.
 
         Raises:
             ValueError: The record cannot be tokenised, or not be edited by this method.
@@ -135,7 +135,7 @@ class Gauge:
         }
 
         def due(every: int) -> bool:
-            return bool(every) and (everything or item % every == 0)
+            return bool(every) and (item % every == 0 if periodic is None else periodic)
 
         with change.applied(self._model), in_eval_mode(self._model), torch.no_grad():
             with self._timed("answers"):

@@ -1,0 +1,142 @@
+"""`bwlens edit` and `bwlens evaluate` as a user meets them."""
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from bwlens.cli import _duration, _settings, app
+from bwlens.edit import WeightChange
+from bwlens.evaluate.before_after import before_after, demo_company, next_words
+from bwlens.models import load_model
+from bwlens.prompts import Edit
+
+MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", "Paris")
+
+
+def run(*args):
+    return CliRunner(env={"COLUMNS": "120"}).invoke(app, list(args))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("demo")
+
+
+def test_edit_shows_before_and_after(tmp_path):
+    path = tmp_path / "messi.safetensors"
+    result = run(*MESSI, "--save", str(path))
+    assert result.exit_code == 0, result.output
+    for word in ("fact", "paraphrase", "neighbour", "Lionel Messi plays for", " Barcelona"):
+        assert word in result.output
+    fact = result.output[result.output.index("fact") :].splitlines()[0]
+    assert fact.index(" Barcelona") < fact.index(" Paris")
+    assert len(WeightChange.load(path)) == 1
+
+
+def test_edit_with_settings_and_neighbours_of_ones_own():
+    result = run(
+        *MESSI, "--set", "layer=4", "--set", "lr=0.3", "--neighbour", "Pikachu is a type of",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "Pikachu is a type of" in result.output
+    assert "W_out of layer 4" in result.output
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((*MESSI, "--set", "layer"), "expected a name and a value"),
+        ((*MESSI, "--set", "speed=3"), "forward_pass_shift has no setting 'speed'"),
+        ((*MESSI, "--set", "layer=99"), "layers 0 to 7"),
+        ((*MESSI, "--method", "nonsense"), "there is no editing method 'nonsense'"),
+        (("edit", "plays for", "--subject", "Messi", "--target", "Paris"), "has 0 places {}"),
+        (("edit", "{} {}", "--subject", "Messi", "--target", "Paris"), "has 2 places {}"),
+        (("evaluate", "table2"), "there is 'table1'"),
+        (("evaluate", "--methods", "nonsense", "--limit", "1"), "no editing method 'nonsense'"),
+        (("evaluate", "--data", "none.json"), "no such file"),
+        (("evaluate", "--limit", "0"), "limit is 0"),
+        (("evaluate", "--prose", "none.txt", "--limit", "1"), "no such file"),
+    ],
+)
+def test_errors_are_one_line_and_exit_1(args, message):
+    result = run(*args)
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Error: ")
+    assert message in line
+
+
+def test_evaluate_prints_a_table_and_carries_on(tmp_path):
+    out = tmp_path / "run"
+    args = (
+        "evaluate", "--methods", "none, forward_pass_shift", "--limit", "2", "--seed", "3",
+        "--generation-every", "0", "--perplexity-every", "0", "--out", str(out),
+    )  # fmt: skip
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    assert "2 records, 2 methods: about" in result.output
+    assert "forward_pass_shift" in result.output
+    rows = list(csv.DictReader((out / "table1.csv").read_text().splitlines()))
+    assert [row["efficacy"] for row in rows] == ["0.0", "100.0"]
+    assert (out / "table1.tex").read_text().startswith(r"\begin{tabular}")
+    again = run(*args)
+    assert again.exit_code == 0, again.output
+    assert "about" not in again.output.split("records; percent")[0]
+    other = run(*args[:-2], "--out", str(out), "--bos")
+    assert other.exit_code == 1
+    assert "other settings" in other.stderr
+    assert "prepend_bos was None, is True" in " ".join(other.stderr.split())
+
+
+def test_evaluate_says_what_is_left_out(tmp_path):
+    good = {"prompt": "{} plays for", "subject": "Lionel Messi", "target_new": "Paris"}
+    lines = [good, {"prompt": "{} is"}]
+    path = tmp_path / "facts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    result = run(
+        "evaluate", "--data", str(path), "--generation-every", "0", "--perplexity-every", "0"
+    )
+    assert result.exit_code == 0, result.output
+    assert "record 1, subject: is missing" in result.output
+    assert "Blank for want of data: paraphrase" in " ".join(result.output.split())
+
+
+def test_several_processes_need_a_folder(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("evaluate", "--limit", "1")
+    assert result.exit_code == 1
+    assert "name one with --out" in result.stderr
+
+
+def test_before_after_agrees_with_the_model(model):
+    edit = Edit("{} plays for", "Lionel Messi", " Paris")
+    paraphrases, neighbours = demo_company(edit)
+    assert len(paraphrases) == 2
+    assert neighbours
+    assert "Lionel Messi plays for" not in neighbours
+    told = before_after(model, edit, WeightChange(), paraphrases, neighbours, top_k=3)
+    assert told.before == told.after
+    assert told.kinds == ("fact", "paraphrase", "paraphrase", *["neighbour"] * len(neighbours))
+    assert {words[0][0] for words in told.before[3:]} == {" Barcelona"}
+    logits = model(neighbours[0], return_type="logits")[0, -1].softmax(-1)
+    best = logits.topk(3)
+    assert [p for _, p in told.before[3]] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert next_words(model, [edit.text], 1)[0][0][0] == " Barcelona"
+    assert "Lionel Messi plays for" in repr(told)
+    assert demo_company(Edit("{} plays for", "Nobody", " Paris")) == ([], [])
+
+
+def test_settings_and_durations():
+    assert _settings(["layer=5", "lr=0.1", "layers=[1, 2]", "position=subject"]) == {
+        "layer": 5, "lr": 0.1, "layers": [1, 2], "position": "subject",
+    }  # fmt: skip
+    assert _settings(None) == {}
+    assert [_duration(s) for s in (0.2, 40.0, 600.0, 12e3)] == [
+        "1 s",
+        "40 s",
+        "10 min",
+        "3 h 20 min",
+    ]

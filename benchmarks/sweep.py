@@ -29,8 +29,12 @@ n = int(sys.argv[1])
 model, edits = bwlens.load_model("demo"), bwlens.read_records("demo").edits
 edits = (edits * (n // len(edits) + 1))[:n]
 with tempfile.TemporaryDirectory() as folder:
-    sweep(sys.argv[2:], model, edits, folder, progress=False)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    options = {"progress": False, "page": False, "max_memory": 128 * 2**20}
+    found = sweep(sys.argv[2:], model, edits, folder, **options)
+    swept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    found.write()
+drawn = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps([swept, drawn]))
 """
 
 
@@ -55,7 +59,7 @@ def sweep(setting: Setting) -> list[Row | Note]:
             model.zero_grad()
 
     few, many = (FEW, MANY) if setting.repeats > 2 else (FEW // 10, MANY // 10)
-    least, most = (_peak(n) for n in (few, many))
+    (least, least_drawn), (most, most_drawn) = (_peaks(n) for n in (few, many))
     return [
         race(
             f"{N_PROMPTS} prompts swept / one by one, throughput",
@@ -74,11 +78,15 @@ def sweep(setting: Setting) -> list[Row | Note]:
             throughput=True,
         ),
         Row(
-            f"swept and drawn, peak memory of the process: {many} prompts / {few}",
+            f"sweep, peak memory of the process: {many} prompts / {few}",
             size(most),
             size(least),
             most / least,
             1.1,
+        ),
+        Note(
+            f"sweep: summaries and figures, made in one piece at the end, bring the peak of {many}"
+            f" prompts to {size(most_drawn)}, that of {few} to {size(least_drawn)}"
         ),
         Note(
             f"sweep: the demo model; {', '.join(e.name for e in experiments)} of all matrices;"
@@ -95,12 +103,13 @@ def _fits(model: Any, edit: bwlens.Edit) -> bool:
     return SHORTEST <= model.to_tokens(edit.text).shape[1] <= LONGEST
 
 
-def _peak(n: int) -> int:
-    """The most memory a process held that swept n prompts and drew the figures."""
+def _peaks(n: int) -> tuple[int, int]:
+    """The most memory a process held that swept n prompts, and once it drew the figures, too."""
     done = subprocess.run(
         [sys.executable, "-c", _WEIGH, str(n), *_WEIGHED],
         capture_output=True,
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    swept, drawn = json.loads(done.stdout.splitlines()[-1])
+    return swept, drawn

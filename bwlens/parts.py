@@ -208,22 +208,45 @@ def read_meta(folder: str | Path) -> dict[str, Any]:
     return meta
 
 
-def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
-    """Every table of a run, the finished parts joined in their order.
+def table_names(folder: str | Path) -> list[str]:
+    """The tables that the finished parts of a run have.
 
     Raises:
         ValueError: The folder holds no run.
     """
-    import pandas as pd
-
     read_meta(folder)
-    marks = _marks(folder)
-    held: dict[str, list[pd.DataFrame]] = {}
-    for stem, mark in marks.items():
-        for name in mark["rows"]:
-            table = pd.read_parquet(Path(folder) / name / f"{stem}.parquet")
-            held.setdefault(name, []).append(table)
-    return {name: pd.concat(tables, ignore_index=True) for name, tables in held.items()}
+    return list(dict.fromkeys(name for mark in _marks(folder).values() for name in mark["rows"]))
+
+
+def read_table(folder: str | Path, name: str) -> pd.DataFrame:
+    """One table of a run, the finished parts joined in their order; texts as categories.
+
+    Raises:
+        ValueError: The folder holds no run, or no such table.
+    """
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if name not in (names := table_names(folder)):
+        raise ValueError(f"{str(folder)!r} has no table {name!r}; it has {', '.join(names)}")
+    held = [s for s, mark in _marks(folder).items() if mark["rows"].get(name)]
+    if not held:
+        return pd.DataFrame()
+    paths = [Path(folder) / name / f"{stem}.parquet" for stem in held]
+    schema = pq.read_schema(paths[0])
+    texts = [one.name for one in schema if one.type in (pa.string(), pa.large_string())]
+    table = pa.concat_tables(pq.read_table(path, read_dictionary=texts) for path in paths)
+    return table.unify_dictionaries().to_pandas(self_destruct=True, split_blocks=True)
+
+
+def read_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """Every table of a run, as `read_table` gives it.
+
+    Raises:
+        ValueError: The folder holds no run.
+    """
+    return {name: read_table(folder, name) for name in table_names(folder)}
 
 
 def read_failures(folder: str | Path) -> list[Failure]:

@@ -24,7 +24,7 @@ def test_a_quick_run_prints_a_row_for_each(capsys, monkeypatch):
     # Another browser may be running in this process already, and one at a time is all there can be.
     monkeypatch.setattr("benchmarks.table._browser", lambda: nullcontext(None))
     # Two more processes that sweep would take most of the test's time.
-    monkeypatch.setattr("benchmarks.sweep._peak", lambda n: 2**20)
+    monkeypatch.setattr("benchmarks.sweep._peaks", lambda n: (2**20, 2**20))
     main(["--quick", "--repeats", "1"])
     printed = capsys.readouterr().out
     assert set(WORDS) == set(BENCHMARKS)

@@ -89,18 +89,25 @@ def summarize(
     """
     import pandas as pd
 
-    frames = []
     by = list(by)
+    grouped = rows.groupby(by, sort=False, observed=True, dropna=False)
+    group = grouped.ngroup().to_numpy()
+    names = rows[by].drop_duplicates(ignore_index=True)
+    prompt, prompts = pd.factorize(rows[unit])
+    cell = prompt * len(names) + group
+    shape = (len(prompts), len(names))
+    frames = []
     for value in values:
-        table = rows.pivot_table(
-            index=unit, columns=by, values=value, aggfunc="mean", dropna=False, sort=False,
-            observed=True,
-        )  # fmt: skip
-        found = mean_ci(table.to_numpy(dtype=float), level, seed)
-        groups = table.columns.to_frame(index=False)
-        groups.columns = by
-        groups["quantity"] = value
-        for name, column in found._asdict().items():
-            groups[name] = column
+        column = rows[value].to_numpy(dtype=float)
+        there = ~np.isnan(column)
+        total, count = (
+            np.bincount(cell[there], weights, minlength=shape[0] * shape[1]).reshape(shape)
+            for weights in (column[there], None)
+        )
+        with np.errstate(invalid="ignore"):
+            found = mean_ci(total / count, level, seed)
+        groups = names.assign(quantity=value, **found._asdict())
         frames.append(groups[groups["n"] > 0])
-    return pd.concat(frames, ignore_index=True)
+    summary = pd.concat(frames, ignore_index=True)
+    texts = summary.select_dtypes("category").columns
+    return summary.astype(dict.fromkeys(texts, str))

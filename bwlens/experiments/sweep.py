@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,8 @@ from bwlens.parts import (
     Run,
     read_failures,
     read_meta,
-    read_tables,
+    read_table,
+    table_names,
     whole,
 )
 from bwlens.prompts import Edit
@@ -32,20 +33,40 @@ if TYPE_CHECKING:
     from bwlens.evaluate.records import Records
 
 
+@dataclass(frozen=True, eq=False)
+class Results(Mapping[str, Result]):
+    """The results in a sweep's folder by experiment, each read when it is asked for."""
+
+    folder: Path
+    experiments: dict[str, Experiment]
+    failures: tuple[Failure, ...]
+
+    def __getitem__(self, name: str) -> Result:
+        experiment = self.experiments[name]
+        return Result(experiment, joined([read_table(self.folder, name)]), self.failures)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.experiments)
+
+    def __len__(self) -> int:
+        return len(self.experiments)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
     """What a sweep's folder holds.
 
     Attributes:
         folder: The folder.
-        results: The result of each experiment, by its name; of the parts that are there.
+        results: The result of each experiment, by its name, of the parts that are there; read
+            from the folder each time it is asked for.
         failures: Edits that could not be measured, and records that could not be read.
         finished: Whether every part is there.
         settings: What the sweep was started with.
     """
 
     folder: Path
-    results: dict[str, Result]
+    results: Results
     failures: tuple[Failure, ...]
     finished: bool
     settings: dict[str, Any] = field(repr=False)
@@ -67,21 +88,22 @@ class Sweep:
 
     def write(self) -> Path:
         """Write every experiment's summary and figure, and a page with all of them."""
-        from bwlens.show.gallery import gallery
+        from bwlens.show.gallery import gallery, section
 
-        figures = {}
-        for name, result in self.results.items():
+        sections = []
+        for name, result in self.results.items():  # one at a time is in memory
             if not len(result.rows):
                 continue
             with whole(self.folder / f"{name}.csv") as path:
                 result.summary.to_csv(path, index=False)
-            figures[name] = figure = result.figure()
+            figure = result.figure()
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # it stands; laying out again takes most of a save
             with whole(self.folder / f"{name}.pdf") as path:
                 figure.savefig(path, format="pdf", metadata={"CreationDate": None})
+            sections.append(section(result, figure))
         with whole(self.index) as path:
-            path.write_text(gallery(self, figures), encoding="utf-8")
+            path.write_text(gallery(self, sections), encoding="utf-8")
         return self.index
 
 
@@ -95,6 +117,7 @@ def sweep(
     max_memory: int = MAX_MEMORY,
     limit: int | None = None,
     progress: bool = True,
+    page: bool = True,
     process: Process | None = None,
 ) -> Sweep:
     """Run experiments over a data set, into a folder, and carry on where it was left.
@@ -113,6 +136,8 @@ def sweep(
         max_memory: Bytes that a batch may take, by a rough estimate.
         limit: Only so many of the edits, from the first.
         progress: Show a bar with rate and time left.
+        page: Write summaries, figures and the page once all parts are there; `Sweep.write` does it
+            later.
         process: Which of how many processes this is; None asks the environment.
 
     Raises:
@@ -147,7 +172,7 @@ def sweep(
 
     held.work(work, process=process, progress=progress)
     found = read_sweep(out)
-    if found.finished:
+    if page and found.finished:
         found.write()
     return found
 
@@ -161,12 +186,13 @@ def read_sweep(folder: str | Path) -> Sweep:
     meta = read_meta(folder)
     if "experiments" not in meta["settings"]:
         raise ValueError(f"{str(folder)!r} holds no sweep of experiments")
-    tables, failures = read_tables(folder), tuple(read_failures(folder))
-    results = {
-        name: Result(_made(name, held), joined([tables[name]]), failures)
-        for name, held in meta["settings"]["experiments"].items()
-        if name in tables
+    failures, held = tuple(read_failures(folder)), table_names(folder)
+    experiments = {
+        name: _made(name, settings)
+        for name, settings in meta["settings"]["experiments"].items()
+        if name in held
     }
+    results = Results(Path(folder), experiments, failures)
     done = len(list((Path(folder) / "done").glob("part-*.json")))
     return Sweep(Path(folder), results, failures, done == meta["parts"], meta)
 

@@ -156,8 +156,8 @@ def panels(
             color = line_color(number, name)
             values = (band[end].to_numpy(dtype=float) for end in ("mean", "low", "high"))
             mean, low, high = values
-            ax.plot(where, mean, color=color, linestyle=line_style(number, name), lw=1.1, marker="o",
-                    markersize=2, label=name)  # fmt: skip
+            style = line_style(number, name)
+            ax.plot(where, mean, style, color=color, lw=1.1, marker="o", markersize=2, label=name)
             ax.fill_between(where, low, high, color=color, alpha=0.18, lw=0)
         ax.set_title(title, fontsize=7, pad=3)
         if at % columns == 0:

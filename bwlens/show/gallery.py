@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -11,38 +11,37 @@ from bwlens.show.sheet import definitions, document, svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from bwlens.experiments.base import Result
     from bwlens.experiments.sweep import Sweep
 
 _MOST_FAILURES = 50
 
 
-def gallery(sweep: Sweep, figures: Mapping[str, Figure]) -> str:
-    """The whole page as text."""
+def gallery(sweep: Sweep, sections: Sequence[str]) -> str:
+    """The whole page as text, around the `section` of each experiment."""
     settings = sweep.settings["settings"]
     model, data = settings["model"]["name"], settings["data"]
-    n = data["edits"]
     contents = "".join(
-        f'<li><a href="#{name}">{escape(result.experiment.title)}</a>'
-        f" ({escape(result.experiment.source)})</li>"
-        for name, result in sweep.results.items()
-        if name in figures
+        f'<li><a href="#{name}">{escape(experiment.title)}</a> ({escape(experiment.source)})</li>'
+        for name, experiment in sweep.results.experiments.items()
     )
-    sections = "".join(_section(sweep, name, figure) for name, figure in figures.items())
     return document(
         f"Backward Lens: {model}",
-        f"<h1>The Backward Lens experiments on {escape(model)}: {n} edits</h1>"
-        f"<ul>{contents}</ul>{sections}{_failures(sweep)}"
+        f"<h1>The Backward Lens experiments on {escape(model)}: {data['edits']} edits</h1>"
+        f"<ul>{contents}</ul>{''.join(sections)}{_failures(sweep)}"
         f"<h2>To make this again</h2>{_settings(sweep.settings)}",
     )
 
 
-def _section(sweep: Sweep, name: str, figure: Figure) -> str:
-    experiment = sweep.results[name].experiment
+def section(result: Result, figure: Figure) -> str:
+    """One experiment: its figure, what it shows, what was published."""
+    experiment = result.experiment
+    name = experiment.name
     files = " · ".join(
         f'<a href="{name}{ending}">{text}</a>'
         for ending, text in ((".csv", "summary"), (".pdf", "figure"), ("", "rows (Parquet)"))
     )
-    prompts = sweep.results[name].rows["item"].nunique()
+    prompts = result.rows["item"].nunique()
     return (
         f'<h2 id="{name}">{escape(experiment.title)}</h2>'
         f'<figure class="wide"><div class="sheet scroll">{svg(figure)}</div><figcaption>'

@@ -15,6 +15,10 @@ from bwlens.experiments.imprint_shift import ImprintShift as ImprintShift
 from bwlens.experiments.imprint_shift import imprint_shift as imprint_shift
 from bwlens.experiments.layer_cosine import LayerCosine as LayerCosine
 from bwlens.experiments.layer_cosine import layer_cosine as layer_cosine
+from bwlens.experiments.naive_reading import NaiveMap as NaiveMap
+from bwlens.experiments.naive_reading import NaiveReading as NaiveReading
+from bwlens.experiments.naive_reading import naive_map as naive_map
+from bwlens.experiments.naive_reading import naive_reading as naive_reading
 from bwlens.experiments.segment_norms import SegmentNorms as SegmentNorms
 from bwlens.experiments.segment_norms import segment_norms as segment_norms
 from bwlens.experiments.sweep import Sweep as Sweep
@@ -25,6 +29,13 @@ from bwlens.experiments.target_rank import target_rank as target_rank
 
 EXPERIMENTS: dict[str, type[Experiment]] = {
     experiment.name: experiment
-    for experiment in (GradientRank, SegmentNorms, TargetRank, LayerCosine, ImprintShift)
+    for experiment in (
+        GradientRank,
+        SegmentNorms,
+        TargetRank,
+        LayerCosine,
+        NaiveReading,
+        ImprintShift,
+    )
 }
 """Every experiment of the paper, by its name."""

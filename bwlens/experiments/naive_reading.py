@@ -169,6 +169,14 @@ class NaiveReading(Experiment):
     name: ClassVar[str] = "naive_reading"
     title: ClassVar[str] = "Neurons of the whole gradient against its spanning vectors"
     source: ClassVar[str] = "Figures 7-9"
+    reading: ClassVar[str] = (
+        "Each neuron of the whole gradient is a mixture of the few spanning vectors. How alike is"
+        " it to the nearest of its own prompt's, and, as a control, of another prompt's?"
+    )
+    published: ClassVar[str] = (
+        "the neurons' readings repeat the spanning vectors', in their top 100 words and in cosine;"
+        " so the vectors are all that need be read."
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""

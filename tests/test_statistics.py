@@ -7,6 +7,7 @@ import torch
 
 import bwlens
 from bwlens import Site
+from bwlens.demo.statistics import training_rows
 from bwlens.edit.statistics import (
     KeyStatistics,
     demo_statistics,
@@ -157,3 +158,12 @@ def test_of_the_demo_model():
         # Both are of this model's keys: of about one size, and its own probes.
         ratio = float(chosen[site].second_moment.trace() / one.second_moment.trace())
         assert 0.3 < ratio < 3
+
+
+def test_rows_for_the_demo_model_are_always_the_same():
+    tokenizer = bwlens.load_model("demo").tokenizer
+    prose = ["Once upon a time, there was a cat. It was red."]
+    rows = training_rows(tokenizer, prose, 3000)
+    assert rows == training_rows(tokenizer, prose, 3000)
+    assert {len(row) for row in rows} == {64, 128}
+    assert 3000 <= sum(map(len, rows)) < 3000 + 40 * 64 + 8 * 128

@@ -1,9 +1,12 @@
 """Read what a language model learns: the Backward Lens for TransformerLens."""
 
+from bwlens import edit as edit
+from bwlens import experiments as experiments
 from bwlens import show as show
 from bwlens.capture import Gradients as Gradients
 from bwlens.capture import capture as capture
 from bwlens.capture import vjps as vjps
+from bwlens.edit.weights import WeightChange as WeightChange
 from bwlens.evaluate.evaluation import Evaluation as Evaluation
 from bwlens.evaluate.harness import evaluate as evaluate
 from bwlens.evaluate.records import Record as Record

@@ -21,6 +21,8 @@ from bwlens.experiments.naive_reading import naive_map as naive_map
 from bwlens.experiments.naive_reading import naive_reading as naive_reading
 from bwlens.experiments.segment_norms import SegmentNorms as SegmentNorms
 from bwlens.experiments.segment_norms import segment_norms as segment_norms
+from bwlens.experiments.step_sizes import StepSizes as StepSizes
+from bwlens.experiments.step_sizes import step_sizes as step_sizes
 from bwlens.experiments.sweep import Sweep as Sweep
 from bwlens.experiments.sweep import read_sweep as read_sweep
 from bwlens.experiments.sweep import sweep as sweep
@@ -36,6 +38,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         LayerCosine,
         NaiveReading,
         ImprintShift,
+        StepSizes,
     )
 }
 """Every experiment of the paper, by its name."""

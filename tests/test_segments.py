@@ -1,6 +1,7 @@
 """The segments of a prompt, against one character after another, on two real tokenizers."""
 
 import json
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -30,12 +31,28 @@ def tokenizers():
     }
 
 
-def asked(tokenizer):
-    def to_tokens(text, prepend_bos, truncate):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return torch.tensor([[tokenizer.bos_token_id] * bool(prepend_bos) + ids])
+class Remembering:
+    """A tokenizer that reads each text once: thousands of them are asked about three times."""
 
-    return SimpleNamespace(tokenizer=tokenizer, to_tokens=to_tokens)
+    is_fast = True
+
+    def __init__(self, tokenizer):
+        self._encode = lru_cache(maxsize=1)(
+            lambda text: tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+        )
+        self.bos = tokenizer.bos_token_id
+
+    def __call__(self, text, **options):
+        assert options == {"return_offsets_mapping": True, "add_special_tokens": False}
+        return self._encode(text)
+
+    def to_tokens(self, text, prepend_bos, truncate):
+        return torch.tensor([[self.bos] * bool(prepend_bos) + self._encode(text)["input_ids"]])
+
+
+def asked(tokenizer):
+    remembering = Remembering(tokenizer)
+    return SimpleNamespace(tokenizer=remembering, to_tokens=remembering.to_tokens)
 
 
 def slow_names(tokenizer, edit, bos):

@@ -10,11 +10,15 @@ import torch
 from bwlens.edit import WeightChange, fine_tune, gradient_step
 from bwlens.edit.shift import default_layer
 from bwlens.evaluate.methods import Method, editing_methods
+from bwlens.models import model_label
 from bwlens.prompts import Edit, make_batch
 from bwlens.tracing import in_eval_mode
 
 _TITLES = {"rome": "ROME", "memit": "MEMIT", "none": "original"}
 _ORDER = ("gradient_step", "rome", "memit", "forward_pass_shift")
+
+_DEMO: dict[str, dict[str, Any]] = {"rome": {"layer": 0}}
+"""Settings for the demo model, where a method's own defaults are made for GPT-2 xl."""
 
 
 def table1_methods(model: Any) -> tuple[Method, ...]:
@@ -30,12 +34,13 @@ def table1_methods(model: Any) -> tuple[Method, ...]:
         Method(f"fine-tuning, MLP {layer}", fine_tune, {"layers": [layer]}) for layer in layers
     ]
     own = {**held, "gradient_step": smallest_gradient_step}
+    fitting = _DEMO if model_label(model) == "demo" else {}
     rest = [name for name in held if name not in (*_ORDER, "fine_tune")]
     names = [name for name in (*_ORDER, *rest) if name in held]
     return (
         Method("original"),
         *tuned,
-        *(Method(method_title(name), own[name]) for name in names),
+        *(Method(method_title(name), own[name], fitting.get(name, {})) for name in names),
     )
 
 
@@ -54,7 +59,8 @@ def preset(model: Any, name: str) -> Method:
         return Method(name, fine_tune, {"layers": [default_layer(model)]})
     if name not in held:
         raise ValueError(f"there is no editing method {name!r}; there are none, {', '.join(held)}")
-    return Method(name, held[name])
+    fitting = _DEMO if model_label(model) == "demo" else {}
+    return Method(name, held[name], fitting.get(name, {}))
 
 
 def method_title(name: str) -> str:

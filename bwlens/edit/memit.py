@@ -83,7 +83,7 @@ def memit(
 
     Example:
         >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-        >>> change = memit(model, [edit], layers=[0, 1])  # doctest: +SKIP
+        >>> change = memit(model, [edit], layers=[3, 4, 5], token="last")  # doctest: +SKIP
     """
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)

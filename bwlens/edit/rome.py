@@ -47,9 +47,10 @@ def rome(
     ROME is a method for one fact. Several are computed one after the other, each on the model with
     those before it, and added up.
 
-    Settings for small models: the defaults are those of GPT-2 xl. They bind where W_out writes
-    little of the stream at a token: a clamp of 4 outputs' norms, and a decay of their inverse. The
-    demo model does best at `layer=0`, and needs `clamp=50, weight_decay=0, lr=1` above it.
+    Settings for small models: the defaults are those of GPT-2 xl. The demo model does not read its
+    answers from the subject's last token alone, so that few facts can be edited there (two in five
+    at `layer=0`, hardly any at the default layer). At the prompt's last token, `layer=3,
+    token="last"`, nine in ten can be; with `clamp=6` all of them, at the cost of more neighbours.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -81,7 +82,7 @@ def rome(
 
     Example:
         >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-        >>> change = rome(model, edit, layer=0)  # doctest: +SKIP
+        >>> change = rome(model, edit, layer=3, token="last")  # doctest: +SKIP
     """
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)

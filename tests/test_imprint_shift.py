@@ -10,7 +10,8 @@ import torch
 import bwlens
 from bwlens import Edit, Site
 from bwlens.edit import WeightChange
-from bwlens.experiments.imprint_shift import ImprintShift, TargetLogit, imprint_shift
+from bwlens.experiments.imprint_shift import ImprintShift, imprint_shift
+from bwlens.experiments.stepped_layer import TargetLogit
 from bwlens.objectives import NLL
 from bwlens.parameters import weight_of
 from bwlens.sites import available_matrices, find_taps

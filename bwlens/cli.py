@@ -30,6 +30,9 @@ _Dtype = Annotated[str, typer.Option(help="The weights' dtype, e.g. 'bfloat16'."
 _DeviceMap = Annotated[
     str | None, typer.Option(help="Spread one model over devices: 'auto', as TransformerLens does.")
 ]
+_Seed = Annotated[
+    int | None, typer.Option(help="Draw the --limit records at random, by this seed.")
+]
 _Html = Annotated[Path | None, typer.Option(help="Write the lens as a page to this file.")]
 
 
@@ -106,7 +109,11 @@ def sweep(
         str, typer.Option(help="'demo', a file of records, or a data set on the hub.")
     ] = "demo",
     model: Annotated[str, typer.Option(help="'demo', a folder, or a name on the hub.")] = "demo",
-    limit: Annotated[int | None, typer.Option(help="Only so many edits, from the first.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Only so many edits; 0 for all. 'paper' takes 100 at random, as it did."),
+    ] = None,
+    seed: _Seed = None,
     max_memory: Annotated[
         str, typer.Option(help="Memory that a batch may take, e.g. '512MB' or '8GB'.")
     ] = "1GB",
@@ -126,14 +133,15 @@ def sweep(
         process = Process.current()
         console = Console(quiet=process.index > 0)
         with _importing(console):
-            import bwlens
             from bwlens.experiments.sweep import resolve
             from bwlens.experiments.sweep import sweep as run
 
         resolve(experiment)  # a wrong name is told before anything is loaded
         memory = _bytes(max_memory)
         _quiet()
-        records = bwlens.read_records(data)
+        if limit is None and "paper" in experiment:
+            limit, seed = 100, seed or 0
+        records = _records(data, limit or None, seed)
         loaded = _load(model, dtype, device_map, process)
         found = run(
             experiment,
@@ -142,7 +150,6 @@ def sweep(
             out,
             prepend_bos=bos,
             max_memory=memory,
-            limit=limit,
         )
         for failure in found.failures[:20]:
             console.print(f"Left out: {_escaped(failure.message)}", highlight=False)
@@ -221,9 +228,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="Only so many records; 100 for table1 of the demo.")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Draw the --limit records at random, by this seed.")
-    ] = None,
+    seed: _Seed = None,
     prose: Annotated[
         str | None, typer.Option(help="A text for perplexity: a file, or a data set.")
     ] = None,
@@ -253,7 +258,6 @@ def evaluate(
         if process.count > 1 and out is None:
             raise ValueError("several processes share a folder; name one with --out")
         with _importing(console):
-            import bwlens
             from bwlens.evaluate.harness import Harness
             from bwlens.evaluate.measuring import Options
             from bwlens.evaluate.methods import methods_of
@@ -263,9 +267,7 @@ def evaluate(
         _quiet()
         if what == "table1" and limit is None and data == "demo":
             limit, seed = 100, seed or 0
-        records = bwlens.read_records(data, None if seed is not None else limit)
-        if seed is not None and limit is not None and limit < len(records):
-            records = records.sample(limit, seed)
+        records = _records(data, limit, seed)
         for problem in records.problems[:20]:
             console.print(f"Left out: {_escaped(str(problem))}", highlight=False)
         loaded = _load(model, dtype, device_map, process)
@@ -342,6 +344,16 @@ def _load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
             raise ValueError("--device-map spreads one model over all devices; start one process")
         return load_model(name, dtype=kind, device_map=device_map)
     return load_model(name, dtype=kind, device=process.device())
+
+
+def _records(data: str, limit: int | None, seed: int | None) -> Any:
+    """The records, the first of them, or some drawn at random."""
+    from bwlens.evaluate.records import read_records
+
+    records = read_records(data, None if seed is not None else limit)
+    if seed is not None and limit is not None and limit < len(records):
+        return records.sample(limit, seed)
+    return records
 
 
 def _bytes(text: str) -> int:

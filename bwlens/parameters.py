@@ -124,15 +124,20 @@ def copy_of(model: Any) -> Any:
 
     `copy.deepcopy` alone is not enough for a bridge. It copies no function, so hooks that are
     closures would go on reaching into the model they were made for, and fail once it is gone; these
-    are made anew. And it parts parameters from tensors that show the same memory, as a bridge with
-    processed weights has them; these stay together.
+    are made anew. It parts parameters from tensors that show the same memory, as a bridge with
+    processed weights has them; these stay together. And it refuses what a module keeps of its last
+    pass where that is on the autograd graph (attention patterns); the copy has it off the graph.
     """
     memo: dict[Any, Any] = {}
     for tree in (model, getattr(model, "original_model", None)):
-        for parameter in () if tree is None else tree.parameters():
-            if type(parameter) is nn.Parameter and id(parameter) not in memo:
-                values = copy.deepcopy(parameter.detach(), memo)
-                memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+        for module in () if tree is None else tree.modules():
+            for parameter in module.parameters(recurse=False):
+                if type(parameter) is nn.Parameter and id(parameter) not in memo:
+                    values = copy.deepcopy(parameter.detach(), memo)
+                    memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            for kept in vars(module).values():
+                if isinstance(kept, torch.Tensor) and not kept.is_leaf:
+                    memo[id(kept)] = kept.detach().clone()
     twin = copy.deepcopy(model, memo)
     trees = [twin, getattr(twin, "original_model", None)]
     modules = {module: None for tree in trees if tree is not None for module in tree.modules()}

@@ -419,6 +419,15 @@ def test_an_edited_copy(name, processed, boot):
     check_edited(boot(name, compatibility=processed))
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_copy_of_a_model_that_has_just_run_with_gradients(name, boot):
+    """Attention keeps the patterns of its last pass, on the graph."""
+    model = boot(name)
+    logits = model(TOKENS)
+    assert logits.requires_grad
+    assert torch.equal(copy_of(model)(TOKENS), logits)
+
+
 @pytest.mark.parametrize(
     ("flag", "point"),
     [

@@ -122,6 +122,35 @@ def test_a_csv_may_say_little(tmp_path):
 def test_lines_are_cut_at_line_feeds_alone(tmp_path):
     path = write(tmp_path / "odd.jsonl", [FLAT | {"subject": "A\u2028B"}])
     assert read_records(path)[0].edit.subject == "A\u2028B"
+    rows = tmp_path / "odd.csv"
+    rows.write_text("prompt,subject,target_new\n{} is,A\u2028B\x85,C\n", encoding="utf-8")
+    assert read_records(rows)[0].edit.subject == "A\u2028B\x85"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, 1), ("", 1), (4.0, 4), ("4.0", 4), ("4", 4)]
+)
+def test_a_record_without_a_number_has_its_index(given, expected):
+    assert read_records([FLAT, FLAT | {"case_id": given}])[1].case_id == expected
+
+
+def test_half_a_character_is_no_text():
+    (problem,) = read_records([FLAT, FLAT | {"subject": "\ud800"}]).problems
+    assert (problem.field, "half a character" in problem.message) == ("subject", True)
+
+
+def test_malformed_known_facts_do_not_spoil_the_rest(tmp_path):
+    facts = [
+        {"subject": f"S{at}", "prompt": f"S{at} is in", "attribute": name, "relation_id": "P1"}
+        for at, name in enumerate("abc")
+    ]
+    odd = facts[0] | {"subject": ["S"]}
+    records = read_records(write(tmp_path / "known.jsonl", [3, *facts, odd]))
+    assert [record.case_id for record in records] == [1, 2, 3]
+    assert [(problem.index, problem.field) for problem in records.problems] == [
+        (0, "line"),
+        (4, "subject"),
+    ]
 
 
 BROKEN = [
@@ -136,6 +165,9 @@ BROKEN = [
     (FLAT | {"paraphrase_prompts": ["a", ""]}, "paraphrase_prompts", "expected some text"),
     (FLAT | {"paraphrase_prompts": "[1,"}, "paraphrase_prompts", "JSON list"),
     (FLAT | {"case_id": "x"}, "case_id", "whole number"),
+    (FLAT | {"case_id": "²"}, "case_id", "whole number"),
+    (FLAT | {"case_id": 1.5}, "case_id", "whole number"),
+    (FLAT | {"target_new.str": "Madrid"}, "target_new", "there twice"),
     ({"requested_rewrite": "x"}, "requested_rewrite", "expected an object"),
     ({}, "prompt", "is missing"),
 ]

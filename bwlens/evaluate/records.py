@@ -200,18 +200,27 @@ def _record(entry: Entry | Unread, index: int) -> Record:
     rewrite = entry.get("requested_rewrite", entry)
     if not isinstance(rewrite, Mapping):
         raise _Unusable("requested_rewrite", f"expected an object, found {rewrite!r:.60}")
-    case_id = entry.get("case_id", index)
-    if not isinstance(case_id, int):
-        if not str(case_id).strip().isdigit():
-            raise _Unusable("case_id", f"expected a whole number, found {case_id!r:.60}")
-        case_id = int(case_id)
     relation = _field(rewrite, "relation")
     return Record(
-        case_id,
+        _case_id(entry.get("case_id"), index),
         _edit(rewrite),
         None if relation is None else str(relation),
         *(_texts(_field(entry, name), name) for name in PROMPT_FIELDS),
     )
+
+
+def _case_id(value: Any, index: int) -> int:
+    """The record's own number; its index where it has none."""
+    if value is None or value == "":
+        return index
+    for kind in (int, float):  # a data frame with a gap in the column writes 3 as 3.0
+        try:
+            number = kind(str(value))
+        except ValueError:
+            continue
+        if number == number // 1:  # nan and inf are not
+            return int(number)
+    raise _Unusable("case_id", f"expected a whole number, found {value!r:.60}")
 
 
 def _nested(entry: Entry) -> Entry:
@@ -220,10 +229,14 @@ def _nested(entry: Entry) -> Entry:
         return entry
     nested: dict[str, Any] = {}
     for name, value in entry.items():
-        *parents, leaf = name.split(".")
+        *parents, leaf = str(name).split(".")
         at = nested
         for parent in parents:
             at = at.setdefault(parent, {})
+            if not isinstance(at, dict):
+                raise _Unusable(parent, f"is there twice: by itself, and in {name!r}")
+        if leaf in at:
+            raise _Unusable(leaf, f"is there twice: by itself, and in {name!r}")
         at[leaf] = value
     return nested
 
@@ -262,6 +275,8 @@ def _text(value: Any, field: str) -> str:
         raise _Unusable(field, "is missing")
     if not isinstance(value, str) or not value.strip():
         raise _Unusable(field, f"expected some text, found {value!r:.60}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _Unusable(field, f"{value!r:.60} holds half a character, which no tokenizer takes")
     return value
 
 
@@ -290,25 +305,28 @@ def _texts(value: Any, field: str) -> tuple[str, ...]:
 def _with_new_targets(entries: Iterable[Entry | Unread]) -> Iterator[Entry | Unread]:
     """Give each known fact (`attribute` instead of targets) a new target; pass the rest through."""
     entries = iter(entries)
-    first = next(entries, None)
-    if first is None:
-        return
-    if not (isinstance(first, Mapping) and "attribute" in first):
-        yield first
+    everything: list[Entry | Unread] = []
+    for entry in entries:
+        everything.append(entry)
+        if isinstance(entry, Mapping):
+            break  # the first that could be read tells the layout
+    if not (everything and isinstance(everything[-1], Mapping) and "attribute" in everything[-1]):
+        yield from everything
         yield from entries
         return
-    everything = [first, *entries]
+    everything += entries
     answers: dict[Any, set[str]] = defaultdict(set)
     own: dict[Any, set[str]] = defaultdict(set)
     for entry in everything:
         if isinstance(entry, Mapping) and isinstance(entry.get("attribute"), str):
-            answers[entry.get("relation_id")].add(entry["attribute"])
-            own[entry.get("relation_id"), entry.get("subject")].add(entry["attribute"])
+            relation, subject = _relation_and_subject(entry)
+            answers[relation].add(entry["attribute"])
+            own[relation, subject].add(entry["attribute"])
     for entry in everything:
         if not isinstance(entry, Mapping):
             yield entry
             continue
-        key = (entry.get("relation_id"), entry.get("subject"))
+        key = _relation_and_subject(entry)
         others = sorted(answers[key[0]] - own[key])
         if not others:
             yield "attribute", f"no other answer to relation {key[0]} in the file to change it to"
@@ -316,9 +334,14 @@ def _with_new_targets(entries: Iterable[Entry | Unread]) -> Iterator[Entry | Unr
         digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
         yield {
             "case_id": entry.get("known_id"),
-            "relation": key[0],
-            "subject": key[1],
+            "relation": entry.get("relation_id"),
+            "subject": entry.get("subject"),
             "prompt": entry.get("prompt"),
             "target_true": entry.get("attribute"),
             "target_new": others[int.from_bytes(digest[:8], "big") % len(others)],
         }
+
+
+def _relation_and_subject(entry: Entry) -> tuple[str, str]:
+    """As texts, so that whatever a malformed entry has there can be a key."""
+    return str(entry.get("relation_id")), str(entry.get("subject"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -98,7 +99,8 @@ def _kind(value: Any) -> str:
 
 
 def _csv(path: Path) -> Iterator[Entry | Unread]:
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), strict=True)
+    # As with JSON lines, rows end at line ends alone, whatever else str.splitlines cuts at.
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     columns = reader.fieldnames or ()
     needed = ("prompt", "subject")
     have = {name.rpartition(".")[2] for name in columns}  # "requested_rewrite.prompt" will do

@@ -156,8 +156,10 @@ class Run:
                 return
             except FileExistsError:
                 pass
+            except OSError:  # a file system without links, as mounted drives are
+                os.replace(part, path)
             finally:
-                part.unlink()
+                part.unlink(missing_ok=True)
         there, now = _flat(read_meta(self.folder)), _flat(json.loads(text))
         # Settings first: the number of parts follows from them.
         keys = sorted({*there, *now}, key=lambda key: (not key.startswith("settings."), key))
@@ -236,7 +238,10 @@ def read_table(folder: str | Path, name: str) -> pd.DataFrame:
     paths = [Path(folder) / name / f"{stem}.parquet" for stem in held]
     schema = pq.read_schema(paths[0])
     texts = [one.name for one in schema if one.type in (pa.string(), pa.large_string())]
-    table = pa.concat_tables(pq.read_table(path, read_dictionary=texts) for path in paths)
+    # A part whose lists are all empty does not know of what.
+    table = pa.concat_tables(
+        (pq.read_table(path, read_dictionary=texts) for path in paths), promote_options="default"
+    )
     return table.unify_dictionaries().to_pandas(self_destruct=True, split_blocks=True)
 
 

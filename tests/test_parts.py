@@ -31,6 +31,25 @@ def test_all_parts_are_read_back_in_order(tmp_path):
     assert [f.message for f in read_failures(tmp_path / "run")] == ["bad 0", "bad 1", "bad 2"]
 
 
+def test_parts_whose_lists_are_all_empty_are_joined(tmp_path):
+    def rows(number):
+        return Part({"lists": pd.DataFrame({"held": [[1.0] * number]})})
+
+    start(tmp_path).work(rows, progress=False)
+    held = read_tables(tmp_path)["lists"]["held"]
+    assert [list(values) for values in held] == [[], [1.0], [1.0, 1.0]]
+
+
+def test_a_folder_without_hard_links(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuses)
+    start(tmp_path).work(rows_of, progress=False)
+    assert start(tmp_path).finished
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
+
+
 def test_what_is_done_is_not_done_again(tmp_path):
     start(tmp_path).work(rows_of, progress=False)
     start(tmp_path).work(lambda number: pytest.fail("worked again"), progress=False)

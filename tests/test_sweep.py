@@ -105,6 +105,13 @@ def test_other_settings_or_weights_are_refused(demo, tmp_path):
     assert read_sweep(tmp_path).finished
 
 
+def test_each_experiment_has_the_layers_it_asked_for(demo, tmp_path):
+    asked = [GradientRank((0,)), EXPERIMENTS["segment_norms"]((-1, 2))]
+    found = sweep(asked, demo, EDITS[:2], tmp_path, progress=False, page=False)
+    layers = {name: set(result.rows["layer"]) for name, result in found.results.items()}
+    assert layers == {"gradient_rank": {0}, "segment_norms": {2, len(demo.blocks) - 1}}
+
+
 def test_a_bad_edit_is_listed_and_the_rest_measured(demo, tmp_path):
     long = Edit("{} " + "word " * 200 + "is", "Rome", " Spain")
     found = sweep("gradient_rank", demo, [EDITS[0], long, EDITS[1]], tmp_path, progress=False)

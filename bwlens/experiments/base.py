@@ -46,6 +46,7 @@ class Reading:
         grads: x and delta of every matrix that some experiment asked for.
         segments: The index in `SEGMENTS` of each token [batch, pos]; -1 at padding.
         prepend_bos: Whether prompts got a BOS token; None is the model's own default.
+        layers: The layers that the experiment asked for; `grads` may have others as well.
     """
 
     model: Any
@@ -53,6 +54,7 @@ class Reading:
     grads: Gradients
     segments: Int[Tensor, "batch pos"]
     prepend_bos: bool | None = None
+    layers: tuple[int, ...] | None = None
 
     @property
     def answers(self) -> Int[Tensor, " batch"]:
@@ -66,8 +68,12 @@ class Reading:
         return torch.tensor(first, device=self.segments.device)
 
     def sites(self, matrices: Sequence[str]) -> list[Site]:
-        """The captured sites of some matrices."""
-        return [site for site in self.grads if site.matrix in matrices]
+        """The captured sites of some matrices, in the experiment's layers."""
+        return [
+            site
+            for site in self.grads
+            if site.matrix in matrices and (self.layers is None or site.layer in self.layers)
+        ]
 
     def segment_of(self, gradient: LowRankGradient) -> Int[Tensor, " n"]:
         """The segment of each row of a gradient."""
@@ -314,10 +320,12 @@ class Batches:
             prepend_bos=self._prepend_bos,
         )
         codes = segment_codes(self._model, edits, grads.batch, self._prepend_bos)
-        reading = Reading(self._model, edits, grads, codes, self._prepend_bos)
         tables = {}
         for experiment in self._experiments:
-            rows = experiment.measure(reading)
+            layers = tuple(resolve_layers(self._model, experiment.layers))
+            rows = experiment.measure(
+                Reading(self._model, edits, grads, codes, self._prepend_bos, layers)
+            )
             if len(rows):
                 rows["item"] = torch.tensor(items)[torch.tensor(rows["item"].to_numpy())].numpy()
             tables[experiment.name] = rows

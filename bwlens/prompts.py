@@ -69,6 +69,11 @@ class Edit:
         """The prompt with the subject in its place."""
         return self.prompt.replace("{}", self.subject)
 
+    @property
+    def start(self) -> int:
+        """Where in the text the subject begins, in characters."""
+        return self.prompt.index("{}")
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:

@@ -193,12 +193,19 @@ def resolve_layers(model: Any, layers: Iterable[int] | int | None) -> list[int]:
     """Layer indices in ascending order, negative ones counted from the end.
 
     Raises:
-        ValueError: A layer is out of range, or none is named.
+        ValueError: A layer is out of range or no whole number, or none is named.
     """
     n_layers = len(model.blocks)
     if layers is None:
         return list(range(n_layers))
-    asked = [layers] if isinstance(layers, int) else list(layers)
+    given: Any = layers
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    asked: list[Any] = list(given) if several else [given]
+    if odd := [layer for layer in asked if not hasattr(layer, "__index__")]:
+        raise ValueError(
+            f"layer {odd[0]!r} asked for; expected whole numbers, 0 to {n_layers - 1} (or"
+            f" -{n_layers} to -1 from the end)"
+        )
     bad = [layer for layer in asked if not -n_layers <= layer < n_layers]
     if bad or not asked:
         found = f"layer {bad[0]}" if bad else "an empty list of layers"
@@ -207,6 +214,18 @@ def resolve_layers(model: Any, layers: Iterable[int] | int | None) -> list[int]:
             f" (or -{n_layers} to -1 from the end)"
         )
     return sorted({layer % n_layers for layer in asked})
+
+
+def resolve_layer(model: Any, layer: int) -> int:
+    """The index of one layer, counted from 0.
+
+    Raises:
+        ValueError: It is out of range, no whole number, or several.
+    """
+    found = resolve_layers(model, layer)
+    if len(found) > 1:
+        raise ValueError(f"layers {found} asked for where one layer is edited; name one")
+    return found[0]
 
 
 def check_model(model: Any) -> None:

@@ -8,18 +8,24 @@ from typing import Any
 
 
 def subject_positions(
-    model: Any, prompt: str, subject: str, prepend_bos: bool | None = None
+    model: Any,
+    prompt: str,
+    subject: str,
+    prepend_bos: bool | None = None,
+    start: int | None = None,
 ) -> tuple[int, ...]:
     """Positions of the tokens that hold the subject, found by character offsets.
 
-    The last occurrence of the subject counts, as it is the one the answer follows.
+    It stands at the character `start`; where that is not known, its last occurrence counts, as the
+    one that the answer follows.
 
     Raises:
         ValueError: The subject does not occur in the prompt, or is empty.
         NotImplementedError: The tokenizer gives no offsets (it is not a fast one).
     """
-    start = prompt.rfind(subject) if subject.strip() else -1
-    if start < 0:
+    if start is None:
+        start = prompt.rfind(subject)
+    if start < 0 or not subject.strip() or not prompt.startswith(subject, start):
         raise ValueError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
     return span_positions(token_offsets(model, prompt, prepend_bos), start, start + len(subject))
 

@@ -406,7 +406,7 @@ def test_the_model_is_restored_after_an_exception(boot, monkeypatch):
             raise RuntimeError("no more")
         return [False] * len(batch)
 
-    monkeypatch.setattr("bwlens.edit.shift._answered", fails)
+    monkeypatch.setattr("bwlens.edit.shift.answered", fails)
     with pytest.raises(RuntimeError, match="no more"):
         forward_pass_shift(model, EDIT, layer=1, prepend_bos=False)
     assert_untouched(model, before)

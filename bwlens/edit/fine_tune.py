@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,9 @@ import torch
 from torch import Tensor
 
 from bwlens.edit.gradient import edit_gradients
+from bwlens.edit.known import open_edits
 from bwlens.edit.shift import as_edits
+from bwlens.edit.value import LARGEST_STEP
 from bwlens.edit.weights import WeightChange
 from bwlens.gradients import LowRankGradient
 from bwlens.parameters import Weight, weight_of
@@ -36,7 +37,8 @@ def fine_tune(
     teacher forced) with respect to the chosen matrices alone, and `torch.optim.Adam` with its usual
     settings changes float32 copies of them. It stops, before a step, once the loss is below
     `stop_loss`. With `norm_bound` every entry is kept within it of where it began (an L-infinity
-    bound, put on after every step).
+    bound, put on after every step). An edit whose target is the model's answer already is left out,
+    which the change's `note` says.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -69,15 +71,18 @@ def fine_tune(
         WeightChange(W_out of layer 5; 192 rows, norm 1.236)
     """
     listed = as_edits(edits)
-    if not lr > 0 or not math.isfinite(lr) or steps < 1:
-        raise ValueError(f"expected lr > 0 and at least one step, found lr={lr}, {steps=}")
+    if not 0 < lr < LARGEST_STEP or steps < 1:
+        raise ValueError(
+            f"expected lr > 0 below {LARGEST_STEP:g} and at least one step, found lr={lr}, {steps=}"
+        )
     if norm_bound is not None and not norm_bound > 0:
         raise ValueError(f"norm_bound is {norm_bound}; expected a size > 0, or None for no bound")
     chosen = resolve_layers(model, layers)
+    listed, known = open_edits(model, listed, prepend_bos)
     trained = _Trained(model, lr, norm_bound)
     losses: list[float] = []
     try:
-        for step in range(steps + 1):
+        for step in range(steps + 1 if listed else 0):
             grads = edit_gradients(model, listed, matrices, chosen, prepend_bos)
             losses.append(float(grads.losses.mean()))
             if losses[-1] < stop_loss or step == steps:
@@ -87,8 +92,8 @@ def fine_tune(
         trained.put_back()
     details = {"method": "fine_tune", "lr": lr, "norm_bound": norm_bound, "losses": losses}
     parts = {site: _factors(change) for site, change in trained.changes().items()}
-    note = "the loss is below stop_loss already, nothing trained" if not parts else ""
-    return WeightChange(parts, note, details)
+    small = "the loss is below stop_loss already, nothing trained" if listed and not parts else ""
+    return WeightChange(parts, "; ".join(filter(None, (known, small))), details)
 
 
 class _Trained:

@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from bwlens.capture import Gradients, capture
+from bwlens.edit.known import open_edits
 from bwlens.edit.shift import as_edits
 from bwlens.edit.weights import WeightChange
 from bwlens.objectives import NLL
 from bwlens.prompts import Edit
+from bwlens.sites import resolve_layers
 
 
 def gradient_step(
@@ -29,7 +31,8 @@ def gradient_step(
     `W -= lr * x^T delta`, with the gradient of the edits' mean loss (each the mean NLL of its
     target's tokens, teacher forced). No dense gradient is formed: the change has one row for each
     token, edit and step. With several steps the gradient is captured anew with the change so far
-    applied; the model is left as it was.
+    applied; the model is left as it was. An edit whose target is the model's answer already is
+    left out, which the change's `note` says.
 
     Args:
         model: A TransformerBridge or HookedTransformer.
@@ -58,10 +61,10 @@ def gradient_step(
     listed = as_edits(edits)
     if not math.isfinite(lr) or steps < 1:
         raise ValueError(f"expected a finite lr and at least one step, found lr={lr}, {steps=}")
-    if layers is not None and not isinstance(layers, int):
-        layers = list(layers)
+    layers = resolve_layers(model, layers)
+    listed, note = open_edits(model, listed, prepend_bos)
     change, losses = WeightChange(), []
-    for _ in range(steps):
+    for _ in range(steps if listed else 0):
         with change.applied(model):
             grads = edit_gradients(model, listed, matrices, layers, prepend_bos)
         losses.append(float(grads.losses.mean()))
@@ -69,7 +72,7 @@ def gradient_step(
             {site: gradient * (-lr / len(listed)) for site, gradient in grads.items()}
         )
     details = {"method": "gradient_step", "lr": lr, "losses": losses}
-    return replace(change, details=details)
+    return replace(change, note=note, details=details)
 
 
 def edit_gradients(

@@ -161,10 +161,18 @@ def contexts_of(
         positions = batch.last.tolist()
     else:
         positions = [
-            subject_positions(model, text, edit.subject, prepend_bos)[-1]
+            positions_in(model, text, edit, prepend_bos)[-1]
             for text, edit in zip(texts, owners, strict=True)
         ]
     return Contexts(batch, tuple(positions), 1 + len(prefixes))
+
+
+def positions_in(
+    model: Any, text: str, edit: Edit, prepend_bos: bool | None = None
+) -> tuple[int, ...]:
+    """Where the subject's tokens stand in a text that ends with the edit's prompt."""
+    start = len(text) - len(edit.text) + edit.start
+    return subject_positions(model, text, edit.subject, prepend_bos, start)
 
 
 def joined(prefix: str, text: str) -> str:

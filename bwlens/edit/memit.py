@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.edit.keys import Token, contexts_of, run
+from bwlens.edit.known import open_edits
 from bwlens.edit.shift import as_edits
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.value import ValueSettings, find_value, prefixes_of, stream_after
@@ -48,7 +49,8 @@ def memit(
 
         W_l += D,  D = (weight * C + K^T K)^-1 K^T R
 
-    the minimiser of `||K D - R||^2 + weight * tr(D^T C D)`.
+    the minimiser of `||K D - R||^2 + weight * tr(D^T C D)`. An edit whose target is the model's
+    answer already is left out, which the change's `note` says.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -94,6 +96,9 @@ def memit(
     chosen = resolve_layers(model, default if layers is None else layers)
     sites = [Site("W_out", layer) for layer in chosen]
     whiteners = statistics_for(model, sites, statistics)
+    listed, note = open_edits(model, listed, prepend_bos)
+    if not listed:
+        return WeightChange(note=note, details={"method": "memit", "layers": chosen})
     before = prefixes_of(model, prefixes, prepend_bos)
     values = [
         find_value(model, edit, sites[-1], settings, before, token, prepend_bos, of_stream=True)
@@ -120,7 +125,7 @@ def memit(
         "losses": [value.losses for value in values],
         "missing": [*missing, float(residual.norm(dim=1).mean())],
     }
-    return WeightChange(change.parts, details=details)
+    return WeightChange(change.parts, note, details)
 
 
 def normal_rows(

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from bwlens.edit.keys import Token
+from bwlens.edit.known import open_edits
 from bwlens.edit.shift import as_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.value import ValueSettings, find_value, prefixes_of
 from bwlens.edit.weights import WeightChange
 from bwlens.gradients import LowRankGradient
 from bwlens.prompts import Edit
-from bwlens.sites import Site, resolve_layers
+from bwlens.sites import Site, resolve_layer
 
 _DEPTH = 17 / 47  # Layer 17 of 0 to 47 in the paper's GPT-2 xl.
 
@@ -45,7 +46,8 @@ def rome(
       "{subject} is a", plus weight decay, the shift's norm clamped (`ValueSettings`).
 
     ROME is a method for one fact. Several are computed one after the other, each on the model with
-    those before it, and added up.
+    those before it, and added up. An edit whose target is the model's answer already is left out,
+    which the change's `note` says.
 
     Settings for small models: the defaults are those of GPT-2 xl. The demo model does not read its
     answers from the subject's last token alone, so that few facts can be edited there (two in five
@@ -87,9 +89,10 @@ def rome(
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)
     default = int(_DEPTH * (len(model.blocks) - 1))
-    site = Site("W_out", default if layer is None else resolve_layers(model, layer)[0])
+    site = Site("W_out", default if layer is None else resolve_layer(model, layer))
     whitener = statistics_for(model, [site], statistics)[site]
-    before = prefixes_of(model, prefixes, prepend_bos)
+    listed, note = open_edits(model, listed, prepend_bos)
+    before = prefixes_of(model, prefixes, prepend_bos) if listed else ()
     change, losses = WeightChange(), []
     for edit in listed:
         with change.applied(model):
@@ -100,4 +103,4 @@ def rome(
         rows = LowRankGradient(u.to(value.delta), value.delta[None])
         change = change + WeightChange({site: rows})
     details = {"method": "rome", "layer": site.layer, "losses": losses, "prefixes": before}
-    return WeightChange(change.parts, details=details)
+    return WeightChange(change.parts, note, details)

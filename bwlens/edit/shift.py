@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bwlens.edit.direction import Direction, before_norm, token_directions
+from bwlens.edit.known import answered, known_note
 from bwlens.edit.weights import WeightChange
 from bwlens.gradients import LowRankGradient
 from bwlens.prompts import Batch, Edit, make_batch
-from bwlens.sites import ExpertTap, Point, Site, Tap, find_taps, resolve_layers
+from bwlens.sites import ExpertTap, Point, Site, Tap, find_taps, resolve_layer
 from bwlens.tokens import subject_positions
 from bwlens.tracing import as_rows, expert_calls, flows_of, recording
 
@@ -89,14 +90,14 @@ def forward_pass_shift(
     _check_settings(lr, position, tokens)
     if not 1 <= margin < math.inf:
         raise ValueError(f"margin is {margin}; expected 1 or more")
-    layer = default_layer(model) if layer is None else resolve_layers(model, layer)[0]
+    layer = default_layer(model) if layer is None else resolve_layer(model, layer)
     batch = _batch(model, listed, tokens, prepend_bos)
     keys = _keys(model, listed, batch, position, prepend_bos)
     seen = _pass(model, batch, layer, keys)
     ids = [token for targets in batch.targets for token in targets]
     rows = before_norm(seen.norm, token_directions(model, ids, direction))
     plan = _Plan(batch, keys, seen.inputs, rows)
-    known = _answered(seen.logits, batch)
+    known = answered(seen.logits, batch)
     open_ = [i for i, is_known in enumerate(known) if not is_known]
     passes, failing = 1, []
     if lr is None:
@@ -211,7 +212,7 @@ def _keys(
     keys = []
     for i, (edit, last) in enumerate(zip(edits, batch.last.tolist(), strict=True)):
         if position == "subject":
-            last = subject_positions(model, edit.text, edit.subject, prepend_bos)[-1]
+            last = subject_positions(model, edit.text, edit.subject, prepend_bos, edit.start)[-1]
         keys += [_Key(i, last + k) for k in range(len(batch.targets[i]))]
     return keys
 
@@ -270,21 +271,8 @@ def _single(norm: nn.Module) -> Any:
     return lambda v: norm(v.to(dtype))
 
 
-def _answered(logits: Tensor, batch: Batch) -> list[bool]:
-    """Which targets the model answers, every teacher-forced token of each."""
-    found = logits.argmax(-1)
-    return [
-        all(int(found[i, last + k]) == token for k, token in enumerate(ids))
-        for i, (last, ids) in enumerate(zip(batch.last.tolist(), batch.targets, strict=True))
-    ]
-
-
 def _note(edits: list[Edit], known: list[bool], lost: list[int], failing: list[int]) -> str:
-    said = [
-        f"{edit.text!r} is answered {edit.target_new!r} already, left out"
-        for edit, is_known in zip(edits, known, strict=True)
-        if is_known
-    ]
+    said = [known_note(edits, known)] if any(known) else []
     said += [
         f"no step makes {edits[i].target_new!r} the answer to {edits[i].text!r} here, left out"
         for i in lost
@@ -351,7 +339,7 @@ class _Search:
         change = self._plan.change([steps.get(key.edit, 0.0) for key in self._plan.keys])
         with change.applied(self._model), recording(self._model, set()), torch.no_grad():
             logits = self._model(batch.tokens, return_type="logits", padding_side="right")
-        return _answered(logits, batch)
+        return answered(logits, batch)
 
 
 def _row(batch: Batch, i: int) -> Batch:

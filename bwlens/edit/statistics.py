@@ -71,7 +71,7 @@ class KeyStatistics:
         to its diagonal.
 
         Raises:
-            ValueError: Fewer tokens were counted than a key is wide.
+            ValueError: Fewer tokens were counted than a key is wide, or C is not finite.
         """
         if self.n_tokens < len(self.mean):
             raise ValueError(
@@ -79,6 +79,10 @@ class KeyStatistics:
                 f" tokens for keys of width {len(self.mean)}; take more text"
             )
         moment = self.second_moment.double()
+        if not torch.isfinite(moment).all():
+            raise ValueError(
+                f"the second moment of the keys of {self.site} holds nan or inf; compute it anew"
+            )
         factor, failed = torch.linalg.cholesky_ex(moment)
         if int(failed):
             ridge = torch.eye(len(moment)).to(moment) * moment.diagonal().mean() * _RIDGE

@@ -15,12 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.edit.keys import Token, contexts_of, joined, moved, run
+from bwlens.edit.keys import Token, contexts_of, joined, moved, positions_in, run
 from bwlens.objectives import NLL
 from bwlens.prompts import Batch, Edit, make_batch
 from bwlens.sites import Point, Site
 from bwlens.tokens import subject_positions, text_to_ids
 from bwlens.tracing import in_eval_mode, recording
+
+LARGEST_STEP = 1e30
+"""Steps of Adam stay below; its arithmetic overflows float32 somewhat above."""
 
 _LENGTHS = (5,) * 10 + (10,) * 10  # ROME's: ten prefixes of five tokens, ten of ten.
 _AMONG = 5  # Each token is drawn from the model's five most probable.
@@ -44,10 +47,10 @@ class ValueSettings:
     stop_loss: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.lr < float("inf") or not self.clamp > 0:
+        if self.steps < 1 or not 0 < self.lr < LARGEST_STEP or not self.clamp > 0:
             raise ValueError(
-                f"expected at least one step and lr, clamp > 0, found steps={self.steps},"
-                f" lr={self.lr}, clamp={self.clamp}"
+                f"expected at least one step, 0 < lr < {LARGEST_STEP:g} and clamp > 0, found"
+                f" steps={self.steps}, lr={self.lr}, clamp={self.clamp}"
             )
 
 
@@ -170,10 +173,8 @@ class _Problem:
         if token == "last":
             where = self._batch.last.tolist()
         else:
-            where = [
-                subject_positions(model, text, edit.subject, prepend_bos)[-1]
-                for text in (*texts, essence)
-            ]
+            where = [positions_in(model, text, edit, prepend_bos)[-1] for text in texts]
+            where += subject_positions(model, essence, edit.subject, prepend_bos, 0)[-1:]
         n_pos = self._batch.tokens.shape[1]
         self._rows = torch.tensor([i * n_pos + p for i, p in enumerate(where)])
         self._nll = NLL(wanted)
@@ -199,6 +200,11 @@ class _Problem:
                 adam.step()
                 with torch.no_grad():
                     limit = settings.clamp * self._size
+                    if not torch.isfinite(delta.norm()):
+                        raise ValueError(
+                            f"the shift has grown out of all bounds after {step + 1} steps of"
+                            f" lr={settings.lr}; take a smaller lr"
+                        )
                     delta.mul_((limit / delta.norm().clamp(min=1e-9)).clamp(max=1))
         return delta.detach(), tuple(losses)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bwlens.edit.direction import before_norm, token_directions
 from bwlens.edit.keys import Contexts, Passed, contexts_of, run
+from bwlens.edit.known import known_note
 from bwlens.edit.memit import normal_rows
 from bwlens.edit.shift import as_edits
 from bwlens.edit.statistics import Statistics, statistics_for
@@ -114,11 +115,6 @@ def whitened_shift(
         delta = _written(passed.norms.get(site), values, sizes, centred)
         x = normal_rows(whiteners[site], keys, weight=0.0)
         parts[site] = LowRankGradient(x.to(delta), delta.to(x.device))
-    told = [
-        f"{edit.text!r} is answered {edit.target_new!r} already, left out"
-        for edit, known in zip(listed, found.known, strict=True)
-        if known
-    ]
     details = {
         "method": "whitened_shift",
         "layers": chosen,
@@ -128,7 +124,7 @@ def whitened_shift(
         "forward_passes": 1,
         "prompts": len(contexts.batch),
     }
-    return WeightChange(parts, "; ".join(told), details)
+    return WeightChange(parts, known_note(listed, found.known), details)
 
 
 @dataclass(frozen=True, eq=False)

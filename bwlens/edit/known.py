@@ -1,0 +1,51 @@
+"""Edits whose target is the model's answer already: there is nothing to write for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.prompts import Batch, Edit, make_batch
+from bwlens.tracing import in_eval_mode
+
+
+def open_edits(
+    model: Any, edits: Sequence[Edit], prepend_bos: bool | None = None
+) -> tuple[list[Edit], str]:
+    """The edits that there is something to do for, and what to say of the others.
+
+    One forward pass without gradients. A target of several tokens is known when each of them is
+    the argmax, the ones before it teacher forced.
+
+    Raises:
+        ValueError: A prompt or target that cannot be tokenised, or is too long.
+    """
+    prompts, targets = [edit.text for edit in edits], [edit.target_new for edit in edits]
+    batch = make_batch(model, prompts, targets, prepend_bos=prepend_bos)
+    with in_eval_mode(model), torch.no_grad():
+        logits = model(batch.tokens, return_type="logits", padding_side="right")
+    known = answered(logits, batch)
+    left = [edit for edit, is_known in zip(edits, known, strict=True) if not is_known]
+    return left, known_note(edits, known)
+
+
+def answered(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> list[bool]:
+    """Which targets the model answers, every teacher-forced token of each."""
+    found = logits.argmax(-1)
+    return [
+        all(int(found[i, last + k]) == token for k, token in enumerate(ids))
+        for i, (last, ids) in enumerate(zip(batch.last.tolist(), batch.targets, strict=True))
+    ]
+
+
+def known_note(edits: Sequence[Edit], known: Sequence[bool]) -> str:
+    """Names the edits that are known already."""
+    return "; ".join(
+        f"{edit.text!r} is answered {edit.target_new!r} already, left out"
+        for edit, is_known in zip(edits, known, strict=True)
+        if is_known
+    )

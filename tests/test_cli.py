@@ -5,7 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from bwlens.cli import _layers, app
+from bwlens.cli import app
+from bwlens.cli.reading import _layers
 from tests import tiny
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from bwlens.cli import _duration, _settings, app
+from bwlens.cli import app
+from bwlens.cli.editing import _duration, _settings
 from bwlens.edit import WeightChange
 from bwlens.evaluate.before_after import before_after, demo_company, next_words
 from bwlens.models import load_model
@@ -50,6 +51,7 @@ def test_edit_with_settings_and_neighbours_of_ones_own():
         ((*MESSI, "--set", "layer"), "expected a name and a value"),
         ((*MESSI, "--set", "speed=3"), "forward_pass_shift has no setting 'speed'"),
         ((*MESSI, "--set", "layer=99"), "layers 0 to 7"),
+        ((*MESSI, "--set", "lr=fast"), "forward_pass_shift cannot take --set lr=fast"),
         ((*MESSI, "--method", "nonsense"), "there is no editing method 'nonsense'"),
         (("edit", "plays for", "--subject", "Messi", "--target", "Paris"), "has 0 places {}"),
         (("edit", "{} {}", "--subject", "Messi", "--target", "Paris"), "has 2 places {}"),

@@ -1,0 +1,194 @@
+"""`bwlens edit` and `bwlens evaluate`: change a fact, and measure how well methods do that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bwlens.cli.shared import (
+    Bos,
+    Data,
+    Debug,
+    DeviceMap,
+    Dtype,
+    Model,
+    Seed,
+    escaped,
+    importing,
+    load,
+    quiet,
+    readable_errors,
+    records_of,
+    writable,
+)
+
+
+def edit(
+    prompt: Annotated[str, typer.Argument(help="A template, e.g. 'The mother tongue of {} is'.")],
+    subject: Annotated[str, typer.Option(help="What the fact is about.")],
+    target: Annotated[str, typer.Option(help="The answer to be written, e.g. ' French'.")],
+    method: Annotated[str, typer.Option(help="How to edit.")] = "forward_pass_shift",
+    model: Model = "demo",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="The method's settings, e.g. layer=5.")
+    ] = None,
+    neighbour: Annotated[
+        list[str] | None, typer.Option(help="Another prompt, which should stay as it is.")
+    ] = None,
+    bos: Bos = None,
+    save: Annotated[Path | None, typer.Option(help="Write the change to this file.")] = None,
+    dtype: Dtype = "float32",
+    debug: Debug = False,
+) -> None:
+    """Edit a fact, and print the likeliest words before and after, neighbours included."""
+    console = Console()
+    with readable_errors(debug):
+        if save is not None:
+            writable(save)
+        with importing(console):
+            import bwlens
+            from bwlens.evaluate.before_after import before_after, demo_company
+            from bwlens.evaluate.methods import methods_of
+            from bwlens.evaluate.presets import preset
+            from bwlens.parts import Process
+
+        quiet()
+        fact = bwlens.Edit(prompt, subject, target if target[:1].isspace() else f" {target}")
+        with console.status(f"Loading {model}"):
+            loaded = load(model, dtype, None, Process())
+        (chosen,) = methods_of(preset(loaded, method), _settings(settings))
+        with console.status(f"Editing with {method}"):
+            try:
+                change = chosen(loaded, fact, bos)
+            except TypeError as error:
+                if not settings:
+                    raise
+                raise ValueError(
+                    f"{method} cannot take --set {' '.join(settings)}: {error}"
+                ) from error
+            known = demo_company(fact) if model == "demo" else ([], [])
+            neighbours = neighbour or known[1]
+            told = before_after(loaded, fact, change, known[0], neighbours, prepend_bos=bos)
+        console.print(told)
+        console.print(str(change), style="dim", markup=False, highlight=False, soft_wrap=True)
+        if not neighbours:
+            console.print("No neighbours are known; give some with --neighbour.", style="dim")
+        if save is not None:
+            change.save(save)
+            console.print(f"Wrote [bold]{save}[/]", highlight=False, soft_wrap=True)
+
+
+def evaluate(
+    what: Annotated[
+        str | None, typer.Argument(help="'table1' for all methods there are.", show_default=False)
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Methods, e.g. 'none,rome,memit'.")
+    ] = "none,forward_pass_shift",
+    data: Data = "demo",
+    model: Model = "demo",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; a run there is carried on.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only so many records; 100 for table1 of the demo.")
+    ] = None,
+    seed: Seed = None,
+    prose: Annotated[
+        str | None, typer.Option(help="A text for perplexity: a file, or a data set.")
+    ] = None,
+    generation_every: Annotated[
+        int, typer.Option(help="Generate text for every so many records; 0 for none.")
+    ] = 10,
+    perplexity_every: Annotated[
+        int, typer.Option(help="Measure perplexity for every so many records; 0 for none.")
+    ] = 10,
+    bos: Bos = None,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
+    debug: Debug = False,
+) -> None:
+    """Edit the fact of each record with each method, and measure what came of it.
+
+    With --out a run that was killed is carried on when it is started again, and
+    [bold]accelerate launch -m bwlens evaluate ...[/] shares it over processes or GPUs.
+    """
+    with readable_errors(debug):
+        from bwlens.parts import Process
+
+        process = Process.current()
+        console = Console(quiet=process.index > 0)
+        if what not in (None, "table1"):
+            raise ValueError(f"{what!r}: there is 'table1', or --methods with names")
+        if process.count > 1 and out is None:
+            raise ValueError("several processes share a folder; name one with --out")
+        with importing(console):
+            from bwlens.evaluate.harness import Harness
+            from bwlens.evaluate.measuring import Options
+            from bwlens.evaluate.methods import methods_of
+            from bwlens.evaluate.presets import preset, table1_methods
+            from bwlens.evaluate.table import Table1
+
+        quiet()
+        if what == "table1" and limit is None and data == "demo":
+            limit, seed = 100, seed or 0
+        records = records_of(data, limit, seed)
+        for problem in records.problems[:20]:
+            console.print(f"Left out: {escaped(str(problem))}", highlight=False)
+        loaded = load(model, dtype, device_map, process)
+        chosen = (
+            table1_methods(loaded)
+            if what == "table1"
+            else methods_of([preset(loaded, name.strip()) for name in methods.split(",")])
+        )
+        options = Options(
+            generation_every=generation_every, perplexity_every=perplexity_every, prepend_bos=bos
+        )
+        harness = Harness(loaded, chosen, records, prose, options)
+        if out is None or not (out / "run.json").exists():
+            with console.status("Trying each method once"):
+                seconds = harness.estimate()
+            console.print(
+                f"{len(records)} records, {len(chosen)} methods: about {_duration(seconds)}",
+                highlight=False,
+            )
+        found = harness.run(out)
+        console.print(Table1(found))
+        for failure in found.failures[:20]:
+            told = f"Record {failure.item}: {failure.message}"
+            console.print(f"Left out: {escaped(told)}", highlight=False)
+        if out is not None and process.index == 0:
+            for name in ("table1.csv", "table1.tex", "table1.txt", "table1.pdf"):
+                Table1(found).save(out / name)
+            console.print(f"Wrote [bold]{out}[/]", highlight=False, soft_wrap=True)
+
+
+def _settings(listed: list[str] | None) -> dict[str, Any]:
+    """Settings out of 'layer=5': numbers, lists and the like as Python writes them, else text.
+
+    Raises:
+        ValueError: There is no name, or no value.
+    """
+    import ast
+
+    found: dict[str, Any] = {}
+    for one in listed or ():
+        name, equals, value = one.partition("=")
+        if not (name.strip().isidentifier() and equals and value.strip()):
+            raise ValueError(f"--set {one!r}: expected a name and a value, such as layer=5")
+        try:
+            found[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError):
+            found[name.strip()] = value.strip()
+    return found
+
+
+def _duration(seconds: float) -> str:
+    """A time for people: '40 s', '12 min', '3 h 20 min'."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,122 @@
+"""`bwlens demo` and `bwlens lens`: what one gradient step would write, on the screen or a page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bwlens.cli.shared import Bos, Debug, Model, quiet, readable_errors, writable
+
+
+def demo(
+    html: Annotated[Path, typer.Option(help="Where the page goes.")] = Path("bwlens-demo.html"),
+    debug: Debug = False,
+) -> None:
+    """Read a fact that the shipped model knows, and what one step towards another answer writes."""
+    console = Console()
+    with readable_errors(debug):
+        writable(html)
+        from bwlens.demo import EXAMPLES
+
+        example = EXAMPLES[0]
+        lens = _lens(console, "demo", example.prompt, example.target_new, example.subject)
+        console.print(lens)
+        _save(console, lens, html)
+        console.print(
+            "Next: [bold]bwlens lens[/] with a prompt of your own, or"
+            " [bold]bwlens.backward_lens(model, prompt, target)[/] in Python."
+        )
+
+
+def lens(
+    prompt: Annotated[str, typer.Argument(help="The prompt, e.g. 'Lionel Messi plays for'.")],
+    target: Annotated[str, typer.Option(help="What the model is to say next, e.g. ' Paris'.")],
+    subject: Annotated[str | None, typer.Option(help="What the fact is about.")] = None,
+    model: Model = "demo",
+    matrix: Annotated[str, typer.Option(help="The matrix to print.")] = "W_out",
+    layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
+    top_k: Annotated[int, typer.Option(help="Words kept at each end.")] = 10,
+    normalize: Annotated[bool, typer.Option(help="Read vectors at unit length.")] = False,
+    bos: Bos = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the lens as a page to this file.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the lens as JSON to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print what one gradient step towards a target would write, layer by token."""
+    console = Console()
+    with readable_errors(debug):
+        for path in (html, json):
+            if path is not None:
+                writable(path)
+        from bwlens.show.terminal import text_table
+
+        found = _lens(
+            console,
+            model,
+            prompt,
+            target,
+            subject,
+            layers=_layers(layers),
+            matrices=None if matrix in ("W_in", "W_out") else ["W_in", "W_out", matrix],
+            top_k=top_k,
+            normalize=normalize,
+            prepend_bos=bos,
+        )
+        console.print(text_table(found, matrix))
+        for path in (html, json):
+            if path is not None:
+                _save(console, found, path)
+
+
+def _lens(
+    console: Console, name: str, prompt: str, target: str, subject: str | None, **options: Any
+) -> Any:
+    """Load the model and read the lens, with a sign of life meanwhile."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("Importing", total=3)
+        import bwlens
+
+        quiet()
+        progress.update(task, advance=1, description=f"Loading {name}")
+        model = bwlens.load_model(name)
+        progress.update(task, advance=1, description="Reading the gradients")
+        found = bwlens.backward_lens(model, prompt, target, subject=subject, **options)
+        progress.update(task, advance=1)
+    return found
+
+
+def _layers(text: str | None) -> list[int] | None:
+    """Layers from '0-5', '0,3,7', '-1' or a mixture.
+
+    Raises:
+        ValueError: The text says no such thing.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().lstrip("-").partition("-")
+        negative = part.strip().startswith("-")
+        if not first.isdigit() or (dash and (negative or not last.isdigit())):
+            raise ValueError(f"--layers {text!r}: expected layers such as '0-5', '0,3,7' or '-1'")
+        low = -int(first) if negative else int(first)
+        found += range(low, int(last) + 1) if dash else [low]
+    if not found:
+        raise ValueError(f"--layers {text!r} names no layer; write '0-5', not '5-0'")
+    return found
+
+
+def _save(console: Console, found: Any, path: Path) -> None:
+    if path.suffix == ".html":
+        found.report(path)
+    else:
+        found.save(path)
+    console.print(f"Wrote [bold]{path}[/]", highlight=False, soft_wrap=True)

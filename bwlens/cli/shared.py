@@ -1,0 +1,94 @@
+"""What the commands have in common: options, loading with a sign of life, errors for people."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+Model = Annotated[str, typer.Option(help="'demo', a folder, or a name on the hub.")]
+Data = Annotated[str, typer.Option(help="'demo', a file of records, or a data set on the hub.")]
+Bos = Annotated[bool | None, typer.Option(help="Prepend a BOS token.")]
+Dtype = Annotated[str, typer.Option(help="The weights' dtype, e.g. 'bfloat16'.")]
+DeviceMap = Annotated[
+    str | None, typer.Option(help="Spread one model over devices: 'auto', as TransformerLens does.")
+]
+Seed = Annotated[int | None, typer.Option(help="Draw the --limit records at random, by this seed.")]
+
+
+@contextmanager
+def readable_errors(debug: bool) -> Iterator[None]:
+    """What a user can mend as one line and exit code 1; with `debug` as it was raised."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
+        if debug:
+            raise
+        message = f"[bold red]Error:[/] {escaped(error)}"
+        Console(stderr=True).print(message, highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+@contextmanager
+def importing(console: Console) -> Iterator[None]:
+    """A sign of life while the libraries are read in, which takes seconds."""
+    with console.status("Importing"):
+        yield
+
+
+def load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
+    """The model, on a GPU of its own where several processes share the work."""
+    import torch
+
+    from bwlens.models import load_model
+
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16")
+    if device_map is not None:
+        if process.count > 1:
+            raise ValueError("--device-map spreads one model over all devices; start one process")
+        return load_model(name, dtype=kind, device_map=device_map)
+    return load_model(name, dtype=kind, device=process.device())
+
+
+def records_of(data: str, limit: int | None, seed: int | None) -> Any:
+    """The records, the first of them, or some drawn at random."""
+    from bwlens.evaluate.records import read_records
+
+    records = read_records(data, None if seed is not None else limit)
+    if seed is not None and limit is not None and limit < len(records):
+        return records.sample(limit, seed)
+    return records
+
+
+def quiet() -> None:
+    """Keep the libraries' own bars and notes out of the picture."""
+    import logging
+
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def writable(path: Path) -> None:
+    """Say before the work, not after it, that a file cannot be written."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"cannot write {str(path)!r}; name a file in a folder that exists")
+
+
+def escaped(error: Exception | str) -> str:
+    """One line of plain text, whose brackets rich takes for no markup."""
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))

@@ -111,14 +111,17 @@ def stepped(
 
 
 def padded(gradient: LowRankGradient, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A captured gradient's x [batch, pos, d_in] and delta [batch, pos, d_out], 0 at padding."""
+    """A captured gradient's x [batch, pos, d_in] and delta [batch, pos, d_out], 0 at padding.
+
+    They are where the batch's tokens are, whichever device the layer is on.
+    """
     assert gradient.prompt is not None
     assert gradient.pos is not None
     whole = []
     for rows in (gradient.x, gradient.delta):
         full = rows.new_zeros(*batch.tokens.shape, rows.shape[1])
         full[gradient.prompt, gradient.pos] = rows
-        whole.append(full)
+        whole.append(full.to(batch.tokens.device))
     return whole[0], whole[1]
 
 
@@ -203,8 +206,10 @@ class _Passing:
             if self._change is not None and point in (self._through or [point])[:1]:
                 leaving = leaving + self._change(x).to(leaving).view_as(leaving)
             self._through.append(point)
-            self.last_x = _precise(x[rows, last])
-            self.last_z = _precise(leaving.reshape(*self._shape, -1)[rows, last])
+            leaves = leaving.reshape(*self._shape, -1)
+            self.last_x, self.last_z = (
+                _precise(passed[rows, last]).to(self._last.device) for passed in (x, leaves)
+            )
             return (leaving, *output[1:]) if isinstance(output, tuple) else leaving
 
         return hook

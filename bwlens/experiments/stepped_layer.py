@@ -111,8 +111,10 @@ class SteppedLayer:
     def _effects(self, after: Stepped) -> tuple[Tensor, Tensor]:
         """Measured changes of the loss and of the target's logit."""
         loss, logit = (
-            score(after.logits, self._batch).double()
-            - score(self._before.logits, self._batch).double()
+            (
+                score(after.logits, self._batch).double()
+                - score(self._before.logits, self._batch).double()
+            ).to(self._at.device)
             for score in (self._loss, self._answer)
         )
         return loss, logit

@@ -19,6 +19,7 @@ from bwlens.experiments import (
     segment_norms,
     target_rank,
 )
+from bwlens.experiments.statistics import mean_ci
 from bwlens.lens import READ_THROUGH
 from bwlens.objectives import NLL
 from bwlens.segments import segment_names
@@ -202,6 +203,25 @@ def test_layer_cosine(name, segment, bridge):
         assert row["cosine"] == pytest.approx(value, abs=1e-4, nan_ok=True)
     if segment == "first subject":  # zero deltas in the last layer have no direction
         assert rows[rows["other"] == tiny.LAYERS - 1]["cosine"].isna().all()
+
+
+def test_an_infinite_value_has_no_interval():
+    """As a relative error where the prediction is zero; the other groups keep theirs."""
+    found = mean_ci(np.array([[math.inf, 1.0], [1.0, 2.0], [2.0, 6.0]]))
+    assert found.mean.tolist() == [math.inf, 3.0]
+    assert found.low[0] == found.high[0] == math.inf
+    assert 1.0 <= found.low[1] < 3.0 < found.high[1] <= 6.0
+
+
+def test_pairs_without_a_cosine_stay_blank(bridge):
+    found = layer_cosine(bridge("gpt2"), EDITS[:1], segment="last", progress=False)
+    held = found.summary.query("other < 2")  # as where the last layer's deltas are zero
+    (image,) = found.experiment.draw(pd.concat([held, found.summary.tail(1)])).axes[0].images
+    values = image.get_array().filled(math.nan)
+    assert np.isnan(values[0, 2])
+    assert np.isnan(values[2, 0])
+    assert (np.diag(values) == 1).all()
+    assert np.isfinite(values).sum() == 7
 
 
 def test_no_such_segment(bridge):

@@ -47,7 +47,8 @@ class LayerCosine(Experiment):
                 continue
             held = [self._rows(reading, site) for site in sites]
             items = held[0][0]
-            deltas = torch.stack([rows for _, rows in held], 1).double()
+            # Layers may lie on several devices.
+            deltas = torch.stack([rows.to(items.device) for _, rows in held], 1).double()
             unit = deltas / deltas.norm(dim=-1, keepdim=True)
             cosines = unit @ unit.mT
             low, high = torch.triu_indices(len(sites), len(sites), 1)
@@ -76,7 +77,8 @@ class LayerCosine(Experiment):
             held = summary[summary["matrix"] == matrix]
             layers = sorted({*held["layer"], *held["other"]})
             place = {layer: at for at, layer in enumerate(layers)}
-            grid = np.eye(len(layers))
+            grid = np.full((len(layers), len(layers)), np.nan)  # pairs without a cosine stay blank
+            np.fill_diagonal(grid, 1.0)
             for low, high, mean in zip(held["layer"], held["other"], held["mean"], strict=True):
                 grid[place[low], place[high]] = grid[place[high], place[low]] = mean
             maps[f"\u03b4 of {matrix}, {self.segment} token"] = (layers, grid)

@@ -31,6 +31,7 @@ def mean_ci(
 
     The percentile bootstrap: prompts are drawn with replacement, all columns of a prompt together,
     and the interval holds the middle `level` of the resampled means. nan marks a missing value.
+    A group with an infinite value has no finite mean, and no interval: its ends are the mean.
 
     Raises:
         ValueError: `level` is not between 0 and 1.
@@ -58,7 +59,7 @@ def mean_ci(
         mean = filled.sum(0) / counts
         means = (draws @ filled) / (draws @ there.astype(float))
     ends = np.full((2, values.shape[1]), np.nan)
-    if (some := counts > 0).any():
+    if (some := np.isfinite(mean)).any():
         tail = (1 - level) / 2
         ends[:, some] = np.nanquantile(means[:, some], (tail, 1 - tail), axis=0)
     # Where all values are alike, rounding must not put the mean outside its interval.

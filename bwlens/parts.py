@@ -30,7 +30,10 @@ _MARKS = "done"
 
 @dataclass(frozen=True)
 class Failure:
-    """An item that could not be worked on: its index in the data, and what was wrong."""
+    """An item that could not be worked on: its index, and what was wrong.
+
+    The index is the one that rows have as `item`; -1 for what never became an item.
+    """
 
     item: int
     message: str

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bwlens import Edit
+from bwlens import Edit, read_records
 from bwlens.experiments import EXPERIMENTS, GradientRank, SegmentNorms, read_sweep, sweep
 from bwlens.experiments.base import Batches, memory_per_token
 from bwlens.models import load_model
 from bwlens.parts import Process
+from tests import tiny
 
 EDITS = [
     Edit("{} plays for", "Lionel Messi", " Paris"),
@@ -110,6 +111,31 @@ def test_each_experiment_has_the_layers_it_asked_for(demo, tmp_path):
     found = sweep(asked, demo, EDITS[:2], tmp_path, progress=False, page=False)
     layers = {name: set(result.rows["layer"]) for name, result in found.results.items()}
     assert layers == {"gradient_rank": {0}, "segment_norms": {2, len(demo.blocks) - 1}}
+
+
+def test_a_record_that_cannot_be_read_is_no_item(demo, tmp_path):
+    flat = [{"prompt": e.prompt, "subject": e.subject, "target_new": e.target_new} for e in EDITS]
+    records = read_records([{"prompt": "no subject"}, *flat[:2]])
+    found = sweep("gradient_rank", demo, records, tmp_path, progress=False, page=False)
+    assert set(found["gradient_rank"].rows["item"]) == {0, 1}
+    assert [(f.item, f.message[:18]) for f in found.failures] == [(-1, "record 0, subject:")]
+
+
+def test_an_experiment_without_rows_is_named_on_the_page(demo, tmp_path):
+    asked = [GradientRank((0,)), EXPERIMENTS["layer_cosine"]((0,))]
+    page = sweep(asked, demo, EDITS[:1], tmp_path, progress=False).index.read_text("utf-8")
+    assert 'href="#gradient_rank"' in page
+    assert 'href="#layer_cosine"' not in page
+    assert "no rows" in page
+
+
+@pytest.mark.skipif(not tiny.HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no such model")
+def test_a_model_without_mlps_has_some_of_the_paper(tmp_path):
+    from bwlens.experiments.sweep import _fitting
+
+    fit, unfit = _fitting([made() for made in EXPERIMENTS.values()], tiny.attention_only())
+    assert [experiment.name for experiment in fit] == ["segment_norms"]
+    assert len(unfit) == len(EXPERIMENTS) - 1
 
 
 def test_a_bad_edit_is_listed_and_the_rest_measured(demo, tmp_path):

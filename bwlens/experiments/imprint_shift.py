@@ -86,9 +86,11 @@ class ImprintShift(Experiment):
         """W_in, W_out, and W_gate where some layer has one; the step sizes are checked as well."""
         if not self.etas or not all(0 < eta < float("inf") for eta in self.etas):
             raise ValueError(f"etas are {self.etas}; expected one step size or more, all positive")
-        layers = resolve_layers(model, self.layers)
-        dense_taps(model, _mlp_matrices(model), layers)
-        return _mlp_matrices(model)
+        matrices = _mlp_matrices(model)
+        if not {"W_in", "W_out"} <= set(matrices):
+            raise NotImplementedError(f"{self.name}: this model has no MLP to step on")
+        dense_taps(model, matrices, resolve_layers(model, self.layers))
+        return matrices
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch: three forward passes for each layer and step size."""

@@ -90,7 +90,7 @@ class Sweep:
         """Write every experiment's summary and figure, and a page with all of them."""
         from bwlens.show.gallery import gallery, section
 
-        sections = []
+        sections = {}
         for name, result in self.results.items():  # one at a time is in memory
             if not len(result.rows):
                 continue
@@ -101,7 +101,7 @@ class Sweep:
             figure.set_layout_engine("none")  # it stands; laying out again takes most of a save
             with whole(self.folder / f"{name}.pdf") as path:
                 figure.savefig(path, format="pdf", metadata={"CreationDate": None})
-            sections.append(section(result, figure))
+            sections[name] = section(result, figure)
         with whole(self.index) as path:
             path.write_text(gallery(self, sections), encoding="utf-8")
         return self.index
@@ -227,8 +227,10 @@ def _fitting(
         try:
             experiment.wanted(model)
             fit.append(experiment)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             unfit.append(Failure(-1, f"{experiment.name} was left out: {error}"))
+    if not fit:
+        raise ValueError(f"no experiment can be run on this model: {unfit[0].message}")
     return fit, unfit
 
 
@@ -249,7 +251,9 @@ def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]
         data = read_records(data)
     if isinstance(data, Records):
         problems = [
-            Failure(p.index, f"record {p.index}, {p.field}: {p.message}") for p in data.problems
+            # Its index counts records, the rows' items and their failures count edits.
+            Failure(-1, str(problem))
+            for problem in data.problems
         ]
         return data.edits[:limit], data.source, problems
     edits = list(data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 _MOST_FAILURES = 50
 
 
-def gallery(sweep: Sweep, sections: Sequence[str]) -> str:
-    """The whole page as text, around the `section` of each experiment."""
+def gallery(sweep: Sweep, sections: Mapping[str, str]) -> str:
+    """The whole page as text, around the `section` of each experiment that gave rows."""
     settings = sweep.settings["settings"]
     model, data = settings["model"]["name"], settings["data"]
     contents = "".join(
         f'<li><a href="#{name}">{escape(experiment.title)}</a> ({escape(experiment.source)})</li>'
+        if name in sections
+        else f"<li>{escape(experiment.title)}: no rows for this model and these edits</li>"
         for name, experiment in sweep.results.experiments.items()
     )
     return document(
         f"Backward Lens: {model}",
         f"<h1>The Backward Lens experiments on {escape(model)}: {data['edits']} edits</h1>"
-        f"<ul>{contents}</ul>{''.join(sections)}{_failures(sweep)}"
+        f"<ul>{contents}</ul>{''.join(sections.values())}{_failures(sweep)}"
         f"<h2>To make this again</h2>{_settings(sweep.settings)}",
     )
 

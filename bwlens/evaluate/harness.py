@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PART_SIZE = 10
-"""Records of a part on disk."""
+"""Records of a part on disk, at most."""
 
 _HOPELESS = 10
 """A method that fails on so many records, before it has dealt with any, is not tried further."""
@@ -148,8 +148,8 @@ class Harness:
         Raises:
             ValueError: A method fails on each of the first records, or `out` holds another run.
         """
-        n = len(self.records)
-        sizes = [min(PART_SIZE, n - start) for start in range(0, n, PART_SIZE)]
+        n, size = len(self.records), self._part_size
+        sizes = [min(size, n - start) for start in range(0, n, size)]
         if out is not None:
             run = Run(out, self.settings(), sizes)
             if any(map(run.done, range(len(sizes)))):
@@ -178,12 +178,18 @@ class Harness:
             "options": asdict(self.options),
         }
 
+    @property
+    def _part_size(self) -> int:
+        """Few records come in two parts still, to be shared and carried on."""
+        return min(PART_SIZE, -(-len(self.records) // 2))
+
     def _part(self, part: int) -> Part:
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
         failures: list[Failure] = []
-        for item in range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(self.records))):
+        size = self._part_size
+        for item in range(part * size, min((part + 1) * size, len(self.records))):
             for method in self.methods:
                 try:
                     rows.append(self._gauge.row(method, item))

@@ -1,0 +1,55 @@
+"""`bwlens` in processes of its own: run to the end, shared by two, or killed in the middle."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+LAUNCHER = (
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+    "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+)  # fmt: skip
+"""What `accelerate launch` is given, so that the user's own settings of it do not matter."""
+
+
+def environment() -> dict[str, str]:
+    """The environment without process numbers, and with one thread, as rounding hangs on them."""
+    held = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return held | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def command(args: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> list[str]:
+    """`python [launcher] -m bwlens args --out folder`."""
+    return [sys.executable, *launcher, "-m", "bwlens", *args, "--out", str(folder)]
+
+
+def complete(args: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> None:
+    """Run it to its end."""
+    done = subprocess.run(
+        command(args, folder, launcher),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def killed(args: Sequence[str], folder: Path, after: int = 1) -> None:
+    """Start it, and kill it outright once so many parts are done and others are not."""
+    with subprocess.Popen(
+        command(args, folder),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("done/part-*.json"))) < after and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"

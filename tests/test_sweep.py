@@ -1,11 +1,5 @@
 """Sweeps: the rows of one run whatever interrupts it, shared work, bad records listed."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +10,7 @@ from bwlens.experiments.base import Batches, memory_per_token
 from bwlens.models import load_model
 from bwlens.parts import Process
 from tests import tiny
+from tests.commands import LAUNCHER, complete, killed
 
 EDITS = [
     Edit("{} plays for", "Lionel Messi", " Paris"),
@@ -193,61 +188,30 @@ def test_every_experiment_says_what_it_is():
         assert experiment.published.endswith(".")
 
 
-COMMAND = ["-m", "bwlens", "sweep", "gradient_rank", "--limit", "60", "--max-memory", "10MB"]
+COMMAND = ("sweep", "gradient_rank", "--limit", "60", "--max-memory", "10MB")
 
 
-LAUNCHER = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
-    "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-]  # fmt: skip
-
-
-def command(folder, *launcher):
-    return [sys.executable, *launcher, *COMMAND, "--out", str(folder)]
+def results(folder):
+    found = read_sweep(folder)
+    assert found.finished
+    assert found.index.exists()
+    return found.results
 
 
 @pytest.fixture(scope="module")
-def environment():
-    """The environment without process numbers, and with one thread, as rounding hangs on them."""
-    held = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return held | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    complete(COMMAND, folder)
+    return results(folder)
 
 
-@pytest.fixture(scope="module")
-def complete(environment):
-    """Run a command to its end, and read the sweep it made."""
-
-    def run(folder, *launcher):
-        done = subprocess.run(
-            command(folder, *launcher), env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        found = read_sweep(folder)
-        assert found.finished
-        assert found.index.exists()
-        return found.results
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def undisturbed(complete, tmp_path_factory):
-    return complete(tmp_path_factory.mktemp("undisturbed"))
-
-
-def test_a_killed_sweep_carries_on_to_the_very_same_rows(
-    undisturbed, complete, environment, tmp_path
-):
-    with subprocess.Popen(
-        command(tmp_path), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("done/part-0000[2-9].json")) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+def test_a_killed_sweep_carries_on_to_the_very_same_rows(undisturbed, tmp_path):
+    killed(COMMAND, tmp_path, after=3)
     assert not read_sweep(tmp_path).finished
-    assert_same(complete(tmp_path), undisturbed)
+    complete(COMMAND, tmp_path)
+    assert_same(results(tmp_path), undisturbed)
 
 
-def test_two_launched_processes_give_the_same_rows_as_one(undisturbed, complete, tmp_path):
-    assert_same(complete(tmp_path, *LAUNCHER), undisturbed)
+def test_two_launched_processes_give_the_same_rows_as_one(undisturbed, tmp_path):
+    complete(COMMAND, tmp_path, LAUNCHER)
+    assert_same(results(tmp_path), undisturbed)

@@ -50,7 +50,7 @@ def load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
     from bwlens.models import load_model
 
     kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype):
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16")
     if device_map is not None:
         if process.count > 1:

@@ -20,11 +20,16 @@ _ORDER = ("gradient_step", "rome", "memit", "forward_pass_shift")
 
 _DEMO: dict[str, dict[str, dict[str, Any]]] = {
     "rome": {
-        "ROME": {"layer": 4, "token": "last", "clamp": 5.0, "prefixes": PREFIXES},
+        "ROME, last token": {"layer": 4, "token": "last", "clamp": 5.0, "prefixes": PREFIXES},
         "ROME, subject's token": {"layer": 0, "prefixes": PREFIXES},
     },
     "memit": {
-        "MEMIT": {"layers": [3, 4, 5], "token": "last", "weight": 100.0, "prefixes": PREFIXES},
+        "MEMIT, last token": {
+            "layers": [3, 4, 5],
+            "token": "last",
+            "weight": 100.0,
+            "prefixes": PREFIXES,
+        },
     },
 }
 """Settings for the demo model, where a method's own defaults are made for GPT-2 xl.

@@ -157,3 +157,18 @@ def test_table1_of_the_demo(model, tmp_path):
     rows = evaluate(model, methods, records, out=tmp_path / "run", **quick).rows
     assert found.evaluation.rows["NS"].tolist() == rows["NS"].tolist()
     assert len(demo.records()) == 680
+
+
+def test_a_narrow_terminal_gets_whole_columns_without_intervals():
+    from rich.console import Console
+
+    def printed(width):
+        console = Console(width=width, file=io.StringIO())
+        console.print(made_up())
+        return console.file.getvalue()
+
+    assert "±" in printed(200)
+    assert "interval" in printed(200)
+    assert "±" not in printed(80)
+    assert "…" not in printed(80)
+    assert "neighbourhood" in printed(80)

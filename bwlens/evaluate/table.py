@@ -155,26 +155,34 @@ class Table1:
             )
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
+        from rich.measure import Measurement
+
+        wide = options.update(max_width=10_000)
+        whole = [self._block(title, intervals=True) for title in BLOCKS]
+        fits = all(Measurement.get(console, wide, t).maximum <= options.max_width for t in whole)
+        yield from whole if fits else [self._block(title, intervals=False) for title in BLOCKS]
+        yield self._caption(fits)
+
+    def _block(self, title: str, intervals: bool) -> Any:
+        """The columns of one paper, in a terminal; without intervals it is half as wide."""
         from rich.table import Table
 
-        low, high = self._rows("low"), self._rows("high")
-        best = self._best()
-        for title, names in BLOCKS.items():
-            table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
-            table.add_column("method", no_wrap=True)
-            for name in names:
-                table.add_column(name, justify="right", no_wrap=True)
-            for method, row in self._rows().items():
-                cells = []
-                for name in names:
-                    half = (high[method][name] - low[method][name]) / 2
-                    cell = _number(name, row[name])
-                    if cell and name != "seconds":
-                        cell += f" [dim]±{_number(name, half)}[/]"
-                    cells.append(f"[bold]{cell}[/]" if method in best[name] else cell)
-                table.add_row(method, *cells)
-            yield table
-        yield self._caption()
+        low, high, best = self._rows("low"), self._rows("high"), self._best()
+        padding = (0, 1) if intervals else (0, 1, 0, 0)
+        table = Table(title=title, title_justify="left", box=None, padding=padding)
+        table.add_column("method", no_wrap=True)
+        for name in BLOCKS[title]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for method, row in self._rows().items():
+            cells = []
+            for name in BLOCKS[title]:
+                half = (high[method][name] - low[method][name]) / 2
+                cell = _number(name, row[name])
+                if cell and intervals and name != "seconds":
+                    cell += f" [dim]±{_number(name, half)}[/]"
+                cells.append(f"[bold]{cell}[/]" if method in best[name] else cell)
+            table.add_row(method, *cells)
+        return table
 
     def __repr__(self) -> str:
         return self.text().rstrip()
@@ -183,11 +191,11 @@ class Table1:
         html = self.means.to_html(float_format="%.4g", na_rep="")
         return f"{html}<p>{self._caption()}</p>"
 
-    def _caption(self) -> str:
+    def _caption(self, intervals: bool = False) -> str:
         e = self.evaluation
         text = (
             f"{e.n_records} records; percent, GE in bits x 100, perplexity per token, seconds an"
-            f" edit; ± is half of a 95 % bootstrap interval."
+            f" edit{'; ± is half of a 95 % bootstrap interval' if intervals else ''}."
         )
         if blank := [name for name in COLUMNS if not self.means[name].notna().any()]:
             text += f" Blank for want of data: {', '.join(blank)}."

@@ -128,7 +128,7 @@ class Table1:
             ax.grid(axis="x", lw=0.3, alpha=0.5)
             ax.set_yticks(range(len(methods)), [drawing.label(m, 24) for m in methods])
             drawing.plain(ax)
-        grid[0, 0].invert_yaxis()  # shared by all: the first method on top
+        grid[0, 0].set_ylim(len(methods) - 0.5, -0.5)  # shared by all: the first method on top
         for ax in list(grid.flat)[len(shown) :]:
             ax.remove()
         return figure

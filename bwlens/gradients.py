@@ -25,6 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bwlens.parts import whole
+
 Many: TypeAlias = slice | Sequence[int] | Tensor
 """Several rows or columns of W: a slice, a list, or a 1-D tensor of numbers or a mask."""
 
@@ -435,12 +437,8 @@ class LowRankGradient:
             for name, tensor in tensors.items()
             if tensor is not None
         }
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with whole(path) as part:
             save_file(copies, part, metadata=_FORMAT)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> "LowRankGradient":

@@ -114,7 +114,8 @@ def evaluate(
     """Edit the fact of each record with each method, and measure what came of it.
 
     With --out a run that was killed is carried on when it is started again, and
-    [bold]accelerate launch -m bwlens evaluate ...[/] shares it over processes or GPUs.
+    [bold]accelerate launch --multi_gpu --num_processes N -m bwlens evaluate ...[/] shares it over
+    processes or GPUs.
     """
     with readable_errors(debug):
         from bwlens.parts import Process

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bwlens.edit.keys import plain_taps, run
 from bwlens.models import fingerprint, model_label
+from bwlens.parts import whole
 from bwlens.prompts import Batch
 from bwlens.sites import Site
 from bwlens.tokens import text_to_ids
@@ -226,13 +227,9 @@ def save_statistics(
             tensors[f"{key}.packed"] = inverse[low[0], low[1]].half()
         else:
             tensors[f"{key}.second_moment"] = one.second_moment.contiguous()
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole(path) as draft:
         save_file(tensors, draft, metadata=_FORMAT | {"about": json.dumps(told)})
         draft.chmod(0o644)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def load_statistics(path: str | os.PathLike[str]) -> dict[Site, KeyStatistics]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from bwlens.gradients import LowRankGradient
 from bwlens.parameters import Weight, copy_of, weight_of
+from bwlens.parts import whole
 from bwlens.sites import Site, as_site
 
 _FORMAT = {"format": "bwlens.WeightChange", "version": "1"}
@@ -268,7 +269,6 @@ class WeightChange(Mapping[Site, LowRankGradient]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the change to a safetensors file; replaced whole or not at all."""
-        path = Path(path)
         tensors: dict[str, Tensor] = {}
         for site, part in self.parts.items():
             for name in ("x", "delta", "prompt", "pos"):
@@ -276,12 +276,8 @@ class WeightChange(Mapping[Site, LowRankGradient]):
                     copied = rows.clone(memory_format=torch.contiguous_format)
                     tensors[f"{_key(site)}.{name}"] = copied
         told = {"note": self.note, "details": json.dumps(self.details, default=str)}
-        draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with whole(Path(path)) as draft:
             save_file(tensors, draft, metadata=_FORMAT | told)
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> WeightChange:

@@ -177,6 +177,24 @@ def find_taps(
     return taps
 
 
+def plain_taps(
+    model: Any, matrices: Sequence[str], layers: Iterable[int] | int | None, why: str
+) -> list[Tap]:
+    """The taps of weights that every token passes; `why` tells the user what asks for these.
+
+    Raises:
+        ValueError: As `find_taps` does.
+        NotImplementedError: A mixture of experts, whose tokens go to different weights.
+    """
+    plain = []
+    for tap in find_taps(model, matrices, layers):
+        if not isinstance(tap, Tap) or tap.site.expert is not None:
+            layer = tap.site.layer if isinstance(tap, Tap) else tap.layer
+            raise NotImplementedError(f"layer {layer} is a mixture of experts; {why}")
+        plain.append(tap)
+    return plain
+
+
 def available_matrices(model: Any) -> tuple[str, ...]:
     """The names out of `MATRICES` that some layer of the model has."""
     check_model(model)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bwlens.prompts import Batch, Edit, make_batch
-from bwlens.sites import Point, Site, Tap, find_taps
+from bwlens.sites import Point, Site, Tap, plain_taps
 from bwlens.tokens import subject_positions
 from bwlens.tracing import as_rows, flows_of, recording
 
@@ -51,7 +51,7 @@ def run(
         ValueError: Unknown matrices or layers.
         NotImplementedError: A mixture of experts, whose tokens go to different weights.
     """
-    taps = plain_taps(model, matrices, layers)
+    taps = key_taps(model, matrices, layers)
     points = {point for tap in taps for point in (*tap.x, *tap.z)}
     norm = getattr(model, "ln_final", None)
     end = None if norm is None else Point(norm, "input", "hidden_states")
@@ -75,25 +75,19 @@ def run(
     return Passed(_wide(logits), final, x, z, norms)
 
 
-def plain_taps(
+def key_taps(
     model: Any, matrices: Sequence[str], layers: Iterable[int] | int | None = None
 ) -> list[Tap]:
-    """The taps of weights that every token passes.
+    """The taps of weights whose input is a key: those that every token passes.
 
     Raises:
         NotImplementedError: A mixture of experts.
     """
-    plain = []
-    for tap in find_taps(model, matrices, layers):
-        if not isinstance(tap, Tap) or tap.site.expert is not None:
-            layer = tap.site.layer if isinstance(tap, Tap) else tap.layer
-            raise NotImplementedError(
-                f"layer {layer} is a mixture of experts; keys and their statistics are those of a"
-                f" weight that every token passes. forward_pass_shift edits mixtures, and W_O is no"
-                f" part of one"
-            )
-        plain.append(tap)
-    return plain
+    why = (
+        "keys and their statistics are those of a weight that every token passes."
+        " forward_pass_shift edits mixtures, and W_O is no part of one"
+    )
+    return plain_taps(model, matrices, layers, why)
 
 
 @contextmanager
@@ -101,7 +95,7 @@ def moved(
     model: Any, site: Site, rows: Int[Tensor, " n"], delta: Float[Tensor, "n d_out"]
 ) -> Iterator[None]:
     """Add `delta` to what leaves a weight, at these rows of the flattened batch."""
-    tap = plain_taps(model, [site.matrix], site.layer)[0]
+    tap = key_taps(model, [site.matrix], site.layer)[0]
 
     def add(module: Any, args: Any, output: Any) -> Any:
         whole = output[0] if isinstance(output, tuple) else output

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bwlens.edit.keys import plain_taps, run
+from bwlens.edit.keys import key_taps, run
 from bwlens.models import fingerprint, model_label
 from bwlens.parts import whole
 from bwlens.prompts import Batch
@@ -142,7 +142,7 @@ def key_statistics(
         torch.Size([768, 768])
     """
     documents = _documents(texts)
-    sites = [tap.site for tap in plain_taps(model, [matrix], layers)]
+    sites = [tap.site for tap in key_taps(model, [matrix], layers)]
     window = window or min(512, getattr(model.cfg, "n_ctx", None) or 512)
     settings = [matrix, [s.layer for s in sites], max_tokens, window, prepend_bos]
     path = _cached(model, documents, settings) if cache else None
@@ -179,7 +179,7 @@ def statistics_for(
         ValueError: None were given and the model is not the demo model, a weight has none, or they
             are another model's.
     """
-    plain_taps(model, list(dict.fromkeys(s.matrix for s in sites)), [s.layer for s in sites])
+    key_taps(model, list(dict.fromkeys(s.matrix for s in sites)), [s.layer for s in sites])
     if given is None:
         if not _is_demo(model):
             raise ValueError(

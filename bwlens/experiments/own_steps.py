@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bwlens.gradients import LowRankGradient
 from bwlens.prompts import Batch
-from bwlens.sites import Point, Site, Tap, find_taps
+from bwlens.sites import Point, Site, Tap, plain_taps
 from bwlens.tracing import in_eval_mode
 
 Change = Callable[[Tensor], Tensor]
@@ -57,16 +57,11 @@ def dense_taps(
             tokens the experts of others are sent, and each token has its own matrices.
         ValueError: No such matrix or layer.
     """
-    found: dict[Site, Tap] = {}
-    for tap in find_taps(model, matrices, layers):
-        if not isinstance(tap, Tap) or tap.site.expert is not None:
-            layer = tap.site.layer if isinstance(tap, Tap) else tap.layer
-            raise NotImplementedError(
-                f"layer {layer} is a mixture of experts; a step of one prompt alone can be followed"
-                f" through dense MLPs only: name layers that have one, if there are any"
-            )
-        found[tap.site] = tap
-    return found
+    why = (
+        "a step of one prompt alone can be followed through dense MLPs only: name layers that have"
+        " one, if there are any"
+    )
+    return {tap.site: tap for tap in plain_taps(model, matrices, layers, why)}
 
 
 def stepped(

@@ -10,11 +10,11 @@ import torch
 import bwlens
 from benchmarks.measure import Note, Row, race, timed
 from benchmarks.setting import Setting
+from bwlens.data.records import Record
 from bwlens.edit import forward_pass_shift
-from bwlens.evaluate.harness import Harness
-from bwlens.evaluate.measuring import Options
-from bwlens.evaluate.methods import methods_of
-from bwlens.evaluate.records import Record
+from bwlens.evaluation.harness import Harness
+from bwlens.evaluation.measuring import Options
+from bwlens.evaluation.methods import methods_of
 
 N_RECORDS = 6
 SETTINGS = {"layer": 5, "lr": 0.1}

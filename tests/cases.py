@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import bwlens
-from bwlens.sites import available_matrices
+from bwlens.model.sites import available_matrices
 from tests import oracle, tiny
 
 PROMPTS = [[5, 9, 30, 41], [7, 8], [12, 33, 6, 21, 50, 11]]

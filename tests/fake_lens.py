@@ -7,12 +7,12 @@ from itertools import islice, product
 
 import torch
 
-from bwlens.capture import Gradients
-from bwlens.gradients import LowRankGradient
-from bwlens.lens import READ_THROUGH, BackwardLens
-from bwlens.prompts import Batch
-from bwlens.readout import Readout
-from bwlens.sites import Site
+from bwlens.gradient.capturing import Gradients
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.lens.backward import READ_THROUGH, BackwardLens
+from bwlens.model.prompts import Batch
+from bwlens.model.sites import Site
+from bwlens.reading.readouts import Readout
 
 HOSTILE = (
     "</script>",

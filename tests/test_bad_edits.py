@@ -7,7 +7,7 @@ import torch
 
 from bwlens import Edit, Site, edit, load_model
 from bwlens.edit.statistics import demo_statistics, key_statistics
-from bwlens.parameters import weight_of
+from bwlens.model.weights import weight_of
 
 METHODS = {
     "forward_pass_shift": edit.forward_pass_shift,

@@ -8,8 +8,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import bwlens
-from bwlens import tracing
-from bwlens.sites import available_matrices
+from bwlens.model import passes as tracing
+from bwlens.model.sites import available_matrices
 from tests import cases, oracle, tiny
 
 TOKENS = torch.tensor([[5, 9, 30, 41], [7, 8, 3, 2]])

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 from bwlens.cli import app
 from bwlens.cli.editing import _duration, _settings
 from bwlens.edit import WeightChange
-from bwlens.evaluate.before_after import before_after, demo_company, next_words
-from bwlens.models import load_model
-from bwlens.prompts import Edit
+from bwlens.evaluation.before_after import before_after, demo_company, next_words
+from bwlens.model.loading import load_model
+from bwlens.model.prompts import Edit
 
 MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", "Paris")
 

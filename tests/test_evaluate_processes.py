@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from bwlens.parts import read_tables
+from bwlens.runs.parts import read_tables
 from tests.commands import LAUNCHER, complete, killed
 
 

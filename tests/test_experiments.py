@@ -19,10 +19,10 @@ from bwlens.experiments import (
     segment_norms,
     target_rank,
 )
-from bwlens.experiments.statistics import mean_ci
-from bwlens.lens import READ_THROUGH
-from bwlens.objectives import NLL
-from bwlens.segments import segment_names
+from bwlens.experiments.intervals import mean_ci
+from bwlens.gradient.objectives import NLL
+from bwlens.lens.backward import READ_THROUGH
+from bwlens.model.segments import segment_names
 from tests import tiny
 
 EDITS = [
@@ -98,7 +98,7 @@ def test_a_repeated_token_without_positions_spans_no_more(bridge):
 def test_segment_norms(name, bos, bridge):
     model = bridge(name)
     rows = segment_norms(model, EDITS, prepend_bos=bos, progress=False).rows
-    matrices = bwlens.sites.available_matrices(model)
+    matrices = bwlens.model.sites.available_matrices(model)
     expected = {}
     for item, edit in enumerate(EDITS):
         grads, names = alone(model, edit, bos, matrices)

@@ -6,7 +6,7 @@ import torch
 import bwlens
 from bwlens import Edit, Site
 from bwlens.edit import fine_tune
-from bwlens.parameters import weight_of
+from bwlens.model.weights import weight_of
 from tests import cases, oracle, tiny
 
 EDITS = [

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import bwlens.gradients
-from bwlens.gradients import LowRankGradient
+import bwlens.gradient.low_rank
+from bwlens.gradient.low_rank import LowRankGradient
 
 EPS64 = torch.finfo(torch.float64).eps
 
@@ -586,7 +586,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         part.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(bwlens.gradients, "save_file", torn)
+    monkeypatch.setattr(bwlens.gradient.low_rank, "save_file", torn)
     with pytest.raises(OSError, match="disk full"):
         plain.save(path)
     assert same_bits(LowRankGradient.load(path), BATCH)
@@ -609,7 +609,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_examples_in_the_docstrings() -> None:
-    result = doctest.testmod(bwlens.gradients)
+    result = doctest.testmod(bwlens.gradient.low_rank)
     assert result.attempted > 20
     assert result.failed == 0
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 import bwlens
+from bwlens.data.prose import prose_perplexity, prose_rows, read_prose
+from bwlens.data.records import Record, Records, read_records
 from bwlens.edit import WeightChange
-from bwlens.evaluate import harness, measuring, metrics
-from bwlens.evaluate.evaluation import COLUMNS, MEASURED, Evaluation
-from bwlens.evaluate.generation import Writer, _rereading
-from bwlens.evaluate.harness import Harness, evaluate
-from bwlens.evaluate.measuring import Options
-from bwlens.evaluate.methods import editing_methods, methods_of
-from bwlens.evaluate.prose import prose_perplexity, prose_rows, read_prose
-from bwlens.evaluate.questions import answers_of, questions_of
-from bwlens.evaluate.records import Record, Records, read_records
-from bwlens.gradients import LowRankGradient
-from bwlens.prompts import Edit
+from bwlens.evaluation import harness, measuring, metrics
+from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
+from bwlens.evaluation.generation import Writer, _rereading
+from bwlens.evaluation.harness import Harness, evaluate
+from bwlens.evaluation.measuring import Options
+from bwlens.evaluation.methods import editing_methods, methods_of
+from bwlens.evaluation.questions import answers_of, questions_of
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.prompts import Edit
 from tests import tiny
 
 QUICK = {"generation_every": 0, "perplexity_every": 0, "greedy_tokens": 2, "progress": False}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bwlens
-from bwlens.sites import available_matrices
+from bwlens.model.sites import available_matrices
 from tests import cases, oracle, tiny
 
 pytestmark = pytest.mark.skipif(

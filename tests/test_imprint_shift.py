@@ -10,12 +10,12 @@ import torch
 import bwlens
 from bwlens import Edit, Site
 from bwlens.edit import WeightChange
-from bwlens.experiments.imprint_shift import ImprintShift, imprint_shift
+from bwlens.experiments._imprint_shift import ImprintShift, imprint_shift
 from bwlens.experiments.stepped_layer import TargetLogit
-from bwlens.objectives import NLL
-from bwlens.parameters import weight_of
-from bwlens.sites import available_matrices, find_taps
-from bwlens.tracing import as_rows, flows_of, recording
+from bwlens.gradient.objectives import NLL
+from bwlens.model.passes import as_rows, flows_of, recording
+from bwlens.model.sites import available_matrices, find_taps
+from bwlens.model.weights import weight_of
 from tests import tiny
 
 EDITS = [

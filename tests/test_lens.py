@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bwlens
-from bwlens.lens import READ_THROUGH
+from bwlens.lens.backward import READ_THROUGH
 from tests import tiny
 
 PROMPT = "t5 t9 t30 t41 t8"

@@ -5,11 +5,11 @@ import torch
 
 import bwlens
 from bwlens import Edit, Site
+from bwlens.changes.change import WeightChange
+from bwlens.edit._memit import memit, normal_rows
 from bwlens.edit.keys import contexts_of, run
-from bwlens.edit.memit import memit, normal_rows
 from bwlens.edit.statistics import key_statistics
 from bwlens.edit.value import ValueSettings, find_value, stream_after
-from bwlens.edit.weights import WeightChange
 from tests import tiny
 
 EDITS = [

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bwlens.evaluate import metrics
-from bwlens.evaluate.metrics import (
+from bwlens.evaluation import metrics
+from bwlens.evaluation.metrics import (
     TfIdf,
     accuracy,
     consistency,

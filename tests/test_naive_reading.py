@@ -8,9 +8,9 @@ import torch
 
 import bwlens
 from bwlens import Edit, LowRankGradient
-from bwlens.experiments.naive_reading import naive_map, naive_reading
-from bwlens.lens import READ_THROUGH
-from bwlens.objectives import NLL
+from bwlens.experiments._naive_reading import naive_map, naive_reading
+from bwlens.gradient.objectives import NLL
+from bwlens.lens.backward import READ_THROUGH
 from tests import tiny
 
 EDITS = [

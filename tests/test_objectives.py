@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bwlens
-from bwlens.objectives import as_objective
+from bwlens.gradient.objectives import as_objective
 from tests import cases, oracle, tiny
 
 PROMPTS = cases.PROMPTS

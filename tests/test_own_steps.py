@@ -7,7 +7,7 @@ import bwlens
 from bwlens import Site
 from bwlens.edit import WeightChange
 from bwlens.experiments.own_steps import dense_taps, low_rank, padded, stepped, whole
-from bwlens.sites import available_matrices
+from bwlens.model.sites import available_matrices
 from tests import cases, tiny
 
 DENSE = [name for name in tiny.CONFIGS if name != "mixtral"]

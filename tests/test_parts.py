@@ -6,7 +6,16 @@ import os
 import pandas as pd
 import pytest
 
-from bwlens.parts import Failure, Part, Process, Run, read_failures, read_meta, read_tables, whole
+from bwlens.runs.parts import (
+    Failure,
+    Part,
+    Process,
+    Run,
+    read_failures,
+    read_meta,
+    read_tables,
+    whole,
+)
 
 SIZES = [3, 3, 2]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bwlens
-from bwlens.prompts import make_batch
+from bwlens.model.prompts import make_batch
 from tests import cases
 
 # Batches.

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bwlens.readout import Readout, readout
-from bwlens.sites import Head
+from bwlens.model.head import Head
+from bwlens.reading.readouts import Readout, readout
 
 TINY, DEFAULT = 1, 256 * 2**20  # the least memory there can be: one row, one block at a time
 

@@ -7,8 +7,8 @@ import pytest
 
 import bwlens
 from bwlens import demo
-from bwlens.evaluate.records import Problem, Record, Records, read_records
-from bwlens.prompts import Edit
+from bwlens.data.records import Problem, Record, Records, read_records
+from bwlens.model.prompts import Edit
 from tests.conftest import SHARED
 
 FLAT = {

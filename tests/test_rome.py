@@ -5,12 +5,12 @@ import torch
 
 import bwlens
 from bwlens import Edit, Site
+from bwlens.edit._rome import rome
 from bwlens.edit.keys import contexts_of, run
-from bwlens.edit.rome import rome
 from bwlens.edit.statistics import key_statistics
 from bwlens.edit.value import ValueSettings, find_value, prefixes_of
-from bwlens.parameters import weight_of
-from bwlens.prompts import make_batch
+from bwlens.model.prompts import make_batch
+from bwlens.model.weights import weight_of
 from tests import oracle, tiny
 
 EDIT = Edit("{} t9 t30 t41", subject="t5 t6", target_new=" t17")

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bwlens import Edit
-from bwlens.prompts import make_batch
-from bwlens.segments import SEGMENTS, segment_codes, segment_names
+from bwlens.model.prompts import make_batch
+from bwlens.model.segments import SEGMENTS, segment_codes, segment_names
 from tests.conftest import SHARED
 
 TOKENIZERS = ("gpt2", "stories260K")

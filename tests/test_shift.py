@@ -8,8 +8,8 @@ from bwlens import Edit, Site
 from bwlens.edit import WeightChange
 from bwlens.edit.direction import before_norm, norm_gain, token_directions
 from bwlens.edit.shift import default_layer, forward_pass_shift
-from bwlens.parameters import weight_of
-from bwlens.sites import head_of
+from bwlens.model.head import head_of
+from bwlens.model.weights import weight_of
 from tests import tiny
 
 EDIT = Edit("{} t9 t30 t41", subject="t5", target_new=" t17")

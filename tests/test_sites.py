@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import bwlens
-from bwlens.sites import (
+from bwlens.model.head import head_of
+from bwlens.model.sites import (
     ExpertTap,
     Site,
     Tap,
     available_matrices,
     check_model,
     find_taps,
-    head_of,
     resolve_layers,
 )
 from tests import tiny

@@ -5,7 +5,7 @@ import torch
 
 import bwlens
 from bwlens import LowRankGradient
-from bwlens.spectra import spectra
+from bwlens.gradient.spectra import spectra
 from tests import cases
 
 

@@ -7,8 +7,8 @@ import torch
 from bwlens import Edit, read_records
 from bwlens.experiments import EXPERIMENTS, GradientRank, SegmentNorms, read_sweep, sweep
 from bwlens.experiments.base import Batches, memory_per_token
-from bwlens.models import load_model
-from bwlens.parts import Process
+from bwlens.model.loading import load_model
+from bwlens.runs.parts import Process
 from tests import tiny
 from tests.commands import LAUNCHER, complete, killed
 
@@ -126,7 +126,7 @@ def test_an_experiment_without_rows_is_named_on_the_page(demo, tmp_path):
 
 @pytest.mark.skipif(not tiny.HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has no such model")
 def test_a_model_without_mlps_has_some_of_the_paper(tmp_path):
-    from bwlens.experiments.sweep import _fitting
+    from bwlens.experiments.sweeps import _fitting
 
     fit, unfit = _fitting([made() for made in EXPERIMENTS.values()], tiny.attention_only())
     assert [experiment.name for experiment in fit] == ["segment_norms"]
@@ -172,7 +172,7 @@ def test_nothing_to_read_is_an_error(demo, tmp_path):
 
 
 def test_experiments_that_a_model_cannot_take_are_left_out_of_the_paper(boot, tmp_path):
-    from bwlens.experiments.sweep import _fitting
+    from bwlens.experiments.sweeps import _fitting
 
     fit, unfit = _fitting([GradientRank(), EXPERIMENTS["imprint_shift"]()], boot("mixtral"))
     assert [experiment.name for experiment in fit] == ["gradient_rank"]

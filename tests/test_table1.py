@@ -11,14 +11,14 @@ import torch
 
 from bwlens import demo, load_model
 from bwlens.edit import gradient_step
-from bwlens.evaluate import evaluate, read_records, table1
-from bwlens.evaluate.evaluation import COLUMNS as ROW
-from bwlens.evaluate.evaluation import MEASURED, Evaluation
-from bwlens.evaluate.methods import methods_of
-from bwlens.evaluate.presets import preset, smallest_gradient_step, table1_methods
-from bwlens.evaluate.table import COLUMNS, Table1
-from bwlens.parts import Failure
-from bwlens.prompts import Edit
+from bwlens.evaluation import evaluate, read_records, table1
+from bwlens.evaluation.evaluation import COLUMNS as ROW
+from bwlens.evaluation.evaluation import MEASURED, Evaluation
+from bwlens.evaluation.methods import methods_of
+from bwlens.evaluation.presets import preset, smallest_gradient_step, table1_methods
+from bwlens.evaluation.table import COLUMNS, Table1
+from bwlens.model.prompts import Edit
+from bwlens.runs.parts import Failure
 
 
 @pytest.fixture(scope="module")

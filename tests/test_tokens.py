@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bwlens.tokens import subject_positions, text_to_ids, token_offsets, token_texts
+from bwlens.model.tokens import subject_positions, text_to_ids, token_offsets, token_texts
 from tests import tiny
 from tests.conftest import SHARED
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import bwlens
-from bwlens.sites import available_matrices
+from bwlens.model.sites import available_matrices
 from tests import oracle, tiny
 
 TOKENS = torch.tensor([[5, 9, 30, 41], [7, 8, 13, 12]])

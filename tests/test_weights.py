@@ -14,10 +14,10 @@ from torch import nn
 import bwlens
 from bwlens import LowRankGradient, Site
 from bwlens.edit import WeightChange
-from bwlens.parameters import copy_of, weight_of
-from bwlens.prompts import make_batch
-from bwlens.sites import ExpertTap, Tap, available_matrices, find_taps
-from bwlens.tracing import as_rows, expert_calls, flows_of, recording
+from bwlens.model.passes import as_rows, expert_calls, flows_of, recording
+from bwlens.model.prompts import make_batch
+from bwlens.model.sites import ExpertTap, Tap, available_matrices, find_taps
+from bwlens.model.weights import copy_of, weight_of
 from tests import cases, oracle, tiny
 
 TOKENS, MASK = cases.padded(cases.PROMPTS)
@@ -248,7 +248,7 @@ def test_an_interruption_while_applying(boot, monkeypatch):
     model = boot("gpt2")
     before, change = state(model), change_of(model, *SITES)
     written = []
-    real = bwlens.parameters.Weight.write
+    real = bwlens.model.weights.Weight.write
 
     def interrupted(weight, values):
         real(weight, values)
@@ -256,7 +256,7 @@ def test_an_interruption_while_applying(boot, monkeypatch):
         if len(written) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(bwlens.parameters.Weight, "write", interrupted)
+    monkeypatch.setattr(bwlens.model.weights.Weight, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         change.apply(model)
     assert_untouched(model, before)
@@ -508,7 +508,7 @@ def test_files_of_another_kind(tmp_path):
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "change.safetensors"
     WeightChange(note="old").save(path)
-    monkeypatch.setattr("bwlens.edit.weights.os.replace", lambda a, b: 1 / 0)
+    monkeypatch.setattr("bwlens.changes.change.os.replace", lambda a, b: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         WeightChange(note="new").save(path)
     assert list(tmp_path.iterdir()) == [path]

@@ -50,10 +50,10 @@ def edit(
             writable(save)
         with importing(console):
             import bwlens
-            from bwlens.evaluate.before_after import before_after, demo_company
-            from bwlens.evaluate.methods import methods_of
-            from bwlens.evaluate.presets import preset
-            from bwlens.parts import Process
+            from bwlens.evaluation.before_after import before_after, demo_company
+            from bwlens.evaluation.methods import methods_of
+            from bwlens.evaluation.presets import preset
+            from bwlens.runs.parts import Process
 
         quiet()
         fact = bwlens.Edit(prompt, subject, target if target[:1].isspace() else f" {target}")
@@ -118,7 +118,7 @@ def evaluate(
     processes or GPUs.
     """
     with readable_errors(debug):
-        from bwlens.parts import Process
+        from bwlens.runs.parts import Process
 
         process = Process.current()
         console = Console(quiet=process.index > 0)
@@ -127,11 +127,11 @@ def evaluate(
         if process.count > 1 and out is None:
             raise ValueError("several processes share a folder; name one with --out")
         with importing(console):
-            from bwlens.evaluate.harness import Harness
-            from bwlens.evaluate.measuring import Options
-            from bwlens.evaluate.methods import methods_of
-            from bwlens.evaluate.presets import preset, table1_methods
-            from bwlens.evaluate.table import Table1
+            from bwlens.evaluation.harness import Harness
+            from bwlens.evaluation.measuring import Options
+            from bwlens.evaluation.methods import methods_of
+            from bwlens.evaluation.presets import preset, table1_methods
+            from bwlens.evaluation.table import Table1
 
         quiet()
         if what == "table1" and limit is None and data == "demo":

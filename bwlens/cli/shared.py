@@ -47,7 +47,7 @@ def load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
     """The model, on a GPU of its own where several processes share the work."""
     import torch
 
-    from bwlens.models import load_model
+    from bwlens.model.loading import load_model
 
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
@@ -61,7 +61,7 @@ def load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
 
 def records_of(data: str, limit: int | None, seed: int | None) -> Any:
     """The records, the first of them, or some drawn at random."""
-    from bwlens.evaluate.records import read_records
+    from bwlens.data.records import read_records
 
     records = read_records(data, None if seed is not None else limit)
     if seed is not None and limit is not None and limit < len(records):

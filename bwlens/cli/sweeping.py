@@ -53,13 +53,13 @@ def sweep(
     [bold]accelerate launch --multi_gpu --num_processes N -m bwlens sweep ...[/] (without GPUs too).
     """
     with readable_errors(debug):
-        from bwlens.parts import Process
+        from bwlens.runs.parts import Process
 
         process = Process.current()
         console = Console(quiet=process.index > 0)
         with importing(console):
-            from bwlens.experiments.sweep import resolve
-            from bwlens.experiments.sweep import sweep as run
+            from bwlens.experiments.sweeps import resolve
+            from bwlens.experiments.sweeps import sweep as run
 
         resolve(experiment)  # a wrong name is told before anything is loaded
         memory = _bytes(max_memory)

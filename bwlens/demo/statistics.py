@@ -12,8 +12,8 @@ from pathlib import Path
 from bwlens.demo.corpus import Corpus, load_prose, split_prose
 from bwlens.demo.triples import ROOM, facts
 from bwlens.edit.statistics import KeyStatistics, save_statistics, token_statistics
-from bwlens.models import load_model
-from bwlens.sites import MATRICES, Site
+from bwlens.model.loading import load_model
+from bwlens.model.sites import MATRICES, Site
 
 
 def training_rows(tokenizer: object, prose: Sequence[str], n_tokens: int) -> list[list[int]]:

@@ -1,11 +1,11 @@
 """Editing facts: methods that compute a change of the weights, and the change itself."""
 
-from bwlens.edit.fine_tune import fine_tune as fine_tune
+from bwlens.changes.change import WeightChange as WeightChange
+from bwlens.edit._fine_tune import fine_tune as fine_tune
+from bwlens.edit._memit import memit as memit
+from bwlens.edit._rome import rome as rome
 from bwlens.edit.gradient import gradient_step as gradient_step
-from bwlens.edit.memit import memit as memit
-from bwlens.edit.rome import rome as rome
 from bwlens.edit.shift import forward_pass_shift as forward_pass_shift
 from bwlens.edit.statistics import KeyStatistics as KeyStatistics
 from bwlens.edit.statistics import key_statistics as key_statistics
-from bwlens.edit.weights import WeightChange as WeightChange
 from bwlens.edit.whitened import whitened_shift as whitened_shift

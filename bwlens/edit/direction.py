@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.sites import head_of
+from bwlens.model.head import head_of
 
 Direction = Literal["unembedding", "embedding", "folded"]
 """A token's vector: its column of W_U, its row of W_E, or its column of W_U behind the final norm's

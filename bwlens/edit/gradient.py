@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bwlens.capture import Gradients, capture
+from bwlens.changes.change import WeightChange
 from bwlens.edit.known import open_edits
 from bwlens.edit.shift import as_edits
-from bwlens.edit.weights import WeightChange
-from bwlens.objectives import NLL
-from bwlens.prompts import Edit
-from bwlens.sites import resolve_layers
+from bwlens.gradient.capturing import Gradients, capture
+from bwlens.gradient.objectives import NLL
+from bwlens.model.prompts import Edit
+from bwlens.model.sites import resolve_layers
 
 
 def gradient_step(

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bwlens.prompts import Batch, Edit, make_batch
-from bwlens.sites import Point, Site, Tap, plain_taps
-from bwlens.tokens import subject_positions
-from bwlens.tracing import as_rows, flows_of, recording
+from bwlens.model.passes import as_rows, flows_of, recording
+from bwlens.model.prompts import Batch, Edit, make_batch
+from bwlens.model.sites import Point, Site, Tap, plain_taps
+from bwlens.model.tokens import subject_positions
 
 Token = Literal["subject_last", "last"]
 """Which token of a prompt holds the key: the subject's last one, or the prompt's last one."""

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.prompts import Batch, Edit, make_batch
-from bwlens.tracing import in_eval_mode
+from bwlens.model.passes import in_eval_mode
+from bwlens.model.prompts import Batch, Edit, make_batch
 
 
 def open_edits(

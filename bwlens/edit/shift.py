@@ -16,14 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from bwlens.changes.change import WeightChange
 from bwlens.edit.direction import Direction, before_norm, token_directions
 from bwlens.edit.known import answered, known_note
-from bwlens.edit.weights import WeightChange
-from bwlens.gradients import LowRankGradient
-from bwlens.prompts import Batch, Edit, make_batch
-from bwlens.sites import ExpertTap, Point, Site, Tap, find_taps, resolve_layer
-from bwlens.tokens import subject_positions
-from bwlens.tracing import as_rows, expert_calls, flows_of, recording
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.passes import as_rows, expert_calls, flows_of, recording
+from bwlens.model.prompts import Batch, Edit, make_batch
+from bwlens.model.sites import ExpertTap, Point, Site, Tap, find_taps, resolve_layer
+from bwlens.model.tokens import subject_positions
 
 _DEPTH = 35 / 47  # Layer 35 of 0 to 47 in the paper's GPT-2 xl.
 _WITHIN = 1.05  # The chosen step is at most this much above one that fails.

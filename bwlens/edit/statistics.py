@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bwlens.edit.keys import key_taps, run
-from bwlens.models import fingerprint, model_label
-from bwlens.parts import whole
-from bwlens.prompts import Batch
-from bwlens.sites import Site
-from bwlens.tokens import text_to_ids
+from bwlens.model.identity import fingerprint, model_label
+from bwlens.model.prompts import Batch
+from bwlens.model.sites import Site
+from bwlens.model.tokens import text_to_ids
+from bwlens.runs.parts import whole
 
 _FORMAT = {"format": "bwlens.KeyStatistics", "version": "1"}
 _PROBE = 8  # Tokens whose keys tell one model from another.
@@ -45,7 +45,7 @@ class KeyStatistics:
         mean: E[k] [d_in], in units of the activations.
         second_moment: C = E[k k^T] [d_in, d_in], not centred.
         n_tokens: How many tokens were counted.
-        fingerprint: `bwlens.models.fingerprint` of the model.
+        fingerprint: `bwlens.model.identity.fingerprint` of the model.
         probe: Norms of the keys at a few fixed tokens, by which another model is told.
     """
 
@@ -344,7 +344,7 @@ def _check(model: Any, statistics: Mapping[Site, KeyStatistics]) -> None:
 
 
 def _width(model: Any, site: Site) -> int:
-    from bwlens.parameters import weight_of
+    from bwlens.model.weights import weight_of
 
     return weight_of(model, site).shape[0]
 

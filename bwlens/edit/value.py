@@ -16,11 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.edit.keys import Token, contexts_of, joined, moved, positions_in, run
-from bwlens.objectives import NLL
-from bwlens.prompts import Batch, Edit, make_batch
-from bwlens.sites import Point, Site
-from bwlens.tokens import subject_positions, text_to_ids
-from bwlens.tracing import in_eval_mode, recording
+from bwlens.gradient.objectives import NLL
+from bwlens.model.passes import in_eval_mode, recording
+from bwlens.model.prompts import Batch, Edit, make_batch
+from bwlens.model.sites import Point, Site
+from bwlens.model.tokens import subject_positions, text_to_ids
 
 LARGEST_STEP = 1e30
 """Steps of Adam stay below; its arithmetic overflows float32 somewhat above."""

@@ -18,16 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bwlens.changes.change import WeightChange
+from bwlens.edit._memit import normal_rows
 from bwlens.edit.direction import before_norm, token_directions
 from bwlens.edit.keys import Contexts, Passed, contexts_of, run
 from bwlens.edit.known import known_note
-from bwlens.edit.memit import normal_rows
 from bwlens.edit.shift import as_edits
 from bwlens.edit.statistics import Statistics, statistics_for
-from bwlens.edit.weights import WeightChange
-from bwlens.gradients import LowRankGradient
-from bwlens.prompts import Edit
-from bwlens.sites import Head, Site, head_of, resolve_layers
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.head import Head, head_of
+from bwlens.model.prompts import Edit
+from bwlens.model.sites import Site, resolve_layers
 
 PREFIXES = ("People say that", "Once upon a time, there was.")
 """Contexts that say nothing of any subject, tuned on the demo model's even records."""
@@ -165,7 +166,7 @@ def _old(model: Any, edit: Edit, answer: int) -> int:
     """The first token of the old answer: the one given, or the model's own."""
     if edit.target_true is None:
         return answer
-    from bwlens.prompts import make_batch
+    from bwlens.model.prompts import make_batch
 
     return make_batch(model, edit.text, edit.target_true).targets[0][0]
 

@@ -18,13 +18,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bwlens.capture import Gradients, capture
-from bwlens.gradients import LowRankGradient
-from bwlens.objectives import NLL
-from bwlens.parts import Failure, Part, progress_bar
-from bwlens.prompts import Edit, make_batch
-from bwlens.segments import SEGMENTS, segment_codes
-from bwlens.sites import Site, available_matrices, check_model, resolve_layers
+from bwlens.gradient.capturing import Gradients, capture
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.objectives import NLL
+from bwlens.model.prompts import Edit, make_batch
+from bwlens.model.segments import SEGMENTS, segment_codes
+from bwlens.model.sites import Site, available_matrices, check_model, resolve_layers
+from bwlens.runs.parts import Failure, Part, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd

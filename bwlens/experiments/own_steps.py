@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.gradients import LowRankGradient
-from bwlens.prompts import Batch
-from bwlens.sites import Point, Site, Tap, plain_taps
-from bwlens.tracing import in_eval_mode
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.passes import in_eval_mode
+from bwlens.model.prompts import Batch
+from bwlens.model.sites import Point, Site, Tap, plain_taps
 
 Change = Callable[[Tensor], Tensor]
 """x [batch, pos, d_in] to what is added to z [batch, pos, d_out]."""

@@ -10,12 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.capture import Gradients
 from bwlens.experiments.own_steps import Stepped, low_rank, padded, stepped
-from bwlens.objectives import NLL
-from bwlens.parameters import weight_of
-from bwlens.prompts import Batch, Target
-from bwlens.sites import Site, Tap
+from bwlens.gradient.capturing import Gradients
+from bwlens.gradient.objectives import NLL
+from bwlens.model.prompts import Batch, Target
+from bwlens.model.sites import Site, Tap
+from bwlens.model.weights import weight_of
 
 WHICH = ("W_in", "W_out", "both")
 """What a step is taken on; W_gate goes with W_in, whose x it shares."""

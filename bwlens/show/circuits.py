@@ -20,7 +20,7 @@ from circuitsvis.utils.render import RenderedHTML
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
-    from bwlens.lens import BackwardLens
+    from bwlens.lens.backward import BackwardLens
 
 _RENDER = "CircuitsVis.render("
 

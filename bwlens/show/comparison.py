@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bwlens.lens import BackwardLens
+from bwlens.lens.backward import BackwardLens
 from bwlens.show.pack import READING, pack
 from bwlens.show.table import assets, document, element, first_matrix, part
 from bwlens.show.words import visible

@@ -19,7 +19,7 @@ from bwlens.show.drawing import COLUMN, LINES, SCALE, STYLES, TARGET, drawable
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
-    from bwlens.lens import BackwardLens
+    from bwlens.lens.backward import BackwardLens
 
 
 def table(

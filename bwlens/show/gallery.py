@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bwlens.experiments.base import Result
-    from bwlens.experiments.sweep import Sweep
+    from bwlens.experiments.sweeps import Sweep
 
 _MOST_FAILURES = 50
 

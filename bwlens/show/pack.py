@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bwlens.lens import READ_THROUGH
+from bwlens.lens.backward import READ_THROUGH
 from bwlens.show.words import spaced
 
 if TYPE_CHECKING:
-    from bwlens.lens import BackwardLens
+    from bwlens.lens.backward import BackwardLens
 
 ENDS = ("promoted", "suppressed")
 _SHARED = 15  # letters at most that a word takes from the one before

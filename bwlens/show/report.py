@@ -12,7 +12,7 @@ from bwlens.show.table import table
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
-    from bwlens.lens import BackwardLens
+    from bwlens.lens.backward import BackwardLens
 
 _LEGEND = """
 <dl>

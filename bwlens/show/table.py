@@ -17,13 +17,13 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bwlens.lens import READ_THROUGH
+from bwlens.lens.backward import READ_THROUGH
 from bwlens.show.colors import STEPS, TARGET, css, ink, scale
 from bwlens.show.pack import pack, script_json
 from bwlens.show.words import spaced, visible
 
 if TYPE_CHECKING:
-    from bwlens.lens import BackwardLens
+    from bwlens.lens.backward import BackwardLens
 
 FORMAT = 1
 """Of the data that the script reads; a page may hold outputs of several versions."""

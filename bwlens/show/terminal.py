@@ -13,7 +13,7 @@ from bwlens.show.colors import css, ink, shade
 from bwlens.show.words import spaced, visible
 
 if TYPE_CHECKING:
-    from bwlens.lens import BackwardLens
+    from bwlens.lens.backward import BackwardLens
 
 _WIDEST = 12
 

@@ -1,0 +1,1 @@
+"""Changes of a model's weights: apply, undo, save."""

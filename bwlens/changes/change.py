@@ -1,0 +1,371 @@
+"""A change of a model's weights that one can hold, apply, undo, add and ship.
+
+A `WeightChange` says what is added to each weight, W <- W + x^T delta, as low-rank factors. It is
+computed by an editing method without touching the model, and nothing happens until it is applied.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.sites import Site, as_site
+from bwlens.model.weights import Weight, copy_of, weight_of
+from bwlens.runs.parts import whole
+
+_FORMAT = {"format": "bwlens.WeightChange", "version": "1"}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightChange(Mapping[Site, LowRankGradient]):
+    """What is added to each weight of a model: W <- W + x^T delta, W as [d_in, d_out].
+
+    `change["W_out", 5]` is the part of one matrix, a `LowRankGradient` whose x [r, d_in] and
+    delta [r, d_out] are no gradient's here, but rows whose outer products sum to the change (with
+    the sign they are added with). Iterating gives `Site`s. No site at all is a change of nothing.
+
+    Changes add up, `a + b`, `a - b`, `2 * c`, `-c`; they belong to no model and fit any that has
+    matrices of these shapes, on any device and in any dtype.
+
+    Args:
+        parts: The change of each matrix, by `Site` or `("W_out", 5)`.
+        note: What there is to say about it: an edit left out as the model knew it already.
+        details: How it was made (method, layer, step, passes), as far as JSON can hold it.
+
+    Raises:
+        ValueError: A part is not finite, or a layer is counted from the end.
+
+    Example:
+        >>> rows = LowRankGradient(torch.ones(1, 768), torch.ones(1, 192))
+        >>> change = WeightChange({("W_out", 5): rows})
+        >>> change + change
+        WeightChange(W_out of layer 5; 2 rows, norm 768)
+        >>> with change.applied(model):  # doctest: +SKIP
+        ...     print(model.generate("Lionel Messi plays for"))
+    """
+
+    parts: Mapping[Any, LowRankGradient] = field(default_factory=dict)
+    note: str = ""
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        parts = {as_site(key): part for key, part in self.parts.items()}
+        for site, part in parts.items():
+            if site.layer < 0:
+                raise ValueError(
+                    f"{site}: a change belongs to no model, so layers are counted from 0, not from"
+                    f" the end"
+                )
+            if not (torch.isfinite(part.x).all() and torch.isfinite(part.delta).all()):
+                raise ValueError(
+                    f"the change of {site} holds nan or inf; nothing was applied. The step was too"
+                    f" large, or a tensor overflowed: take a smaller step, or a wider dtype"
+                )
+        object.__setattr__(self, "parts", {site: parts[site] for site in sorted(parts, key=_order)})
+        object.__setattr__(self, "details", dict(self.details))
+
+    # A mapping.
+
+    def __getitem__(self, key: Any) -> LowRankGradient:
+        site = as_site(key)
+        if site not in self.parts:
+            has = ", ".join(map(str, self.parts)) or "nothing"
+            raise KeyError(f"{site} is not changed here; this changes {has}")
+        return self.parts[site]
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return as_site(key) in self.parts
+        except KeyError:
+            return False
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __repr__(self) -> str:
+        said = f"; {self.note}" if self.note else ""
+        if not self.parts:
+            return f"WeightChange(nothing{said})"
+        rows = sum(part.n for part in self.parts.values())
+        return (
+            f"WeightChange({_told(self.parts)}; {rows} row{'s' * (rows != 1)},"
+            f" norm {self.norm():.4g}{said})"
+        )
+
+    # On a model.
+
+    def apply(self, model: Any) -> None:
+        """Add the change to the model's weights, in place, until `undo`.
+
+        Sums are taken in float32 at least and rounded once to the weights' dtype. Copies of the
+        touched matrices are kept aside (outside the model, and no longer than it lives), so that
+        `undo` puts back every bit.
+
+        Raises:
+            ValueError: The model lacks a matrix, has it in another shape, overflows with the
+                change, or has this very change applied (to add it twice, apply `2 * change`).
+                Nothing is changed then.
+            NotImplementedError: A weight that cannot be changed alone, see `weight_of`.
+        """
+        history = _history(model)
+        if any(record.change is self for record in history):
+            raise ValueError(
+                "this change is applied to this model already; undo it first, or apply"
+                " 2 * change to add it twice"
+            )
+        weights = self._weights_in(model)
+        saved = {site: weight.read() for site, weight in weights.items()}
+        record = _Record(self, saved)
+        try:
+            for site, weight in weights.items():
+                weight.write(_sum(weight, self.parts[site]))
+        except BaseException:
+            record.restore(weights)
+            raise
+        history.append(record)
+
+    def undo(self, model: Any) -> None:
+        """Put back what `apply` found, bit for bit.
+
+        Changes of different matrices may be undone in any order, those that meet in a matrix only
+        in reverse. Whatever else happened to these matrices since `apply` is undone as well.
+
+        Raises:
+            ValueError: This change is not applied to this model, or a later one changed the same
+                matrix and has to be undone first.
+        """
+        history = _history(model)
+        places = [i for i, record in enumerate(history) if record.change is self]
+        if not places:
+            raise ValueError("this change is not applied to this model, so there is none to undo")
+        for later in history[places[0] + 1 :]:
+            if common := [site for site in self.parts if site in later.saved]:
+                raise ValueError(
+                    f"another change of {common[0]} was applied after this one; undo that first:"
+                    f" {later.change!r}"
+                )
+        history[places[0]].restore({site: weight_of(model, site) for site in self.parts})
+        del history[places[0]]
+
+    @contextmanager
+    def applied(self, model: Any) -> Iterator[None]:
+        """The model with the change within, as it was after, also after an exception.
+
+        Raises:
+            ValueError: As `apply` and `undo` do.
+
+        Example:
+            >>> with change.applied(model):  # doctest: +SKIP
+            ...     logits = model("Lionel Messi plays for")
+        """
+        self.apply(model)
+        try:
+            yield
+        finally:
+            self.undo(model)
+
+    def edited(self, model: Any) -> Any:
+        """A copy of the model with the change; it shares no storage with the model given.
+
+        The copy is as large as the model. The change may be undone in it.
+
+        Raises:
+            ValueError: As `apply` does.
+        """
+        if any(record.change is self for record in _history(model)):
+            raise ValueError("this change is applied to this model already; undo it first")
+        self._weights_in(model)
+        twin = copy_of(model)
+        self.apply(twin)
+        return twin
+
+    def _weights_in(self, model: Any) -> dict[Site, Weight]:
+        """The weights of the model that this changes, all of them fit to be."""
+        weights = {site: weight_of(model, site) for site in self.parts}
+        for site, weight in weights.items():
+            if weight.shape != self.parts[site].shape:
+                raise ValueError(
+                    f"{site} is {list(weight.shape)} in this model, but the change of it"
+                    f" {list(self.parts[site].shape)}; it was made for another model"
+                )
+        return weights
+
+    # Size.
+
+    def norm(self, site: Any = None) -> float:
+        """The Frobenius norm of one matrix's change, or of all together (root of the squares' sum).
+
+        Raises:
+            KeyError: That matrix is not changed.
+        """
+        if site is not None:
+            return float(self[site].norm())
+        return math.sqrt(sum(float(part.norm()) ** 2 for part in self.parts.values()))
+
+    def compress(self, rtol: float | None = None) -> WeightChange:
+        """The same change in as few rows as its rank, see `LowRankGradient.compress`."""
+        parts = {site: part.compress(rtol) for site, part in self.parts.items()}
+        return WeightChange(parts, self.note, self.details)
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> WeightChange:
+        """The same change with its factors elsewhere, or in another dtype."""
+        parts = {site: part.to(device, dtype) for site, part in self.parts.items()}
+        return WeightChange(parts, self.note, self.details)
+
+    # Sums and multiples.
+
+    def __add__(self, other: WeightChange) -> WeightChange:
+        if not isinstance(other, WeightChange):
+            return NotImplemented
+        parts = dict(self.parts)
+        for site, part in other.parts.items():
+            if (mine := parts.get(site)) is None:
+                parts[site] = part
+            elif mine.shape != part.shape:
+                raise ValueError(
+                    f"{site}: a change of a {list(mine.shape)} matrix and one of a"
+                    f" {list(part.shape)} matrix do not add up; they are for different models"
+                )
+            else:
+                parts[site] = mine + part.to(mine.device)
+        notes = dict.fromkeys(note for note in (self.note, other.note) if note)
+        return WeightChange(parts, "; ".join(notes))
+
+    def __radd__(self, other: int) -> WeightChange:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # for sum()
+
+    def __sub__(self, other: WeightChange) -> WeightChange:
+        return self + -other if isinstance(other, WeightChange) else NotImplemented
+
+    def __neg__(self) -> WeightChange:
+        return self * -1
+
+    def __mul__(self, scalar: float | int) -> WeightChange:
+        if isinstance(scalar, WeightChange | str):
+            return NotImplemented
+        return WeightChange({site: part * scalar for site, part in self.parts.items()}, self.note)
+
+    __rmul__ = __mul__
+
+    # On disk.
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the change to a safetensors file; replaced whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for site, part in self.parts.items():
+            for name in ("x", "delta", "prompt", "pos"):
+                if (rows := getattr(part, name)) is not None:
+                    copied = rows.clone(memory_format=torch.contiguous_format)
+                    tensors[f"{_key(site)}.{name}"] = copied
+        told = {"note": self.note, "details": json.dumps(self.details, default=str)}
+        with whole(Path(path)) as draft:
+            save_file(tensors, draft, metadata=_FORMAT | told)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> WeightChange:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file, or of another version.
+            FileNotFoundError: There is none.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                found = file.metadata() or {}
+                if {name: found.get(name) for name in _FORMAT} != _FORMAT:
+                    raise ValueError(
+                        f"{path} is a safetensors file with metadata {found}; expected {_FORMAT},"
+                        f" as WeightChange.save of this version of bwlens writes"
+                    )
+                rows: dict[Site, dict[str, Tensor]] = {}
+                for key in file.keys():  # noqa: SIM118
+                    stem, _, name = key.rpartition(".")
+                    rows.setdefault(_site(stem), {})[name] = file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is not a safetensors file ({error}); expected one written by"
+                f" WeightChange.save"
+            ) from error
+        parts = {site: LowRankGradient(**tensors) for site, tensors in rows.items()}
+        return WeightChange(parts, found.get("note", ""), json.loads(found.get("details", "{}")))
+
+
+@dataclass(frozen=True, eq=False)
+class _Record:
+    """A change that is applied to a model, and the matrices as they were before."""
+
+    change: WeightChange
+    saved: dict[Site, Tensor]
+
+    def restore(self, weights: Mapping[Site, Weight]) -> None:
+        for site, weight in weights.items():
+            weight.write(self.saved[site].to(weight.device))
+
+
+_HISTORIES: WeakKeyDictionary[nn.Module, list[_Record]] = WeakKeyDictionary()
+"""What is applied to each living model, in order; models are compared by identity."""
+
+
+def _history(model: Any) -> list[_Record]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a TransformerLens model, found {type(model).__name__}")
+    return _HISTORIES.setdefault(model, [])
+
+
+def _sum(weight: Weight, part: LowRankGradient) -> Tensor:
+    """The weight with its change, in its dtype; finite."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, part.dtype), torch.float32)
+    total = weight.plus(part.to(weight.device, wide).dense())
+    if not torch.isfinite(total).all():
+        raise ValueError(
+            f"{weight.site} would hold nan or inf in {weight.dtype} with this change, so nothing"
+            f" was applied; take a smaller step, or load the model in a wider dtype"
+        )
+    return total
+
+
+def _order(site: Site) -> tuple[int, str, int]:
+    return site.layer, site.matrix, -1 if site.expert is None else site.expert
+
+
+def _told(parts: Mapping[Site, LowRankGradient]) -> str:
+    """Which matrices of which layers, in a few words."""
+    if len(parts) == 1:
+        return str(next(iter(parts)))
+    layers = sorted({site.layer for site in parts})
+    where = (
+        f"layer {layers[0]}"
+        if len(layers) == 1
+        else f"layers {layers[0]}-{layers[-1]}"
+        if layers == list(range(layers[0], layers[-1] + 1))
+        else f"layers {', '.join(map(str, layers))}"
+    )
+    return f"{', '.join(dict.fromkeys(site.matrix for site in parts))} of {where}"
+
+
+def _key(site: Site) -> str:
+    expert = "" if site.expert is None else f".{site.expert}"
+    return f"{site.matrix}.{site.layer}{expert}"
+
+
+def _site(key: str) -> Site:
+    matrix, *numbers = key.split(".")
+    return Site(matrix, *map(int, numbers))

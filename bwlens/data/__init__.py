@@ -1,0 +1,1 @@
+"""Records to edit and texts to measure on: reading and checking them."""

@@ -1,0 +1,154 @@
+"""Fine-tuning on an edit with Adam, plain or within a bound: the baseline of editing papers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bwlens.changes.change import WeightChange
+from bwlens.edit.gradient import edit_gradients
+from bwlens.edit.known import open_edits
+from bwlens.edit.shift import as_edits
+from bwlens.edit.value import LARGEST_STEP
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.prompts import Edit
+from bwlens.model.sites import Site, resolve_layers
+from bwlens.model.weights import Weight, weight_of
+
+
+def fine_tune(
+    model: Any,
+    edits: Edit | Sequence[Edit],
+    *,
+    layers: Iterable[int] | int,
+    matrices: Sequence[str] = ("W_out",),
+    lr: float = 5e-4,
+    steps: int = 25,
+    stop_loss: float = 1e-2,
+    norm_bound: float | None = None,
+    prepend_bos: bool | None = None,
+) -> WeightChange:
+    """Adam on whole matrices until the edits' loss is small: FT, and FT+L with a bound.
+
+    Each step takes the gradient of the edits' mean loss (each the mean NLL of its target's tokens,
+    teacher forced) with respect to the chosen matrices alone, and `torch.optim.Adam` with its usual
+    settings changes float32 copies of them. It stops, before a step, once the loss is below
+    `stop_loss`. With `norm_bound` every entry is kept within it of where it began (an L-infinity
+    bound, put on after every step). An edit whose target is the model's answer already is left out,
+    which the change's `note` says.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer; it is left as it was.
+        edits: One edit, or several whose mean loss is descended.
+        layers: Which layers; the papers take one. (The Backward Lens' Table 1: 0 and 35 of 48.)
+        matrices: Which weights; ROME's and MEMIT's baselines train W_out alone.
+        lr: Adam's step size.
+        steps: At most this many.
+        stop_loss: In nats.
+        norm_bound: Largest change of an entry; None for no bound. ROME's FT+L takes 5e-4 for
+            GPT-2 xl.
+        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+
+    Returns:
+        The change, of full rank: the difference of the matrices beside an identity, so that
+        applying it gives the trained weights up to rounding. `details` hold the losses before each
+        step and after the last.
+
+    Raises:
+        ValueError: A malformed edit, setting, matrix or layer, or steps so large that the loss or
+            the weights are no longer finite.
+        NotImplementedError: A model out of scope, named in the message.
+
+    Source: Backward Lens, Table 1; Meng et al., "Locating and Editing Factual Associations in GPT"
+        (ROME), NeurIPS 2022, appendix E.1.
+
+    Example:
+        >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
+        >>> fine_tune(model, edit, layers=5)  # doctest: +SKIP
+        WeightChange(W_out of layer 5; 192 rows, norm 1.236)
+    """
+    listed = as_edits(edits)
+    if not 0 < lr < LARGEST_STEP or steps < 1:
+        raise ValueError(
+            f"expected lr > 0 below {LARGEST_STEP:g} and at least one step, found lr={lr}, {steps=}"
+        )
+    if norm_bound is not None and not norm_bound > 0:
+        raise ValueError(f"norm_bound is {norm_bound}; expected a size > 0, or None for no bound")
+    chosen = resolve_layers(model, layers)
+    listed, known = open_edits(model, listed, prepend_bos)
+    trained = _Trained(model, lr, norm_bound)
+    losses: list[float] = []
+    try:
+        for step in range(steps + 1 if listed else 0):
+            grads = edit_gradients(model, listed, matrices, chosen, prepend_bos)
+            losses.append(float(grads.losses.mean()))
+            if losses[-1] < stop_loss or step == steps:
+                break
+            trained.step({site: part.dense() / len(listed) for site, part in grads.items()})
+    finally:
+        trained.put_back()
+    details = {"method": "fine_tune", "lr": lr, "norm_bound": norm_bound, "losses": losses}
+    parts = {site: _factors(change) for site, change in trained.changes().items()}
+    small = "the loss is below stop_loss already, nothing trained" if listed and not parts else ""
+    return WeightChange(parts, "; ".join(filter(None, (known, small))), details)
+
+
+class _Trained:
+    """Copies of matrices that Adam changes, shown in the model while it does.
+
+    A matrix is taken up when it first has a gradient: experts that no token was sent to stay out.
+    """
+
+    def __init__(self, model: Any, lr: float, norm_bound: float | None) -> None:
+        self._model, self._lr, self._bound = model, lr, norm_bound
+        self._weights: dict[Site, Weight] = {}
+        self._before: dict[Site, Tensor] = {}
+        self._now: dict[Site, Tensor] = {}
+        self._adam: torch.optim.Adam | None = None
+
+    def step(self, gradients: dict[Site, Tensor]) -> None:
+        """One step of Adam; matrices without a gradient stay as they are."""
+        for site in gradients:
+            if site not in self._weights:
+                self._take_up(site)
+        for site, values in self._now.items():
+            gradient = gradients.get(site)
+            values.grad = None if gradient is None else gradient.to(values)
+        if self._adam is not None:
+            self._adam.step()
+        for site, values in self._now.items():
+            values.grad = None
+            if self._bound is not None:
+                start = self._before[site].to(values)
+                values.clamp_(start - self._bound, start + self._bound)
+            self._weights[site].write(values)
+
+    def _take_up(self, site: Site) -> None:
+        weight = weight_of(self._model, site)
+        before = weight.read()
+        values = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        self._weights[site], self._before[site], self._now[site] = weight, before, values
+        if self._adam is None:
+            self._adam = torch.optim.Adam([values], lr=self._lr)
+        else:
+            self._adam.add_param_group({"params": [values]})
+
+    def put_back(self) -> None:
+        """The model's own weights again, bit for bit."""
+        for site, weight in self._weights.items():
+            weight.write(self._before[site])
+
+    def changes(self) -> dict[Site, Tensor]:
+        """What training added to each matrix."""
+        return {site: now - self._before[site].to(now) for site, now in self._now.items()}
+
+
+def _factors(change: Tensor) -> LowRankGradient:
+    """A dense change as factors, an identity on its narrower side."""
+    d_in, d_out = change.shape
+    if d_in <= d_out:
+        return LowRankGradient(torch.eye(d_in).to(change), change)
+    return LowRankGradient(change.T.contiguous(), torch.eye(d_out).to(change))

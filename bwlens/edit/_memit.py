@@ -1,0 +1,151 @@
+"""MEMIT: many facts at once, their residual spread over several W_out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.changes.change import WeightChange
+from bwlens.edit.keys import Token, contexts_of, run
+from bwlens.edit.known import open_edits
+from bwlens.edit.shift import as_edits
+from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
+from bwlens.edit.value import ValueSettings, find_value, prefixes_of, stream_after
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.prompts import Edit
+from bwlens.model.sites import Site, resolve_layers
+
+_FIRST, _LAST = 13 / 47, 17 / 47  # Layers 13 to 17 of 0 to 47 in the paper's GPT-2 xl.
+_WEIGHT, _WIDTH = 20_000, 6_400  # lambda there, and the width of its keys.
+
+
+def memit(
+    model: Any,
+    edits: Edit | Sequence[Edit],
+    *,
+    layers: Iterable[int] | int | None = None,
+    weight: float | None = None,
+    steps: int = 20,
+    lr: float = 0.5,
+    kl_factor: float = 0.0625,
+    weight_decay: float = 0.5,
+    clamp: float = 0.75,
+    prefixes: Sequence[str] | None = None,
+    token: Token = "subject_last",
+    statistics: Statistics | str | os.PathLike[str] | None = None,
+    prepend_bos: bool | None = None,
+) -> WeightChange:
+    """Mass-Editing Memory in a Transformer: all edits at once, over a range of layers.
+
+    For each edit a target `z = h + shift` of the stream after the last layer L of the range, at
+    the subject's last token, is found by Adam as in ROME. Then, from the lowest layer l up, with
+    the layers below already changed: K [edits, d_in] are the keys (means over the prefixes), R
+    [edits, d_model] what is still missing of z, divided by the L - l + 1 layers left, and
+
+        W_l += D,  D = (weight * C + K^T K)^-1 K^T R
+
+    the minimiser of `||K D - R||^2 + weight * tr(D^T C D)`. An edit whose target is the model's
+    answer already is left out, which the change's `note` says.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer; it is left as it was.
+        edits: One edit or several; those in one call are made together.
+        layers: The range; None takes 13/47 to 17/47 of the depth (13-17 of GPT-2 xl, 1-2 of 8).
+        weight: lambda, how much the text's keys count against the edits', in tokens. None takes
+            the paper's 20,000 for keys 6,400 wide in proportion to their width: a typical key's
+            `k^T C^-1 k` is its width, and what is written to what is asked for is as
+            `k^T C^-1 k` to `weight + k^T C^-1 k`.
+        steps: Steps of Adam at most.
+        lr: Adam's step size.
+        kl_factor: Weight of the KL divergence after "{subject} is a".
+        weight_decay: Weight of `||shift|| / ||h||^2`.
+        clamp: Largest norm of the shift, in norms of the stream h.
+        prefixes: As for `rome`.
+        token: Where the keys stand; "last" for the prompts' last tokens.
+        statistics: Of W_out's keys in these layers, or their file. None takes the demo model's.
+        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+
+    Returns:
+        The change, one row for each edit and layer. `details` hold the losses of each edit and,
+        for each layer, the mean norm of what was missing before it and, last, of what still is.
+
+    Raises:
+        ValueError: A malformed edit or setting, statistics missing or of another model, or a loss
+            that is no longer finite.
+        NotImplementedError: A mixture of experts, or a model out of scope.
+
+    Source: Meng, Sen Sharma, Andonian, Belinkov and Bau, "Mass-Editing Memory in a Transformer",
+        ICLR 2023, section 4. Where a norm follows the MLP (Gemma 2, OLMo 2) the shift is taken
+        before it, and spreading the residual is only approximate.
+
+    Example:
+        >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
+        >>> change = memit(model, [edit], layers=[3, 4, 5], token="last")  # doctest: +SKIP
+    """
+    listed = as_edits(edits)
+    settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)
+    if weight is not None and not 0 < weight < float("inf"):
+        raise ValueError(f"weight is {weight}; expected a number of tokens > 0")
+    top = len(model.blocks) - 1
+    default = range(int(_FIRST * top), int(_LAST * top) + 1)
+    chosen = resolve_layers(model, default if layers is None else layers)
+    sites = [Site("W_out", layer) for layer in chosen]
+    whiteners = statistics_for(model, sites, statistics)
+    listed, note = open_edits(model, listed, prepend_bos)
+    if not listed:
+        return WeightChange(note=note, details={"method": "memit", "layers": chosen})
+    before = prefixes_of(model, prefixes, prepend_bos)
+    values = [
+        find_value(model, edit, sites[-1], settings, before, token, prepend_bos, of_stream=True)
+        for edit in _shown(listed)
+    ]
+    plain = contexts_of(model, listed, (), token, prepend_bos, targets=False)
+    around = contexts_of(model, listed, before, token, prepend_bos, targets=False)
+    shifts = torch.stack([value.delta for value in values])
+    goal = plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0] + shifts
+    change, missing = WeightChange(), []
+    for site, left in zip(sites, range(len(sites), 0, -1), strict=True):
+        with change.applied(model):
+            keys = around.at(run(model, around.batch, ["W_out"], site.layer).x[site]).mean(1)
+            residual = goal - plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0]
+        missing.append(float(residual.norm(dim=1).mean()))
+        tokens = _WEIGHT * keys.shape[1] / _WIDTH if weight is None else weight
+        x = normal_rows(whiteners[site], keys, tokens)
+        change = change + WeightChange({site: LowRankGradient(x.to(residual), residual / left)})
+    with change.applied(model):
+        residual = goal - plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0]
+    details = {
+        "method": "memit",
+        "layers": chosen,
+        "losses": [value.losses for value in values],
+        "missing": [*missing, float(residual.norm(dim=1).mean())],
+    }
+    return WeightChange(change.parts, note, details)
+
+
+def normal_rows(
+    statistics: KeyStatistics, keys: Float[Tensor, "edits d_in"], weight: float
+) -> Float[Tensor, "edits d_in"]:
+    """Rows X with `X^T = (weight * C + K^T K)^-1 K^T`, out of a system as large as the edits.
+
+    By the push-through identity `X = (weight * 1 + K C^-1 K^T)^-1 K C^-1`. With `weight` 0 and
+    independent keys, `X K^T = 1`: each row answers to its own key alone.
+    """
+    whitened = statistics.whitened(keys)
+    gram = whitened @ keys.double().T
+    gram = (gram + gram.T) / 2 + weight * torch.eye(len(keys)).to(gram)
+    return torch.linalg.solve(gram, whitened)
+
+
+def _shown(edits: list[Edit]) -> Iterable[Edit]:
+    """The edits one by one, with a progress bar where there are several."""
+    if len(edits) == 1:
+        return edits
+    from rich.progress import track
+
+    return track(edits, description="values", transient=True)

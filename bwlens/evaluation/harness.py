@@ -1,0 +1,240 @@
+"""Edit, measure, undo: record by record, with one method or several.
+
+A record is turned into tokens once for all methods. Then each method's change is computed, applied,
+asked everything in one padded forward pass where that can be, and undone bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bwlens.data.prose import read_prose
+from bwlens.data.records import Record, Records, read_records
+from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
+from bwlens.evaluation.measuring import Gauge, Options
+from bwlens.evaluation.methods import Method, methods_of
+from bwlens.model.identity import model_label
+from bwlens.model.sites import check_model
+from bwlens.runs.parts import Failure, Part, Process, Run, progress_bar, read_failures, read_tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PART_SIZE = 10
+"""Records of a part on disk, at most."""
+
+_HOPELESS = 10
+"""A method that fails on so many records, before it has dealt with any, is not tried further."""
+
+_PROBLEMS = (ValueError, RuntimeError, ArithmeticError)
+"""What may be wrong with one record or one edit; anything else is a mistake in the code."""
+
+
+def evaluate(
+    model: Any,
+    method: Any,
+    records: Records | Sequence[Record] | str | Path = "demo",
+    *,
+    settings: Mapping[str, Any] | None = None,
+    perplexity_text: str | Path | Sequence[str] | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Evaluation:
+    """Edit each record's fact by itself, measure what came of it, undo it.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer; it is left as it was found.
+        method: A method's name ("rome", or "none" for the model as it is), a function
+            `method(model, edit) -> WeightChange`, a list of these, or a mapping from the names
+            that rows are to have.
+        records: What `read_records` gives, or takes.
+        settings: Keyword arguments of the method, where it is one.
+        perplexity_text: What perplexity is measured on: "demo", a file, a data set's name or
+            texts. None is the demo's stories for the demo model, and no perplexity for others.
+        out: A folder for the rows. A run that was killed goes on where it was when it is started
+            again, and processes started by `accelerate launch` or `torchrun` share it.
+        progress: Show a bar.
+        **options: See `Options`.
+
+    Returns:
+        A row for each record and method. What a record has no data for is nan in its row.
+
+    Raises:
+        ValueError: No such method, setting, option or text; no usable record; none of the first
+            records can be edited; `out` holds another run.
+
+    Source: Meng et al., NeurIPS 2022 (CounterFact); Katz et al., EMNLP 2024, Table 1.
+
+    Example:
+        >>> records = bwlens.read_records("demo", limit=20)             # doctest: +SKIP
+        >>> bwlens.evaluate(model, "forward_pass_shift", records).summary   # doctest: +SKIP
+    """
+    chosen = Options.of(options)
+    harness = Harness(model, methods_of(method, settings), records, perplexity_text, chosen)
+    return harness.run(out, progress)
+
+
+class Harness:
+    """An evaluation that is set up: it says how long it will take, then does it.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer.
+        methods: What `methods_of` gives.
+        records: As for `evaluate`.
+        perplexity_text: As for `evaluate`.
+        options: What is measured, and how.
+
+    Raises:
+        ValueError: As `evaluate` does.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        methods: Sequence[Method],
+        records: Records | Sequence[Record] | str | Path = "demo",
+        perplexity_text: str | Path | Sequence[str] | None = None,
+        options: Options | None = None,
+    ) -> None:
+        check_model(model)
+        if isinstance(records, str | Path):
+            records = read_records(records)
+        if not len(records):
+            raise ValueError("no records given; read_records('demo') has some")
+        self.model, self.methods, self.records = model, tuple(methods), records
+        self.options = options or Options()
+        if perplexity_text is None and model_label(model) == "demo":
+            perplexity_text = "demo"
+        sentences: Sequence[str] = ()
+        if perplexity_text is not None and self.options.perplexity_every:
+            sentences = read_prose(perplexity_text)
+        self._gauge = Gauge(model, records, sentences, self.options)
+        self._failed: Counter[str] = Counter()
+        self._done: Counter[str] = Counter()
+
+    def estimate(self) -> float:
+        """Seconds that `run` will take, by trying each method on a record.
+
+        What a method loads or makes at its first call is out of the way then.
+
+        Raises:
+            ValueError: A method fails on each of the first records.
+        """
+        n, spent = len(self.records), self._gauge.spent
+        total, item = 0.0, 0
+        for method in self.methods:
+            item = self._first_that_can_be(method)
+            before = dict(spent)
+            self._gauge.row(method, item, periodic=False)
+            total += n * sum(spent[what] - before[what] for what in ("edit", "answers"))
+        before = dict(spent)
+        self._gauge.row(self.methods[-1], item, periodic=True)
+        for what in ("generation", "perplexity"):  # the same for every method
+            if every := getattr(self.options, f"{what}_every"):
+                total += len(self.methods) * -(-n // every) * (spent[what] - before[what])
+        return total / Process.current().count
+
+    def run(self, out: str | Path | None = None, progress: bool = True) -> Evaluation:
+        """Do the work; with `out`, in parts on disk, carrying on what is there.
+
+        With several processes, the rows are those that are finished by all of them so far.
+
+        Raises:
+            ValueError: A method fails on each of the first records, or `out` holds another run.
+        """
+        n, size = len(self.records), self._part_size
+        sizes = [min(size, n - start) for start in range(0, n, size)]
+        if out is not None:
+            run = Run(out, self.settings(), sizes)
+            if any(map(run.done, range(len(sizes)))):
+                self._done.update(method.name for method in self.methods)
+            run.work(self._part, progress=progress, label="Evaluating")
+            tables = read_tables(out)
+            return self._evaluation([tables["rows"]] if tables else [], read_failures(out))
+        tables, failures = [], []
+        with progress_bar("Evaluating", n, shown=progress) as advance:
+            for part, size in enumerate(sizes):
+                done = self._part(part)
+                tables.append(done.tables["rows"])
+                failures += done.failures
+                advance(size)
+        return self._evaluation(tables, failures)
+
+    def settings(self) -> dict[str, Any]:
+        """All that the rows hang on, as JSON holds it."""
+        from bwlens.model.identity import fingerprint
+
+        return {
+            "model": {"name": model_label(self.model), "fingerprint": fingerprint(self.model)},
+            "records": _digest(map(repr, self.records)),
+            "methods": {method.name: method.described() for method in self.methods},
+            "perplexity_text": _digest(map(repr, self._gauge.prose)),
+            "options": asdict(self.options),
+        }
+
+    @property
+    def _part_size(self) -> int:
+        """Few records come in two parts still, to be shared and carried on."""
+        return min(PART_SIZE, -(-len(self.records) // 2))
+
+    def _part(self, part: int) -> Part:
+        import pandas as pd
+
+        rows: list[dict[str, Any]] = []
+        failures: list[Failure] = []
+        size = self._part_size
+        for item in range(part * size, min((part + 1) * size, len(self.records))):
+            for method in self.methods:
+                try:
+                    rows.append(self._gauge.row(method, item))
+                    self._done[method.name] += 1
+                except _PROBLEMS as error:
+                    failures.append(Failure(item, f"{method.name}: {error}"))
+                    self._give_up(method, error)
+        table = pd.DataFrame(rows, columns=COLUMNS)
+        # A column without a value in this part is still one of numbers.
+        return Part({"rows": table.astype(dict.fromkeys(MEASURED, float))}, failures)
+
+    def _give_up(self, method: Method, error: Exception) -> None:
+        """Settings that fit no record are said soon, not after a night."""
+        self._failed[method.name] += 1
+        most = min(_HOPELESS, len(self.records))
+        if not self._done[method.name] and self._failed[method.name] >= most:
+            raise ValueError(
+                f"{method.name} fails on each of the first {most} records, so it is not tried"
+                f" further: {error}"
+            ) from error
+
+    def _first_that_can_be(self, method: Method) -> int:
+        """The first record that a method can deal with."""
+        for item in range(len(self.records)):
+            try:
+                self._gauge.row(method, item, periodic=False)
+                return item
+            except _PROBLEMS as error:
+                self._give_up(method, error)
+        raise AssertionError("given up before")
+
+    def _evaluation(
+        self, tables: Sequence[pd.DataFrame], failures: Sequence[Failure]
+    ) -> Evaluation:
+        import pandas as pd
+
+        some = [table for table in tables if len(table)]
+        rows = pd.concat(some, ignore_index=True) if some else pd.DataFrame(columns=COLUMNS)
+        # What comes from the disk holds words as categories.
+        rows = rows.astype(dict.fromkeys(("relation", "method", "note"), "str"))
+        return Evaluation(rows, tuple(failures), len(self.records))
+
+
+def _digest(texts: Iterable[str]) -> str:
+    whole = hashlib.sha256()
+    for text in texts:
+        whole.update(text.encode() + b"\0")
+    return whole.hexdigest()[:16]

@@ -1,0 +1,125 @@
+"""Figures 22 and 23: how alike the last token's deltas of different layers are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.intervals import summarize
+from bwlens.model.prompts import Edit
+from bwlens.model.segments import SEGMENTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class LayerCosine(Experiment):
+    """Cosine between the deltas of two layers at one token, for every pair of layers.
+
+    Rows: `item`, `matrix`, `layer`, `other` (layer < other), `cosine`; nan where a delta is zero.
+    Where a segment has several tokens, the first of them is taken.
+
+    Source: Backward Lens, figures 22 and 23 (the last prompt token).
+    """
+
+    matrices: tuple[str, ...] = ("W_out",)
+    segment: str = "last"
+
+    name: ClassVar[str] = "layer_cosine"
+    title: ClassVar[str] = "Cosine between layers' deltas"
+    source: ClassVar[str] = "Figures 22, 23"
+    reading: ClassVar[str] = "How alike the last token's deltas of two layers are."
+    published: ClassVar[str] = "cosines above 0.7 over ten neighbouring blocks."
+
+    def measure(self, reading: Reading) -> pd.DataFrame:
+        """Rows of a batch."""
+        columns = []
+        for matrix in self.matrices:
+            sites = [site for site in reading.sites([matrix]) if site.expert is None]
+            if len(sites) < 2:
+                continue
+            held = [self._rows(reading, site) for site in sites]
+            items = held[0][0]
+            # Layers may lie on several devices.
+            deltas = torch.stack([rows.to(items.device) for _, rows in held], 1).double()
+            unit = deltas / deltas.norm(dim=-1, keepdim=True)
+            cosines = unit @ unit.mT
+            low, high = torch.triu_indices(len(sites), len(sites), 1)
+            layers = np.array([site.layer for site in sites])
+            columns.append(
+                {
+                    "item": np.repeat(items.cpu().numpy(), len(low)),
+                    "matrix": matrix,
+                    "layer": np.tile(layers[low], len(items)),
+                    "other": np.tile(layers[high], len(items)),
+                    "cosine": cosines[:, low, high].flatten().cpu().numpy(),
+                }
+            )
+        return frame(columns)
+
+    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Means over prompts by matrix and pair of layers."""
+        return summarize(rows, ["matrix", "layer", "other"], ["cosine"])
+
+    def draw(self, summary: pd.DataFrame) -> Figure:
+        """A map of layers by layers."""
+        from bwlens.show.drawing import cosine_maps
+
+        maps = {}
+        for matrix in self.matrices:
+            held = summary[summary["matrix"] == matrix]
+            layers = sorted({*held["layer"], *held["other"]})
+            place = {layer: at for at, layer in enumerate(layers)}
+            grid = np.full((len(layers), len(layers)), np.nan)  # pairs without a cosine stay blank
+            np.fill_diagonal(grid, 1.0)
+            for low, high, mean in zip(held["layer"], held["other"], held["mean"], strict=True):
+                grid[place[low], place[high]] = grid[place[high], place[low]] = mean
+            maps[f"\u03b4 of {matrix}, {self.segment} token"] = (layers, grid)
+        return cosine_maps(maps)
+
+    def _rows(self, reading: Reading, site: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The prompts that have the segment, and their delta there."""
+        gradient = reading.grads[site]
+        assert gradient.prompt is not None
+        here = reading.segment_of(gradient) == SEGMENTS.index(self.segment)
+        at = here.nonzero().flatten()
+        prompts = gradient.prompt[at]
+        first = torch.ones_like(prompts, dtype=torch.bool)
+        first[1:] = prompts[1:] != prompts[:-1]
+        return prompts[first], gradient.delta[at[first]]
+
+
+def layer_cosine(
+    model: Any,
+    edits: Sequence[Edit],
+    matrices: Sequence[str] = ("W_out",),
+    layers: Sequence[int] | None = None,
+    segment: str = "last",
+    **options: Any,
+) -> Result:
+    """Cosines between the deltas of all pairs of layers at the prompts' last token.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer.
+        edits: The edits.
+        matrices: Names out of `bwlens.MATRICES`.
+        layers: Layers from 0, negative ones from the end; None for all.
+        segment: The segment whose token is read, out of `bwlens.model.segments.SEGMENTS`.
+        **options: As for `bwlens.experiments.run`.
+
+    Raises:
+        ValueError: No such segment.
+
+    Source: Backward Lens, figures 22 and 23.
+    """
+    if segment not in SEGMENTS:
+        raise ValueError(f"no segment {segment!r}; expected one of {', '.join(SEGMENTS)}")
+    chosen = None if layers is None else tuple(layers)
+    return run(LayerCosine(chosen, tuple(matrices), segment), model, edits, **options)

@@ -1,0 +1,99 @@
+"""Figures 5, 16 and 17: how long delta and x are, by layer and segment of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
+from bwlens.experiments.intervals import summarize
+from bwlens.model.prompts import Edit
+from bwlens.model.segments import SEGMENTS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class SegmentNorms(Experiment):
+    """Mean L2 norms of delta and x over each segment's tokens, by matrix and layer.
+
+    Rows: `item`, `matrix`, `layer`, `segment`, `tokens` (how many), `delta`, `x`. Norms are raw:
+    loss per unit of the matrix' output, and units of the activations.
+
+    Source: Backward Lens, figures 5, 16 (delta) and 17 (x).
+    """
+
+    matrices: tuple[str, ...] | None = None
+    """Matrices to measure; None for all that the model has, attention included."""
+
+    name: ClassVar[str] = "segment_norms"
+    title: ClassVar[str] = "Norms of delta and x by segment"
+    source: ClassVar[str] = "Figures 5, 16, 17"
+    reading: ClassVar[str] = (
+        "How hard a step pushes (delta) and how much comes in (x), averaged over the tokens"
+        " of each part of the prompt."
+    )
+    published: ClassVar[str] = (
+        "delta peaks at the subject's tokens in the first layers and at the last token from"
+        " about the second quarter on, and is near zero elsewhere; x shows no such pattern."
+    )
+
+    def measure(self, reading: Reading) -> pd.DataFrame:
+        """Rows of a batch."""
+        columns = []
+        for site in reading.sites(self.wanted(reading.model)):
+            gradient = reading.grads[site]
+            norms = torch.stack([gradient.delta.norm(dim=1), gradient.x.norm(dim=1)], 1)
+            columns.append(segment_columns(reading, site, norms, ("delta", "x")))
+        return frame(columns)
+
+    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Means over prompts by matrix, layer and segment, of `delta` and of `x`."""
+        return summarize(rows, ["matrix", "layer", "segment"], ["delta", "x"])
+
+    def draw(self, summary: pd.DataFrame) -> Figure:
+        """delta above, x below, a panel for each matrix."""
+        from bwlens.show.drawing import panels
+
+        matrices = list(dict.fromkeys(summary["matrix"]))
+        rows, titles = [], []
+        for quantity, name in (("delta", "\u03b4"), ("x", "x")):
+            for matrix in matrices:
+                rows.append(
+                    summary[(summary["quantity"] == quantity) & (summary["matrix"] == matrix)]
+                )
+                titles.append(f"{name} of {matrix}")
+        figure, axes = panels(
+            summary, titles, rows, "segment", SEGMENTS, "mean norm", columns=len(matrices)
+        )
+        for ax in axes:
+            ax.set_ylim(0, ax.get_ylim()[1])
+        return figure
+
+
+def segment_norms(
+    model: Any,
+    edits: Sequence[Edit],
+    matrices: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
+    **options: Any,
+) -> Result:
+    """Mean norms of delta and x by layer and prompt segment.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer.
+        edits: The edits.
+        matrices: Names out of `bwlens.MATRICES`; None for all that the model has.
+        layers: Layers from 0, negative ones from the end; None for all.
+        **options: As for `bwlens.experiments.run`.
+
+    Source: Backward Lens, figures 5, 16 and 17.
+    """
+    chosen = None if matrices is None else tuple(matrices)
+    experiment = SegmentNorms(None if layers is None else tuple(layers), chosen)
+    return run(experiment, model, edits, **options)

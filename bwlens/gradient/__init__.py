@@ -1,0 +1,1 @@
+"""x and delta of every weight matrix, and the gradient they make."""

@@ -1,0 +1,310 @@
+"""One forward pass, one backward pass: x and delta of every weight matrix asked for.
+
+The backward pass stops at the tensors z = x W and goes no further: `torch.autograd.grad` at these
+tensors computes no weight gradient, touches no `.grad`, and leaves out every layer below the
+lowest one asked for. dL/dW = x^T delta is then exact, for any loss and any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.objectives import as_objective
+from bwlens.model.passes import (
+    Flow,
+    as_rows,
+    check_mode,
+    expert_calls,
+    flows_of,
+    forward,
+    recording,
+)
+from bwlens.model.prompts import Batch, Mask, Prompts, make_batch
+from bwlens.model.sites import ExpertTap, Point, Site, Tap, as_site, find_taps, hook_points
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients(Mapping[Site, LowRankGradient]):
+    """The gradient of every weight matrix that was asked for, as its x and delta.
+
+    `grads["W_in", 3]` is a `LowRankGradient`; with experts, `grads["W_in", 3, expert]`. Iterating
+    gives `Site`s. Rows run over the (prompt, position) pairs of the batch, padding left out.
+
+    Attributes:
+        losses: One loss per prompt [batch].
+        next_logits: Logits after each prompt's last token [batch, d_vocab]: the model's own answer.
+        batch: The tokens.
+    """
+
+    losses: Float[Tensor, " batch"]
+    next_logits: Float[Tensor, "batch d_vocab"]
+    batch: Batch
+    _held: dict[Site, LowRankGradient] = field(repr=False)
+
+    def __getitem__(self, key: Any) -> LowRankGradient:
+        site = as_site(key)
+        if site not in self._held:
+            there = sorted(other for other in self._held if other.matrix == site.matrix)
+            layers = sorted({other.layer for other in there})
+            experts = sorted(
+                other.expert
+                for other in there
+                if other.layer == site.layer and other.expert is not None
+            )
+            if experts:  # one that no token was sent to has no gradient
+                has = f"tokens were sent to the experts {experts} there: name one of them"
+            elif there:
+                has = f"there is {site.matrix} of layers {layers}"
+            else:
+                has = f"there are {', '.join(dict.fromkeys(s.matrix for s in self._held))}"
+            raise KeyError(f"{site} was not captured; {has}")
+        return self._held[site]
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return as_site(key) in self._held
+        except KeyError:
+            return False
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        matrices = list(dict.fromkeys(site.matrix for site in self._held))
+        layers = sorted({site.layer for site in self._held})
+        return (
+            f"Gradients({', '.join(matrices)}; layers {layers[0]}-{layers[-1]};"
+            f" {len(self.batch)} prompts, {self.batch.n_rows} tokens)"
+        )
+
+    def for_prompt(self, index: int) -> Gradients:
+        """The gradients of one prompt of the batch alone."""
+        if not -len(self.batch) <= index < len(self.batch):
+            raise IndexError(f"prompt {index} asked for, but the batch has {len(self.batch)}")
+        index %= len(self.batch)
+        keep = slice(index, index + 1)
+        batch = Batch(
+            self.batch.tokens[keep, : int(self.batch.lengths[index])],
+            self.batch.lengths[keep],
+            self.batch.prompt_lengths[keep],
+            self.batch.targets[keep],
+            self.batch.others[keep],
+        )
+        # An expert that none of this prompt's tokens was sent to has no gradient.
+        held = {
+            site: gradient.for_prompt(index)
+            for site, gradient in self._held.items()
+            if index in gradient.prompts
+        }
+        return Gradients(self.losses[keep], self.next_logits[keep], batch, held)
+
+
+def capture(
+    model: Any,
+    prompts: Prompts,
+    objective: Any,
+    matrices: Sequence[str] = ("W_in", "W_out"),
+    layers: Iterable[int] | int | None = None,
+    *,
+    prepend_bos: bool | None = None,
+    attention_mask: Mask | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Gradients:
+    """x and delta of every weight matrix asked for: dL/dW = x^T delta, exactly.
+
+    One forward pass and one `autograd.grad` that stops at the matrices' outputs. The model runs in
+    eval mode and is left as it was: weights, `.grad`, `requires_grad`, train/eval mode, hooks.
+
+    Args:
+        model: A TransformerBridge (TransformerLens 3.9-4) or HookedTransformer (3.9).
+        prompts: A string, a list of strings, or token ids [pos] or [batch, pos].
+        objective: The target after the prompt (text or token ids; its NLL is the loss), an
+            objective such as `LogitDifference`, or any function of (logits, batch) that returns
+            one loss per prompt.
+        matrices: Names out of `bwlens.MATRICES`.
+        layers: Layers from 0, negative ones from the end; None for all. The backward pass stops
+            at the lowest of them.
+        prepend_bos: Whether text prompts get a BOS token; None is the model's own default.
+        attention_mask: 1 at real tokens, 0 at padding (left or right), for token prompts.
+        device: Where x and delta go; None leaves them where they are.
+        dtype: What x and delta are stored in; None keeps the model's own, float32 at least.
+
+    Raises:
+        ValueError: Malformed prompts, unknown matrices or layers, a loss of the wrong shape, that
+            is not finite, that reads padding, or that does not depend on a matrix asked for.
+        NotImplementedError: A model or mode out of scope, named in the message.
+        RuntimeError: Called inside `torch.inference_mode()`.
+
+    Source: Backward Lens, section 4.1 and Lemma 4.1.
+
+    Example:
+        >>> grads = capture(model, "Lionel Messi plays for", " Paris")  # doctest: +SKIP
+        >>> grads["W_out", 3].delta.shape  # doctest: +SKIP
+        torch.Size([5, 192])
+    """
+    check_mode()
+    taps = find_taps(model, matrices, layers)
+    objective = as_objective(objective)
+    batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
+    points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
+    points |= {tap.routing for tap in taps if tap.routing is not None}
+    expert_taps = [tap for tap in taps if isinstance(tap, ExpertTap)]
+    with recording(model, points) as seen, expert_calls(expert_taps) as calls:
+        run = forward(model, batch, objective)
+        flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, batch)]
+        deltas = run.gradients([flow.z for flow in flows], [flow.name for flow in flows])
+    dtype = dtype or _storage_dtype(run.logits.dtype)
+    rows = _Rows(batch, device, dtype)
+    held: dict[Site, LowRankGradient] = {}
+    for flow, delta in zip(flows, deltas, strict=True):
+        for site, columns in flow.parts:
+            if site.matrix in matrices:
+                held[site] = rows.gradient(flow, as_rows(delta)[:, columns])
+    order = sorted(held, key=lambda site: (site.layer, matrices.index(site.matrix), site))
+    return Gradients(
+        run.losses.detach(), run.next_logits(batch), batch, {site: held[site] for site in order}
+    )
+
+
+def vjps(
+    model: Any,
+    prompts: Prompts,
+    objective: Any,
+    names_filter: str | Sequence[str] | Callable[[str], bool],
+    *,
+    prepend_bos: bool | None = None,
+    attention_mask: Mask | None = None,
+) -> dict[str, Float[Tensor, "batch ..."]]:
+    """dL/d(activation) at TransformerLens hook points, by TransformerLens' own names.
+
+    At hook_resid_pre, -mid and -post this is the gradient of the whole residual stream. Any other
+    hook point stands on a branch, and has the gradient of what follows on that branch: hook_mlp_in
+    that of the MLP alone, hook_q_input that of the queries.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer.
+        prompts: As for `capture`.
+        objective: As for `capture`.
+        names_filter: A hook name ("blocks.3.hook_resid_mid"), several, or a predicate of names.
+            Names given one by one must all fire; a predicate keeps those that do. Hook points that
+            fire only on request (`hook_mlp_in`, `hook_attn_in`, `hook_q_input`, `hook_result`) are
+            switched on for the call.
+        prepend_bos: As for `capture`.
+        attention_mask: As for `capture`.
+
+    Returns:
+        Name to gradient, in TransformerLens' shape for that hook point ([batch, pos, d_model],
+        [batch, pos, head, d_head], ...); prompts are padded on the right, with zeros there.
+
+    Raises:
+        ValueError: No such hook point, or one asked for that did not fire or has no gradient.
+    """
+    check_mode()
+    with hook_points(model, names_filter) as (points, required):
+        objective = as_objective(objective)
+        batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
+        with recording(model, set(points.values())) as seen:
+            run = forward(model, batch, objective)
+            if required:
+                _check_seen(points, seen)
+            passes = [
+                (name, tensor)
+                for name, point in points.items()
+                for tensor in seen.get(point, ())
+                if tensor.requires_grad
+            ]
+            if not passes:
+                raise ValueError("no hook point that the filter lets through gave a gradient")
+            names, tensors = (list(column) for column in zip(*passes, strict=True))
+            found = run.gradients(tensors, names, allow_unused=not required)
+    out: dict[str, Tensor] = {}
+    for name, delta in zip(names, found, strict=True):
+        if delta is not None:  # HookedTransformer's ln1 runs three times, for q, k and v
+            out[name] = out[name] + delta if name in out else delta
+    for name, delta in out.items():
+        conversion = getattr(points[name].module, "hook_conversion", None)
+        out[name] = delta if conversion is None else conversion.convert(delta)
+    return out
+
+
+def _check_seen(points: dict[str, Point], seen: dict[Point, list[Tensor]]) -> None:
+    """Each hook point must have passed a tensor that can have a gradient."""
+    for name, point in points.items():
+        if point not in seen:
+            raise ValueError(
+                f"{name} did not fire in this model's forward pass, so it has no gradient; the"
+                f" names that fire are those of model.run_with_cache(prompt)[1]"
+            )
+        if not seen[point][0].requires_grad:
+            raise ValueError(
+                f"{name} only shows its tensor, off the way to the loss, so it has no gradient; ask"
+                f" for a hook point on that way, such as a layer's hook_resid_pre"
+            )
+
+
+def _batch_for(
+    model: Any,
+    prompts: Prompts,
+    objective: Any,
+    prepend_bos: bool | None,
+    attention_mask: Tensor | None,
+) -> Batch:
+    return make_batch(
+        model,
+        prompts,
+        getattr(objective, "target", None),
+        getattr(objective, "other", None),
+        prepend_bos=prepend_bos,
+        attention_mask=attention_mask,
+    )
+
+
+def _storage_dtype(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class _Rows:
+    """Puts what passed into rows, padding left out, with their prompt and position."""
+
+    def __init__(self, batch: Batch, device: Any, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        self._keep = batch.mask.flatten()
+        self._all = bool(self._keep.all())
+        n_prompts, n_pos = batch.tokens.shape
+        grid = torch.arange(n_prompts * n_pos, device=batch.tokens.device)
+        self._prompt, self._pos = grid // n_pos, grid % n_pos
+
+    def gradient(self, flow: Flow, delta: Tensor) -> LowRankGradient:
+        x = as_rows(flow.x.detach())
+        prompt, pos, keep = self._prompt, self._pos, None if self._all else self._keep
+        if flow.tokens is not None:
+            tokens = flow.tokens.to(prompt.device)
+            prompt, pos = prompt[tokens], pos[tokens]
+            keep = None if keep is None else keep[tokens]
+        if keep is not None:
+            here = keep.to(x.device)
+            if delta[~here].any():
+                raise ValueError(
+                    f"the loss depends on padding, at {flow.name}: the objective reads positions"
+                    f" after the end of a prompt (leave them out with batch.mask), or the model is"
+                    f" not causal"
+                )
+            x, delta, prompt, pos = x[here], delta[here], prompt[keep], pos[keep]
+        device = self._device or x.device
+        return LowRankGradient(
+            x.to(device, self._dtype),
+            delta.to(device, self._dtype),
+            prompt.to(device),
+            pos.to(device),
+        )

@@ -1,0 +1,1 @@
+"""The lens of one prompt, as a user holds it."""

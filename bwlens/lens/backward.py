@@ -1,0 +1,457 @@
+"""The Backward Lens of one prompt: what a gradient step would write, in the model's own words.
+
+Each weight gradient is a sum of outer products of x (what came in) and delta (what came back). A
+matrix is read through the one that is as wide as the residual stream:
+
+- **imprint**: x of W_in (and W_gate, W_Q, W_K, W_V). Its most probable tokens are what the step
+  stamps in: the context, as this layer sees it.
+- **shift**: delta of W_out (and W_O). A descent step *subtracts* the gradient, so delta's *least*
+  probable tokens are what the step promotes, and its most probable ones what it suppresses.
+
+These signs are written here, once: `promoted` and `suppressed` speak of a descent step.
+
+Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 4 and 5.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bwlens.gradient.capturing import Gradients, capture
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.objectives import as_objective
+from bwlens.lens import frames
+from bwlens.model.head import head_of
+from bwlens.model.identity import model_label
+from bwlens.model.prompts import Prompts
+from bwlens.model.sites import available_matrices, resolve_layers
+from bwlens.model.tokens import subject_positions, token_texts
+from bwlens.reading.readouts import Readout, readout
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+READ_THROUGH: dict[str, Literal["x", "delta"]] = {
+    "W_in": "x",
+    "W_gate": "x",
+    "W_out": "delta",
+    "W_Q": "x",
+    "W_K": "x",
+    "W_V": "x",
+    "W_O": "delta",
+}
+"""The factor of each matrix' gradient that is as wide as the residual stream."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class BackwardLens:
+    """What a gradient step on one prompt would write into each layer, at each token.
+
+    Made by `backward_lens`. Holds detached tensors and words; neither the model nor a graph.
+
+    Attributes:
+        prompt: The prompt as text.
+        tokens: What each token says, teacher-forced target tokens included.
+        token_ids: Their ids.
+        n_prompt: Number of tokens of the prompt alone.
+        subject: Positions of the subject's tokens; empty if none was named.
+        target: The target as text; empty if the objective has none.
+        target_ids: Its token ids.
+        answer: The model's own next word, before any step.
+        answer_probability: The probability the model gives it.
+        target_probability: The probability it gives the target's first token; None without target.
+        loss: The loss whose gradient this is.
+        layers: The layers read, ascending.
+        matrices: The matrices read.
+        normalized: Whether vectors were brought to unit length before reading. A lens made with
+            `normalize="both"` holds the two readings; see `as_normalized`.
+        gradients: x and delta of every matrix.
+        settings: What is needed to make this lens again.
+    """
+
+    prompt: str
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    n_prompt: int
+    subject: tuple[int, ...]
+    target: str
+    target_ids: tuple[int, ...]
+    answer: str
+    answer_probability: float
+    target_probability: float | None
+    loss: float
+    layers: tuple[int, ...]
+    matrices: tuple[str, ...]
+    normalized: bool
+    gradients: Gradients
+    settings: dict[str, Any]
+    _readings: dict[bool, dict[str, Readout]] = field(repr=False)
+    _words: dict[int, str] = field(repr=False)
+
+    @property
+    def d_vocab(self) -> int:
+        """Number of tokens in the vocabulary."""
+        return self.gradients.next_logits.shape[-1]
+
+    @property
+    def target_tokens(self) -> tuple[str, ...]:
+        """What each token of the target says; ranks and marks speak of the first."""
+        return tuple(self._words[i] for i in self.target_ids)
+
+    @property
+    def vocabulary(self) -> Mapping[int, str]:
+        """What each token says that occurs anywhere in the lens, by its id."""
+        return MappingProxyType(self._words)
+
+    def readout(self, matrix: str = "W_out") -> Readout:
+        """The vocabulary reading of a matrix, as a `Readout` over [layer, pos].
+
+        Its targets are the target's tokens, then the model's own answer.
+        """
+        return self._readings[self.normalized][self._known(matrix)]
+
+    @property
+    def readings(self) -> tuple[bool, ...]:
+        """The readings this lens holds, as values of `normalized`, its default first."""
+        return tuple(self._readings)
+
+    def as_normalized(self, normalized: bool = True) -> BackwardLens:
+        """This lens in its other reading: of vectors at unit length, or (False) as they are.
+
+        Nothing is read again and nothing copied.
+
+        Raises:
+            ValueError: The lens was made with the one reading only.
+        """
+        if normalized not in self._readings:
+            raise ValueError(
+                f"this lens holds no {'normalised' if normalized else 'raw'} reading; make it"
+                f' with backward_lens(..., normalize="both")'
+            )
+        return self if normalized == self.normalized else replace(self, normalized=normalized)
+
+    def words(
+        self, which: Literal["promoted", "suppressed"] = "promoted", matrix: str = "W_out"
+    ) -> list[list[list[str]]]:
+        """The words of every cell, [layer][pos][k], strongest first; no words where delta is zero.
+
+        See the module's note on signs: for W_out the promoted words are delta's least probable.
+        """
+        ids, _ = self.side(which, matrix)
+        return [[[self._words[i] for i in cell if i >= 0] for cell in row] for row in ids.tolist()]
+
+    def side(self, which: str, matrix: str = "W_out") -> tuple[Tensor, Tensor]:
+        """Token ids and scores of one end of every cell, each [layer, pos, k], strongest first.
+
+        `which` is "promoted" or "suppressed"; -1 and nan where delta is zero.
+        """
+        if which not in ("promoted", "suppressed"):
+            raise ValueError(f"expected 'promoted' or 'suppressed', found {which!r}")
+        read = self.readout(matrix)
+        # A step subtracts: what it adds to delta's reader is delta's bottom; x is stamped in as is.
+        top = (which == "promoted") == (READ_THROUGH[matrix] == "x")
+        ids, scores = (
+            (read.top_ids, read.top_scores) if top else (read.bottom_ids, read.bottom_scores)
+        )
+        silent = self.silent(matrix)[..., None]
+        return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
+
+    def promoted(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
+        """The k words a descent step promotes most, a row for each layer, position and word."""
+        return frames.words(self, "promoted", k, matrix)
+
+    def suppressed(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
+        """The k words a descent step suppresses most, a row for each layer, position and word."""
+        return frames.words(self, "suppressed", k, matrix)
+
+    def norms(
+        self, matrix: str = "W_out", of: Literal["x", "delta"] = "delta"
+    ) -> Float[Tensor, "layer pos"]:
+        """L2 norms of delta (the colour of the paper's tables) or x, raw also if normalised."""
+        self._known(matrix)
+        if of not in ("x", "delta"):
+            raise ValueError(f"of must be 'x' or 'delta', found {of!r}")
+        return torch.stack(
+            [_by_position(self.gradients, matrix, layer, of).norm(dim=-1) for layer in self.layers]
+        )
+
+    def silent(self, matrix: str = "W_out") -> Bool[Tensor, "layer pos"]:
+        """Cells where delta is zero: a step writes nothing there, whatever x may say."""
+        return self.norms(matrix, "delta") == 0
+
+    def target_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
+        """Rank of the target's first token in each cell's reading (0 most, V-1 least probable).
+
+        In delta of W_out a *high* rank means that the step promotes the target; -1 marks zero
+        vectors, which have no reading.
+
+        Raises:
+            ValueError: The objective has no target.
+        """
+        if not self.target_ids:
+            raise ValueError("this lens has no target; use an objective that names one")
+        return self._ranks(matrix)[..., 0]
+
+    def answer_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
+        """Rank of the model's own answer in each cell's reading, as `target_ranks`."""
+        return self._ranks(matrix)[..., -1]
+
+    def gradient(
+        self, matrix: str = "W_out", layer: int = -1, expert: int | None = None
+    ) -> LowRankGradient:
+        """The gradient of one weight matrix; negative layers count from the last one read."""
+        self._known(matrix)
+        if layer < 0:
+            layer = self.layers[layer]
+        key = (matrix, layer) if expert is None else (matrix, layer, expert)
+        return self.gradients[key]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per matrix, layer and position: norms, ranks, words, and the marks of doubt."""
+        return frames.cells(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything the lens shows, as plain lists and numbers (for JSON)."""
+        return frames.plain(self)
+
+    def figure(
+        self,
+        kind: Literal["table", "norms", "target_ranks", "spectrum"] = "table",
+        matrix: str = "W_out",
+        **options: Any,
+    ) -> Figure:
+        """A static figure for a paper; `bwlens.show.figures` has the options of each kind.
+
+        Raises:
+            ValueError: No such kind.
+        """
+        from bwlens.show import figures
+
+        kinds = ("table", "norms", "target_ranks", "spectrum")
+        if kind not in kinds:
+            raise ValueError(f"no figure {kind!r}; there are {', '.join(kinds)}")
+        return getattr(figures, kind)(self, matrix, **options)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the lens as a page (.html), a figure of the table (.pdf, .svg, .png) or data.
+
+        Data are .json, everything the lens shows, or .csv, `to_dataframe()`.
+
+        Raises:
+            ValueError: Another ending.
+        """
+        path = Path(path)
+        if path.suffix in (".pdf", ".svg", ".png"):
+            self.figure("table").savefig(path, dpi=300)
+            return path
+        if path.suffix == ".html":
+            from bwlens.show.table import page
+
+            text = page(self)
+        elif path.suffix == ".json":
+            text = json.dumps(self.to_dict(), ensure_ascii=False)
+        elif path.suffix == ".csv":
+            text = self.to_dataframe().to_csv(index=False)
+        else:
+            raise ValueError(
+                f"{path.name!r}: name a file that ends in .html, .pdf, .svg, .png, .json or .csv"
+            )
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def report(self, path: str | Path) -> Path:
+        """Write one page to send to somebody: table, details, figures, how to read them, settings.
+
+        The page needs no network and no kernel.
+        """
+        from bwlens.show.report import report
+
+        report(self, path)
+        return Path(path)
+
+    def __rich__(self) -> Any:
+        from bwlens.show.terminal import text_table
+
+        return text_table(self)
+
+    def __repr__(self) -> str:
+        from bwlens.show.terminal import plain_text
+
+        return plain_text(self)
+
+    def _repr_html_(self) -> str:
+        from bwlens.show.table import table
+
+        return table(self)
+
+    def _known(self, matrix: str) -> str:
+        if matrix not in self.matrices:
+            raise ValueError(
+                f"{matrix!r} was not read; this lens has {', '.join(self.matrices)}. Ask for it"
+                f" with backward_lens(..., matrices=[...])"
+            )
+        return matrix
+
+    def _ranks(self, matrix: str) -> Tensor:
+        ranks = self.readout(matrix).ranks
+        assert ranks is not None
+        return ranks.masked_fill(self.silent(matrix)[..., None], -1)
+
+
+def backward_lens(
+    model: Any,
+    prompt: Prompts,
+    target: Any,
+    *,
+    subject: str | None = None,
+    matrices: Sequence[str] | None = None,
+    layers: Iterable[int] | int | None = None,
+    top_k: int = 10,
+    normalize: bool | Literal["both"] = False,
+    prepend_bos: bool | None = None,
+) -> BackwardLens:
+    """Read what one gradient step would write: every layer, every token, in the vocabulary.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer (`bwlens.load_model` makes one).
+        prompt: One prompt, as text or token ids [pos].
+        target: What the model is to say next (" Paris"), or an objective.
+        subject: A part of the prompt that the fact is about; its tokens are marked.
+        matrices: Matrices to read, out of `bwlens.MATRICES`; None for those of the MLP.
+        layers: Layers from 0, negative ones from the end; None for all.
+        top_k: Words kept at each end of each cell.
+        normalize: Read each vector at unit length (appendix H), so that the final norm's epsilon
+            weighs the same on all; norms stay the raw ones. "both" keeps the two readings: the
+            raw one first, the other by `BackwardLens.as_normalized` and by a switch on the page.
+        prepend_bos: Whether a text prompt gets a BOS token; None is the model's own default.
+
+    Raises:
+        ValueError: More than one prompt, a subject that is not in the prompt, another `normalize`,
+            or anything that `capture` and `readout` refuse.
+
+    Source: Backward Lens, sections 4.2 and 5, figures 4 and 11-15.
+
+    Example:
+        >>> lens = backward_lens(model, "Lionel Messi plays for", " Paris")  # doctest: +SKIP
+        >>> lens.promoted(k=3)  # doctest: +SKIP
+    """
+    if not isinstance(prompt, str) and not (isinstance(prompt, Tensor) and prompt.ndim == 1):
+        raise ValueError(
+            "backward_lens reads one prompt, a string or token ids [pos]; use bwlens.capture for"
+            " several"
+        )
+    if normalize not in (True, False, "both"):
+        raise ValueError(f"normalize must be True, False or 'both', found {normalize!r}")
+    readings = (False, True) if normalize == "both" else (bool(normalize),)
+    if matrices is None:
+        held = available_matrices(model)
+        matrices = [m for m in ("W_in", "W_gate", "W_out") if m in held]
+    grads = capture(model, prompt, target, matrices, layers, prepend_bos=prepend_bos)
+    wanted = resolve_layers(model, layers)
+    head = head_of(model)
+    ids = grads.batch.tokens[0].tolist()
+    probabilities = torch.softmax(grads.next_logits[0].float(), -1)
+    answer_id = int(probabilities.argmax())
+    target_ids = grads.batch.targets[0] if grads.batch.targets else ()
+    followed = [*target_ids, answer_id]
+    readouts: dict[bool, dict[str, Readout]] = {normalized: {} for normalized in readings}
+    read: dict[tuple[str, str], list[Readout]] = {}
+    for matrix in matrices:
+        # W_in and W_gate (and W_Q, W_K, W_V) share their x: read it once.
+        part = "attn" if matrix[2:] in "QKVO" else "mlp"
+        key = (READ_THROUGH[matrix], part)
+        if key not in read:
+            rows = torch.stack(
+                [_by_position(grads, matrix, layer, READ_THROUGH[matrix]) for layer in wanted]
+            )
+            k = min(top_k, head.W_U.shape[1])
+            read[key] = [readout(head, rows, k, followed, normalized) for normalized in readings]
+        for normalized, found in zip(readings, read[key], strict=True):
+            readouts[normalized][matrix] = found
+    words = _vocabulary(model, chain(*read.values()), [*ids, *followed])
+    objective = as_objective(target)
+    return BackwardLens(
+        prompt=prompt if isinstance(prompt, str) else "".join(words[i] for i in ids),
+        tokens=tuple(words[i] for i in ids),
+        token_ids=tuple(ids),
+        n_prompt=int(grads.batch.prompt_lengths[0]),
+        subject=_subject(model, prompt, subject, prepend_bos),
+        target="".join(words[i] for i in target_ids),
+        target_ids=target_ids,
+        answer=words[answer_id],
+        answer_probability=float(probabilities[answer_id]),
+        target_probability=float(probabilities[target_ids[0]]) if target_ids else None,
+        loss=float(grads.losses[0]),
+        layers=tuple(wanted),
+        matrices=tuple(matrices),
+        normalized=readings[0],
+        gradients=grads,
+        settings={
+            "model": model_label(model),
+            "model_class": type(model).__name__,
+            "objective": repr(objective)
+            if hasattr(objective, "target")
+            else getattr(objective, "__name__", type(objective).__name__),
+            "top_k": top_k,
+            "prepend_bos": prepend_bos,
+            **{name: version(name) for name in ("bwlens", "transformer_lens", "torch")},
+        },
+        _readings=readouts,
+        _words=words,
+    )
+
+
+def _by_position(
+    grads: Gradients, matrix: str, layer: int, factor: Literal["x", "delta"]
+) -> Float[Tensor, "pos d"]:
+    """A factor's row for each position of the (one) prompt.
+
+    Experts of a mixture that a token went to share its x, and their deltas are one vector times
+    the router's weights, so there x is taken once and delta summed.
+    """
+    sites = [site for site in grads if (site.matrix, site.layer) == (matrix, layer)]
+    if len(sites) == 1 and sites[0].expert is None:
+        return getattr(grads[sites[0]], factor)
+    n_pos = grads.batch.tokens.shape[1]
+    first = getattr(grads[sites[0]], factor)
+    rows = first.new_zeros(n_pos, first.shape[1])
+    for site in sites:
+        pos, values = grads[site].pos, getattr(grads[site], factor)
+        assert pos is not None
+        rows = (
+            rows.index_add(0, pos, values) if factor == "delta" else rows.index_copy(0, pos, values)
+        )
+    return rows
+
+
+def _vocabulary(model: Any, readouts: Iterable[Readout], more: list[int]) -> dict[int, str]:
+    """What each token that occurs anywhere in the lens says."""
+    seen = [torch.tensor(more)]
+    for read in readouts:
+        seen += [read.top_ids.flatten().cpu(), read.bottom_ids.flatten().cpu()]
+    ids = [i for i in torch.cat(seen).unique().tolist() if i >= 0]
+    if model.tokenizer is None:
+        return {i: f"<{i}>" for i in ids}
+    return dict(zip(ids, token_texts(model.tokenizer, ids), strict=True))
+
+
+def _subject(
+    model: Any, prompt: Any, subject: str | None, prepend_bos: bool | None
+) -> tuple[int, ...]:
+    if subject is None:
+        return ()
+    if not isinstance(prompt, str):
+        raise ValueError("a subject is found in a prompt given as text, not in tokens")
+    return subject_positions(model, prompt, subject, prepend_bos)

@@ -1,0 +1,1 @@
+"""The only room that knows TransformerLens' insides: loading, where weights are, passes, tokens."""

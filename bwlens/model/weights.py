@@ -1,0 +1,264 @@
+"""The parameter that a site's weight lives in: to read it, and to change it in place.
+
+Models keep a weight W [d_in, d_out] in forms of their own: transposed (`nn.Linear`), as it is
+(GPT-2's `Conv1D`), head by head (HookedTransformer's attention), or as a slice of one parameter for
+all experts. `weight_of` finds it, and a `Weight` shows it as [d_in, d_out] in every case. A change
+made through it changes the forward pass, as it is the very memory that the model computes with.
+
+Grouped queries: `W_K` and `W_V` have the width of the model's own key and value heads, unrepeated.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from types import CellType, FunctionType
+from typing import Any
+from weakref import ProxyTypes, proxy
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bwlens.model.sites import ExpertTap, Site, Tap, find_taps, resolve_layers
+
+_STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """One weight matrix of a model, where it lives.
+
+    Attributes:
+        site: Which one it is, its layer counted from 0.
+        live: The model's own memory, off the graph. [d_in, d_out], or with the heads apart in
+            HookedTransformer's attention: [d_in, head, d_head] and, for W_O, [head, d_head, d_out].
+            What is written here changes the model.
+        shape: (d_in, d_out).
+    """
+
+    site: Site
+    live: Float[Tensor, ...]
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model stores the weight in."""
+        return self.live.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.live.device
+
+    def read(self) -> Float[Tensor, "d_in d_out"]:
+        """A copy of the weight."""
+        return self.live.clone(memory_format=torch.contiguous_format).view(self.shape)
+
+    def write(self, values: Float[Tensor, "d_in d_out"]) -> None:
+        """Put these values in the weight's place, in the model, rounded to its dtype.
+
+        Raises:
+            ValueError: The values have another shape than the weight.
+        """
+        self._check(values)
+        with torch.no_grad():
+            self.live.copy_(values.reshape(self.live.shape))
+
+    def add(self, change: Float[Tensor, "d_in d_out"]) -> None:
+        """W += change, in the model; summed in float32 at least, then rounded once.
+
+        Raises:
+            ValueError: The change has another shape than the weight.
+        """
+        self._check(change)
+        self.write(self.plus(change))
+
+    def plus(self, change: Float[Tensor, "d_in d_out"]) -> Float[Tensor, "d_in d_out"]:
+        """W + change in the weight's dtype, summed in float32 at least; nothing is written."""
+        wide = torch.promote_types(torch.promote_types(self.dtype, change.dtype), torch.float32)
+        total = self.live.reshape(self.shape).to(wide) + change.to(self.device, wide)
+        return total.to(self.dtype)
+
+    def _check(self, values: Tensor) -> None:
+        if tuple(values.shape) != self.shape:
+            raise ValueError(
+                f"{self.site} is a [{self.shape[0]}, {self.shape[1]}] matrix (d_in, d_out), found"
+                f" values of shape {list(values.shape)}"
+            )
+
+
+def weight_of(model: Any, site: Site) -> Weight:
+    """The weight of a site, in the model's own memory.
+
+    Args:
+        model: A TransformerBridge, raw or in compatibility mode, or a HookedTransformer.
+        site: Which weight; negative layers count from the end.
+
+    Raises:
+        ValueError: The model has no such matrix, layer or expert.
+        NotImplementedError: The weight is quantised, offloaded or not loaded, is computed from
+            other parameters, or is shared between layers, so that it cannot be changed alone.
+
+    Example:
+        >>> weight = weight_of(model, Site("W_out", 3))  # doctest: +SKIP
+        >>> weight.shape  # doctest: +SKIP
+        (768, 192)
+    """
+    taps = find_taps(model, [site.matrix], site.layer)
+    found = Site(site.matrix, resolve_layers(model, site.layer)[0], site.expert)
+    if isinstance(taps[0], ExpertTap):
+        parameter, live = _slice_of_experts(taps[0], found)
+    else:
+        parameter, live = _own_parameter(_the_one(taps, found))
+    _check_stored(parameter, found)
+    _check_unshared(model, parameter, found)
+    live = live.detach()
+    per_head_in = live.ndim == 3 and found.matrix == "W_O"
+    d_in = live.shape[0] * live.shape[1] if per_head_in else live.shape[0]
+    return Weight(found, live, (d_in, live.numel() // d_in))
+
+
+def copy_of(model: Any) -> Any:
+    """A copy of a model that shares no storage with it and outlives it.
+
+    `copy.deepcopy` alone is not enough for a bridge. It copies no function, so hooks that are
+    closures would go on reaching into the model they were made for, and fail once it is gone; these
+    are made anew. It parts parameters from tensors that show the same memory, as a bridge with
+    processed weights has them; these stay together. And it refuses what a module keeps of its last
+    pass where that is on the autograd graph (attention patterns); the copy has it off the graph.
+    """
+    memo: dict[Any, Any] = {}
+    for tree in (model, getattr(model, "original_model", None)):
+        for module in () if tree is None else tree.modules():
+            for parameter in module.parameters(recurse=False):
+                if type(parameter) is nn.Parameter and id(parameter) not in memo:
+                    values = copy.deepcopy(parameter.detach(), memo)
+                    memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+            for kept in vars(module).values():
+                if isinstance(kept, torch.Tensor) and not kept.is_leaf:
+                    memo[id(kept)] = kept.detach().clone()
+    twin = copy.deepcopy(model, memo)
+    trees = [twin, getattr(twin, "original_model", None)]
+    modules = {module: None for tree in trees if tree is not None for module in tree.modules()}
+    for module in modules:
+        for holder in (vars(module), *(vars(module)[name] for name in _HOOKS)):
+            for key, value in holder.items():
+                if isinstance(value, FunctionType) and value.__closure__:
+                    holder[key] = _rehung(value, memo)
+    return twin
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _rehung(function: FunctionType, memo: dict[Any, Any]) -> FunctionType:
+    """A function whose closure holds the copies of what it held."""
+    cells = []
+    for cell in function.__closure__ or ():
+        held = cell.cell_contents
+        weak = isinstance(held, ProxyTypes)
+        target = held.__repr__.__self__ if weak else held  # what a proxy stands for
+        twin = memo.get(id(target))
+        cells.append(cell if twin is None else CellType(proxy(twin) if weak else twin))
+    made = FunctionType(
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        tuple(cells),
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _the_one(taps: list[Any], site: Site) -> Tap:
+    """The tap of the site's expert, or the only one where there are none."""
+    experts = sorted(tap.site.expert for tap in taps if tap.site.expert is not None)
+    for tap in taps:
+        if tap.site.expert == site.expert:
+            return tap
+    raise ValueError(_no_such_expert(site, experts))
+
+
+def _no_such_expert(site: Site, experts: list[int]) -> str:
+    if not experts:
+        return f"{site}: that layer is no mixture of experts; leave the expert out"
+    asked = "names no expert" if site.expert is None else "does not exist"
+    return f"{site} {asked}; that layer has the experts {experts[0]} to {experts[-1]}"
+
+
+def _slice_of_experts(tap: ExpertTap, site: Site) -> tuple[Any, Tensor]:
+    """One expert's part of a batched parameter [expert, d_out, d_in]."""
+    name, matrices = next(
+        (name, matrices) for name, matrices in tap.weights.items() if site.matrix in matrices
+    )
+    parameter = getattr(tap.experts, name)
+    if site.expert is None or not 0 <= site.expert < len(parameter):
+        raise ValueError(_no_such_expert(site, list(range(len(parameter)))))
+    return parameter, parameter[site.expert].chunk(len(matrices))[matrices.index(site.matrix)].T
+
+
+def _own_parameter(tap: Tap) -> tuple[Any, Tensor]:
+    """The parameter, and the weight in it with d_in first."""
+    holder, name = tap.holder, tap.site.matrix
+    # HookedTransformer keeps weights under their names; with grouped queries W_K and W_V repeat
+    # the heads of _W_K and _W_V.
+    for attribute in (f"_{name}", name):
+        parameter = holder._parameters.get(attribute)
+        if parameter is not None:
+            by_head = parameter.ndim == 3 and name != "W_O"  # [head, d_in, d_head]
+            return parameter, parameter.movedim(0, 1) if by_head else parameter
+    linear = holder._modules.get(name, holder)
+    parameter = linear._parameters.get("weight") if isinstance(linear, nn.Module) else None
+    kind = type(linear).__name__
+    if parameter is None or parameter.ndim != 2:
+        raise NotImplementedError(
+            f"{tap.site}: {kind} holds no matrix `weight` of its own (an adapter or a"
+            f" parametrisation?); merge it into the model's weights first"
+        )
+    if isinstance(linear, nn.Linear):
+        return parameter, parameter.T
+    if hasattr(linear, "nf"):  # transformers' Conv1D
+        return parameter, parameter
+    raise NotImplementedError(
+        f"{tap.site}: {kind} is neither nn.Linear nor Conv1D, so which side of its weight"
+        f" {list(parameter.shape)} is the input is not known"
+    )
+
+
+def _check_stored(parameter: Tensor, site: Site) -> None:
+    """Plain numbers in memory, which can be added to."""
+    kind = "" if type(parameter.data) is Tensor else f" ({type(parameter.data).__name__})"
+    if parameter.is_meta:
+        raise NotImplementedError(
+            f"{site} is not in memory (offloaded, or never loaded); load the model whole, without"
+            f" offloading to CPU or disk"
+        )
+    if parameter.dtype not in _STORED or kind or parameter.is_sparse:
+        raise NotImplementedError(
+            f"{site} is stored as {parameter.dtype}{kind}, quantised; load the model in float32,"
+            f" bfloat16 or float16"
+        )
+
+
+def _check_unshared(model: Any, parameter: Tensor, site: Site) -> None:
+    """No other layer computes with the same memory."""
+    first, last = _range(parameter)
+    for layer, block in enumerate(model.blocks):
+        if layer == site.layer:
+            continue
+        for other in block.parameters():
+            start, stop = _range(other)
+            if start < last and first < stop:
+                raise NotImplementedError(
+                    f"{site} is shared with layer {layer}, so a change cannot be made in one layer"
+                    f" alone"
+                )
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """First and last byte of a tensor's memory; distinct for distinct tensors of one storage."""
+    start = tensor.data_ptr() if not tensor.is_meta else 0
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (span * tensor.element_size() if start and tensor.numel() else 0)

@@ -1,0 +1,1 @@
+"""Vectors read in the vocabulary."""

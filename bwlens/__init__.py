@@ -1,28 +1,69 @@
-"""Read what a language model learns: the Backward Lens for TransformerLens."""
+"""Read what a language model learns: the Backward Lens for TransformerLens.
 
-from bwlens import edit as edit
-from bwlens import experiments as experiments
-from bwlens import show as show
-from bwlens.changes.change import WeightChange as WeightChange
-from bwlens.data.records import Record as Record
-from bwlens.data.records import Records as Records
-from bwlens.data.records import read_records as read_records
-from bwlens.evaluation.evaluation import Evaluation as Evaluation
-from bwlens.evaluation.harness import evaluate as evaluate
-from bwlens.gradient.capturing import Gradients as Gradients
-from bwlens.gradient.capturing import capture as capture
-from bwlens.gradient.capturing import vjps as vjps
-from bwlens.gradient.low_rank import LowRankGradient as LowRankGradient
-from bwlens.gradient.objectives import NLL as NLL
-from bwlens.gradient.objectives import LogitDifference as LogitDifference
-from bwlens.gradient.objectives import Objective as Objective
-from bwlens.lens.backward import BackwardLens as BackwardLens
-from bwlens.lens.backward import backward_lens as backward_lens
-from bwlens.model.loading import load_model as load_model
-from bwlens.model.prompts import Batch as Batch
-from bwlens.model.prompts import Edit as Edit
-from bwlens.model.prompts import make_batch as make_batch
-from bwlens.model.sites import MATRICES as MATRICES
-from bwlens.model.sites import Site as Site
-from bwlens.reading.readouts import Readout as Readout
-from bwlens.reading.readouts import readout as readout
+Names are loaded when they are first used, so that `import bwlens` and `bwlens --help` do not wait
+for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bwlens import demo as demo
+    from bwlens import edit as edit
+    from bwlens import experiments as experiments
+    from bwlens import show as show
+    from bwlens.changes.change import WeightChange as WeightChange
+    from bwlens.data.records import Record as Record
+    from bwlens.data.records import Records as Records
+    from bwlens.data.records import read_records as read_records
+    from bwlens.evaluation.evaluation import Evaluation as Evaluation
+    from bwlens.evaluation.harness import evaluate as evaluate
+    from bwlens.gradient.capturing import Gradients as Gradients
+    from bwlens.gradient.capturing import capture as capture
+    from bwlens.gradient.capturing import vjps as vjps
+    from bwlens.gradient.low_rank import LowRankGradient as LowRankGradient
+    from bwlens.gradient.objectives import NLL as NLL
+    from bwlens.gradient.objectives import LogitDifference as LogitDifference
+    from bwlens.gradient.objectives import Objective as Objective
+    from bwlens.lens.backward import BackwardLens as BackwardLens
+    from bwlens.lens.backward import backward_lens as backward_lens
+    from bwlens.model.loading import load_model as load_model
+    from bwlens.model.prompts import Batch as Batch
+    from bwlens.model.prompts import Edit as Edit
+    from bwlens.model.prompts import make_batch as make_batch
+    from bwlens.model.sites import MATRICES as MATRICES
+    from bwlens.model.sites import Site as Site
+    from bwlens.reading.readouts import Readout as Readout
+    from bwlens.reading.readouts import readout as readout
+
+# Where each name above is; a test holds the two lists against each other.
+_ROOMS = ("demo", "edit", "experiments", "show")
+_HOMES = {
+    "changes.change": ("WeightChange",),
+    "data.records": ("Record", "Records", "read_records"),
+    "evaluation.evaluation": ("Evaluation",),
+    "evaluation.harness": ("evaluate",),
+    "gradient.capturing": ("Gradients", "capture", "vjps"),
+    "gradient.low_rank": ("LowRankGradient",),
+    "gradient.objectives": ("NLL", "LogitDifference", "Objective"),
+    "lens.backward": ("BackwardLens", "backward_lens"),
+    "model.loading": ("load_model",),
+    "model.prompts": ("Batch", "Edit", "make_batch"),
+    "model.sites": ("MATRICES", "Site"),
+    "reading.readouts": ("Readout", "readout"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"bwlens.{name}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'bwlens' has no attribute {name!r}")
+    value = getattr(import_module(f"bwlens.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({"__doc__", "__file__", "__name__", "__path__", *_ROOMS, *_HOME_OF})

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file
 
 from bwlens import demo
-from bwlens.demo import counterfact
-from bwlens.demo.corpus import ANSWER, Corpus, load_prose, split_prose
-from bwlens.demo.measure import known, load, next_tokens, perplexity
-from bwlens.demo.tokenizer import train_tokenizer
-from bwlens.demo.train import Settings, train
+from bwlens.data.texts import read_texts
+from tools.demo import counterfact
+from tools.demo.corpus import ANSWER, Corpus, split_prose
+from tools.demo.measure import known, load, next_tokens, perplexity
+from tools.demo.tokenizer import train_tokenizer
+from tools.demo.train import Settings, train
 
 MAX_BYTES = 10_000_000
 PROSE = [
@@ -267,12 +268,12 @@ def test_rows_mark_the_answers_and_follow_the_seed(model_and_tokenizer):
 
 def test_prose_is_read_and_split(tmp_path):
     (tmp_path / "a.json").write_text('["one", "two", " "]', encoding="utf-8")
-    assert load_prose(str(tmp_path / "a.json")) == ["one", "two"]
+    assert read_texts(str(tmp_path / "a.json")) == ["one", "two"]
     (tmp_path / "a.txt").write_text("one\n\n\ntwo\n", encoding="utf-8")
-    assert load_prose(str(tmp_path / "a.txt")) == ["one", "two"]
+    assert read_texts(str(tmp_path / "a.txt")) == ["one", "two"]
     (tmp_path / "b.json").write_text('{"text": 1}', encoding="utf-8")
     with pytest.raises(ValueError, match="list of strings"):
-        load_prose(str(tmp_path / "b.json"))
+        read_texts(str(tmp_path / "b.json"))
     kept, held_out = split_prose([str(i) for i in range(40)])
     assert held_out == ["0", "20"]
     assert len(kept) == 38

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bwlens
-from bwlens.data.prose import prose_perplexity, prose_rows, read_prose
+from bwlens.data.prose import read_prose
 from bwlens.data.records import Record, Records, read_records
 from bwlens.edit import WeightChange
 from bwlens.evaluation import harness, measuring, metrics
@@ -20,6 +20,7 @@ from bwlens.evaluation.generation import Writer, _rereading
 from bwlens.evaluation.harness import Harness, evaluate
 from bwlens.evaluation.measuring import Options
 from bwlens.evaluation.methods import editing_methods, methods_of
+from bwlens.evaluation.prose_perplexity import prose_perplexity, prose_rows
 from bwlens.evaluation.questions import answers_of, questions_of
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.prompts import Edit

@@ -7,7 +7,6 @@ import torch
 
 import bwlens
 from bwlens import Site
-from bwlens.demo.statistics import training_rows
 from bwlens.edit.statistics import (
     KeyStatistics,
     demo_statistics,
@@ -17,6 +16,7 @@ from bwlens.edit.statistics import (
     statistics_for,
 )
 from tests import oracle, tiny
+from tools.demo.statistics import training_rows
 
 TEXTS = [" ".join(f"t{4 + (7 * i + 3 * j * j) % 57}" for j in range(40)) for i in range(12)]
 W_OUT = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "opt": "fc2", "olmo2": "mlp.down_proj"}

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from bwlens import Edit
-from bwlens.data.prose import prose_perplexity, prose_rows, read_prose
+from bwlens.data.prose import read_prose
 from bwlens.edit import fine_tune, forward_pass_shift, gradient_step
+from bwlens.evaluation.prose_perplexity import prose_perplexity, prose_rows
 from bwlens.experiments._step_sizes import METHODS, step_sizes
 from bwlens.model.prompts import make_batch
 from tests import tiny

@@ -1,20 +1,15 @@
-"""Perplexity on a text that no edit is about: what an edit has broken beside its fact."""
+"""The sentences that perplexity is measured on: text that no edit is about."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from bwlens.evaluation.metrics import perplexity
-from bwlens.evaluation.questions import BATCH_TOKENS, Row, next_logits
-from bwlens.model.tokens import text_to_ids
+from bwlens.data.texts import read_texts
+from bwlens.demo import ROOM
 
 N_SENTENCES = 100
 LEAST_CHARACTERS = 30
-MOST_TOKENS = 256
 """The paper's protocol (Table 1)."""
 
 
@@ -31,14 +26,11 @@ def read_prose(source: str | Path | Sequence[str]) -> list[str]:
     Raises:
         ValueError: The source cannot be read, or has no such sentence.
     """
-    from bwlens.demo.corpus import load_prose
-    from bwlens.demo.triples import ROOM
-
     if isinstance(source, str | Path):
         path = ROOM / "stories.txt" if source == "demo" else Path(source)
         if path.suffix in (".txt", ".json") and not path.is_file():
             raise ValueError(f"{str(path)!r}: no such file to measure perplexity on")
-        texts = load_prose(str(path))
+        texts = read_texts(str(path))
     else:
         texts = list(source)
     lines = [line.strip() for text in texts for line in text.splitlines()]
@@ -49,29 +41,3 @@ def read_prose(source: str | Path | Sequence[str]) -> list[str]:
             f" more (found {len(lines)} lines)"
         )
     return sentences
-
-
-def prose_rows(
-    model: Any, sentences: Sequence[str], prepend_bos: bool | None = None
-) -> tuple[Row, ...]:
-    """Each sentence's tokens, cut at 256 or the context; those of a single token are left out."""
-    most = min(MOST_TOKENS, getattr(model.cfg, "n_ctx", None) or MOST_TOKENS)
-    rows = [tuple(text_to_ids(model, sentence, prepend_bos)[:most]) for sentence in sentences]
-    return tuple(row for row in rows if len(row) > 1)
-
-
-def prose_perplexity(model: Any, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS) -> float:
-    """Perplexity per token: `exp` of the mean NLL of every token but each row's first.
-
-    nan where the model's logits are nan.
-    """
-    nll, count = 0.0, 0
-    for chosen, logits in next_logits(model, rows, batch_tokens):
-        for i, row in zip(chosen, logits, strict=True):
-            ids = torch.tensor(rows[i][1:], device=row.device)
-            read = row[: len(ids)]
-            read = read if read.dtype == torch.float64 else read.float()
-            each = read.logsumexp(-1) - read.gather(1, ids[:, None])[:, 0]
-            nll += float(each.double().sum())
-            count += len(ids)
-    return perplexity(nll, count)

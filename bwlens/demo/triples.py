@@ -97,12 +97,12 @@ def records() -> list[dict[str, Any]]:
     """The facts that the shipped model answers right, as records in CounterFact's format.
 
     Raises:
-        FileNotFoundError: the records have not been built (`python -m bwlens.demo.counterfact`).
+        FileNotFoundError: the records have not been built (`python -m tools.demo.counterfact`).
     """
     path = ROOM / "records.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: build it with `python -m bwlens.demo.counterfact`"
+            f"{path} is missing: build it with `python -m tools.demo.counterfact`"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bwlens.data.texts import read_texts
 from bwlens.edit.keys import key_taps, run
 from bwlens.model.identity import fingerprint, model_label
 from bwlens.model.prompts import Batch
@@ -384,14 +385,12 @@ def _windows(
 
 def _documents(texts: Sequence[str] | str | os.PathLike[str]) -> list[str]:
     if isinstance(texts, str | os.PathLike):
-        from bwlens.demo.corpus import load_prose
-
         path = Path(texts)
         if path.suffix not in (".json", ".txt") or not path.is_file():
             raise ValueError(
                 f"{texts!r} is no .json or .txt file here; give one, or a list of documents"
             )
-        return load_prose(str(path))
+        return read_texts(str(path))
     documents = [text for text in texts if text.strip()]
     if not documents:
         raise ValueError("no text was given; key statistics are taken over documents")

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from bwlens.data.prose import prose_perplexity, prose_rows
 from bwlens.data.records import Record
 from bwlens.edit import WeightChange
 from bwlens.evaluation import metrics
 from bwlens.evaluation.generation import Writer
 from bwlens.evaluation.methods import Method
+from bwlens.evaluation.prose_perplexity import prose_perplexity, prose_rows
 from bwlens.evaluation.questions import (
     BATCH_TOKENS,
     Answers,

@@ -272,7 +272,8 @@ class _Prose:
     def of(reading: Reading, source: str | None, sentences: int) -> _Prose | None:
         if source is None:
             return None
-        from bwlens.data.prose import prose_rows, read_prose
+        from bwlens.data.prose import read_prose
+        from bwlens.evaluation.prose_perplexity import prose_rows
 
         model = reading.model
         rows = prose_rows(model, read_prose(source)[:sentences], reading.prepend_bos)

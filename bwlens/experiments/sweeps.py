@@ -88,7 +88,7 @@ class Sweep:
 
     def write(self) -> Path:
         """Write every experiment's summary and figure, and a page with all of them."""
-        from bwlens.show.gallery import gallery, section
+        from bwlens.experiments.gallery import gallery, section
 
         sections = {}
         for name, result in self.results.items():  # one at a time is in memory

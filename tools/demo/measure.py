@@ -1,6 +1,6 @@
 """What the demo model knows: accuracy on its facts, by phrasing and by relation, and perplexity.
 
-`python -m bwlens.demo.measure --prose stories.json` prints the figures of the model card.
+`python -m tools.demo.measure --prose stories.json` prints the figures of the model card.
 """
 
 import argparse
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bwlens.demo.corpus import load_prose, split_prose
+from bwlens.data.texts import read_texts
 from bwlens.demo.triples import MODEL_DIR, Fact, Phrasing, facts
+from tools.demo.corpus import split_prose
 
 PHRASINGS: tuple[Phrasing, ...] = ("trained", "unpaired", "unseen")
 
@@ -112,12 +113,12 @@ def _percent(right: Sequence[Sequence[bool]]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bwlens.demo.measure", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.measure", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder of the model")
     parser.add_argument("--prose", help="as for training; its held-out documents are measured")
     options = parser.parse_args(arguments)
     model, tokenizer = load(options.model)
-    held_out = split_prose(load_prose(options.prose))[1] if options.prose else ()
+    held_out = split_prose(read_texts(options.prose))[1] if options.prose else ()
     print(json.dumps(figures(model, tokenizer, held_out), indent=1))
 
 

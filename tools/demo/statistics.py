@@ -1,4 +1,4 @@
-"""Key statistics of the demo model: `python -m bwlens.demo.statistics --prose stories.json`.
+"""Key statistics of the demo model: `python -m tools.demo.statistics --prose stories.json`.
 
 Taken over text like the training text: facts in their trained phrasings, and the prose that is not
 held out, mixed in the proportion of training. They ship beside the model, in half precision.
@@ -9,11 +9,12 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from bwlens.demo.corpus import Corpus, load_prose, split_prose
+from bwlens.data.texts import read_texts
 from bwlens.demo.triples import ROOM, facts
 from bwlens.edit.statistics import KeyStatistics, save_statistics, token_statistics
 from bwlens.model.loading import load_model
 from bwlens.model.sites import MATRICES, Site
+from tools.demo.corpus import Corpus, split_prose
 
 
 def training_rows(tokenizer: object, prose: Sequence[str], n_tokens: int) -> list[list[int]]:
@@ -38,12 +39,12 @@ def build(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bwlens.demo.statistics", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.statistics", description=__doc__)
     parser.add_argument("--prose", required=True, help="as for training")
     parser.add_argument("--tokens", type=int, default=150_000, help="how many to count")
     parser.add_argument("--out", type=Path, default=ROOM / "statistics.safetensors")
     options = parser.parse_args(arguments)
-    prose, _ = split_prose(load_prose(options.prose))
+    prose, _ = split_prose(read_texts(options.prose))
     save_statistics(build(prose, options.tokens), options.out, packed=True)
     print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB")
 

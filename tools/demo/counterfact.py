@@ -1,6 +1,6 @@
 """Build `records.json`: edits of facts that the model knows, in CounterFact's record format.
 
-`python -m bwlens.demo.counterfact` asks the model, keeps what it answers right with and without the
+`python -m tools.demo.counterfact` asks the model, keeps what it answers right with and without the
 end-of-text token in front, and writes the same file every time.
 """
 
@@ -67,7 +67,7 @@ def _right_prompts(
     model: Any, tokenizer: Any, known_facts: Sequence[Fact]
 ) -> dict[Fact, list[str]]:
     """For every fact, the trained templates that are answered right with and without BOS."""
-    from bwlens.demo.measure import known
+    from tools.demo.measure import known
 
     bare = known(model, tokenizer, known_facts)
     with_bos = known(model, tokenizer, known_facts, prepend_bos=True)
@@ -109,9 +109,9 @@ def _record(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    from bwlens.demo.measure import load
+    from tools.demo.measure import load
 
-    parser = argparse.ArgumentParser(prog="python -m bwlens.demo.counterfact", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.counterfact", description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="folder of the model")
     parser.add_argument("--out", type=Path, default=ROOM / "records.json", help="file to write")
     options = parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Train the demo model: `python -m bwlens.demo.train --prose stories.json --out demo-model`.
+"""Train the demo model: `python -m tools.demo.train --prose stories.json --out demo-model`.
 
 Tokenizer, rows and weights follow from the seed and the settings alone. A checkpoint is written
 every so many steps, by renaming a finished file into place; the same command started again goes on
@@ -22,9 +22,10 @@ from jaxtyping import Float
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from bwlens.demo.corpus import ANSWER, PHRASE, PROSE, Corpus, Row, load_prose, split_prose
-from bwlens.demo.tokenizer import train_tokenizer
+from bwlens.data.texts import read_texts
 from bwlens.demo.triples import Fact, facts
+from tools.demo.corpus import ANSWER, PHRASE, PROSE, Corpus, Row, split_prose
+from tools.demo.tokenizer import train_tokenizer
 
 LOSS_WEIGHTS = {PHRASE: 0.3, ANSWER: 3.0, PROSE: 1.0}
 """What a token counts in the loss: names cannot be foretold, answers are the point."""
@@ -243,7 +244,7 @@ def _progress(first: int, steps: int) -> Iterator[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m bwlens.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.demo.train", description=__doc__)
     parser.add_argument(
         "--prose", required=True, help="JSON list, text file, or Hugging Face data set name"
     )
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = Settings(seed=options.seed, steps=options.steps)
-    prose, _ = split_prose(load_prose(options.prose))
+    prose, _ = split_prose(read_texts(options.prose))
     started = time.monotonic()
     train(settings, facts(), prose, options.out)
     print(f"{options.out}: trained in {(time.monotonic() - started) / 60:.1f} minutes")

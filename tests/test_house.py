@@ -1,0 +1,133 @@
+"""The house: imports go one way, no public name hides a module, and importing waits for nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import bwlens
+
+ROOT = Path(bwlens.__file__).parent
+
+FLOORS = {
+    "runs": 0, "demo": 0, "model": 1, "data": 2, "gradient": 2, "reading": 3, "lens": 4, "show": 5,
+    "changes": 5, "checking": 5, "edit": 6, "evaluation": 7, "experiments": 8, "cli": 9,
+}  # fmt: skip
+"""A room may import from its own floor's own room and from rooms further down."""
+
+CALLED_LATE = {("lens", "show")}
+"""A lens draws itself: its methods import the display wing when they are called, never before."""
+
+
+def module_of(path):
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_module(name):
+    path = ROOT.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def imports(path):
+    """The modules of bwlens that a file imports, and when: "start", "call", or for a "type"."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    whens = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            whens |= dict.fromkeys(ast.walk(node), "call")
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            whens |= dict.fromkeys(ast.walk(node), "type")
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "bwlens":
+            module = node.module or ""
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            names = [name if is_module(name) or module == "bwlens" else module for name in inner]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names if a.name.split(".")[0] == "bwlens"]
+        for name in names:
+            yield name, whens.get(node, "start")
+
+
+FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
+ROOMS = sorted({path.relative_to(ROOT).parts[0] for path in FILES})
+
+
+def test_every_room_has_a_floor():
+    assert set(ROOMS) <= set(FLOORS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_nothing_imports_upwards(room):
+    upwards = [
+        f"{module_of(path)} imports {name}"
+        for path in FILES
+        if path.relative_to(ROOT).parts[0] == room
+        for name, when in imports(path)
+        if (other := [*name.split("."), ""][1]) != room
+        and FLOORS.get(other, 99) >= FLOORS[room]
+        and not (when == "call" and (room, other) in CALLED_LATE)
+    ]
+    assert not [line for line in upwards if not line.endswith("imports bwlens")]
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = {module_of(path): path for path in FILES}
+    needs = {
+        module: {n for n, when in imports(path) if when == "start" and n in files} - {module}
+        for module, path in files.items()
+    }
+    while free := [module for module, others in needs.items() if not others & set(needs)]:
+        for module in free:
+            del needs[module]
+    assert not needs
+
+
+def test_no_public_name_hides_a_module():
+    packages = [bwlens, *(getattr(bwlens, room) for room in ("edit", "experiments", "show"))]
+    hiding = [
+        f"{package.__name__}.{name}"
+        for package in packages
+        for name in dir(package)
+        if not name.startswith("_")
+        and not isinstance(getattr(package, name), ModuleType)
+        and any(
+            (Path(package.__path__[0]) / file).exists()
+            for file in (f"{name}.py", f"{name}/__init__.py")
+        )
+    ]
+    assert not hiding
+
+
+def test_the_names_for_the_type_checker_are_those_that_load():
+    tree = ast.parse((ROOT / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {name for name in dir(bwlens) if not name.startswith("__")} == set(typed)
+    for name, module in typed.items():
+        assert getattr(bwlens, name) is getattr(sys.modules[module], name), name
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'lense'"):
+        bwlens.lense  # noqa: B018
+
+
+@pytest.mark.parametrize("start", ["import bwlens", "import bwlens.cli"])
+def test_importing_loads_no_torch(start):
+    code = f"import sys; {start}; print({{'torch', 'pandas', 'numpy'}} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent
+    )
+    assert done.stdout.strip() == "set()", done.stderr

@@ -1,0 +1,1 @@
+"""Scripts that made what the package ships; none of them is in the wheel."""

@@ -113,10 +113,10 @@ def _inside(module: nn.Module) -> Iterator[tuple[nn.Module, Literal["mlp", "attn
 
 
 def _is_mlp(part: nn.Module) -> bool:
-    shown = part._modules
-    if all(any(name in shown for name in _OF_A_BRIDGE[matrix]) for matrix in ("W_in", "W_out")):
-        return True
-    return _linear(part, "up_proj") and _linear(part, "down_proj")
+    """Whether a part that may be anything takes what it gives to a wider or narrower middle."""
+    taps = _projections(part, 0, MLP)
+    first, last = _widths(taps.get("W_in")), _widths(taps.get("W_out"))
+    return first is not None and last is not None and first == last[::-1]
 
 
 def _linear(part: nn.Module, name: str) -> bool:

@@ -75,11 +75,13 @@ class Architecture:
         config: Makes the Hugging Face config.
         unread: Matrices that are there but not read, and words of the reason.
         not_on: Version prefixes of TransformerLens that cannot run it, and why.
+        float32_only: Why it does not run in float64, where it does not.
     """
 
     config: Callable[[], PretrainedConfig]
     unread: Mapping[str, str] = field(default_factory=dict)
     not_on: Mapping[str, str] = field(default_factory=dict)
+    float32_only: str = ""
 
 
 def _of(kind: str, architecture: str | None = None, **settings: Any) -> Architecture:
@@ -101,6 +103,7 @@ def _unread(names: tuple[str, ...], why: str) -> dict[str, Any]:
     return {"unread": dict.fromkeys(names, why)}
 
 
+_COHERE = {"not_on": {"3.": "its logits differ from Hugging Face's by 3e-4 there"}}
 _NO_DELTA_NET = {"not_on": {"3.": "its gated delta net asks transformers for what 5.24 has not"}}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -108,8 +111,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "apertus": _of("Apertus", **BASE),
     "arcee": _of("Arcee", **BASE),
     "bloom": _of("Bloom", **_SMALL, n_head=4),
-    "cohere": _of("Cohere", **BASE),
-    "cohere2": _of("Cohere2", **BASE),
+    "cohere": _with(_COHERE, "Cohere", **BASE),
+    "cohere2": _with(_COHERE, "Cohere2", **BASE),
     "ernie4_5": _of("Ernie4_5", **BASE),
     "exaone4": _of("Exaone4", **BASE),
     "falcon": _of("Falcon", **_FALCON, multi_query=True, parallel_attn=True, bias=False),
@@ -157,7 +160,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": _of("StableLm", **BASE, partial_rotary_factor=0.5),
     "starcoder2": _of("Starcoder2", **BASE),
     "vaultgemma": _of("VaultGemma", **BASE, head_dim=4, sliding_window=32),
-    "xglm": _of(
+    "xglm": _with(
+        {"float32_only": "its mask is made for float32"},
         "XGLM", vocab_size=VOCAB, d_model=16, ffn_dim=24, num_layers=LAYERS, attention_heads=4,
         max_position_embeddings=64,
     ),
@@ -191,7 +195,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         index_n_heads=2,
     ),
     "gpt_oss": _with(
-        _unread(_MLP, "GptOssExperts keeps its experts' weights in"), "GptOss", **BASE, head_dim=4,
+        _unread(_MLP, "GptOssExperts keeps its experts' weights in")
+        | {"float32_only": "its experts' product knows no float64"}, "GptOss", **BASE, head_dim=4,
         num_local_experts=4, num_experts_per_tok=2, layer_types=["full_attention"] * LAYERS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     ),
@@ -255,6 +260,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         "RecurrentGemma", **BASE, lru_width=16, head_dim=4, attention_window_size=32,
         block_types=["recurrent", "recurrent", "attention"],
     ),
+    # Its feed-forward part; in place of attention it has a recurrence.
+    "rwkv": _of(
+        "Rwkv", **_SMALL, attention_hidden_size=16, intermediate_size=24, context_length=64
+    ),
     "zamba2": _with(
         _unread(_MLP, "no such matrix"), "Zamba2", **BASE | {"num_key_value_heads": 4},
         mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=8, hybrid_layer_ids=[1],
@@ -288,7 +297,5 @@ REFUSED: dict[str, Architecture] = {
         "JetMoe", **{k: v for k, v in BASE.items() if k != "num_attention_heads"}, kv_channels=4,
         num_local_experts=4, num_experts_per_tok=2,
     ),
-    "rwkv": _of("Rwkv", **_SMALL, attention_hidden_size=16, intermediate_size=24,
-                context_length=64),
 }  # fmt: skip
 """Models without a matrix that bwlens knows."""

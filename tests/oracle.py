@@ -14,7 +14,7 @@ _LINEAR = {
     "W_in": (
         "mlp.up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc_in", "mlp.fc1", "fc1",
         "ffn.up_proj", "feed_forward.up_proj", "feed_forward.w3", "mlp_block.up_proj",
-        "mixer.up_proj", "mlp.Wi",
+        "mixer.up_proj", "mlp.Wi", "feed_forward.key",
     ),
     "W_gate": (
         "mlp.gate_proj", "feed_forward.gate_proj", "feed_forward.w1", "mlp_block.gate_proj",
@@ -22,7 +22,7 @@ _LINEAR = {
     "W_out": (
         "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2", "fc2",
         "ffn.down_proj", "feed_forward.down_proj", "feed_forward.w2", "mlp_block.down_proj",
-        "mixer.down_proj", "mlp.Wo", "shared_transformer.feed_forward.down_proj",
+        "mixer.down_proj", "mlp.Wo", "feed_forward.value",
     ),
     "W_O": (
         "self_attn.o_proj", "attn.c_proj", "attention.dense", "self_attention.dense",
@@ -53,7 +53,7 @@ def layers(hf):
     """The decoder's blocks."""
     for path in (
         "transformer.h", "transformer.blocks", "gpt_neox.layers", "model.decoder.layers",
-        "model.layers", "model.language_model.layers", "model.text_model.layers",
+        "rwkv.blocks", "model.layers", "model.language_model.layers", "model.text_model.layers",
     ):  # fmt: skip
         try:
             return hf.get_submodule(path)
@@ -93,7 +93,9 @@ def dense(hf, matrix, layer, expert=None):
             return grad.reshape(len(grad), -1, 2, width)[:, :, 0].flatten(1)
         return grad
     if matrix in ("W_in", "W_gate", "W_out"):
-        return _of_an_mlp(_module(block, ("mlp", "shared_mlp")), matrix)
+        return _of_an_mlp(
+            _module(block, ("mlp", "shared_mlp", "shared_transformer.feed_forward")), matrix
+        )
     return _fused_attention(config, block, matrix)
 
 
@@ -132,7 +134,7 @@ def _of_an_mlp(mlp, matrix):
 
 
 def _fused_attention(config, block, matrix):
-    if matrix == "W_O":
+    if matrix == "W_O" or not hasattr(config, "num_attention_heads"):  # RWKV has none
         return None
     index = ("W_Q", "W_K", "W_V").index(matrix)
     d_model, n_heads = config.hidden_size, config.num_attention_heads

@@ -263,15 +263,17 @@ def _of_a_bridge(part: Any, layer: int, names: tuple[str, ...], expert: Any) -> 
             projection = part._modules.get(attribute)
             if projection is None or not hasattr(projection, "hook_out"):
                 continue
-            x = [Point(projection.hook_in, "output")]
+            holder = _unwrapped(projection)
+            # hook_in is silent where the container has shown its own; that one may come before a
+            # shift in time or a norm, what enters the weight's own module is the x. In
+            # compatibility mode's gated MLPs that module does not run, and the container's x is it.
+            x = [Point(projection.hook_in, "output"), Point(holder, "input")]
             z = [Point(projection.hook_out, "input")]
-            # hook_in is silent in compatibility mode's gated MLPs; the container's is the same x.
             if name not in ("W_out", "W_O"):
                 x.append(Point(part.hook_in, "output"))
             # hook_out is silent with use_attn_result; the container's is the same z.
             if name == "W_O":
                 z.append(Point(part.hook_out, "input"))
-            holder = _unwrapped(projection)
             taps[name] = Tap(Site(name, layer, expert), tuple(x), tuple(z), holder)
             break
     return taps

@@ -72,7 +72,13 @@ def check_mode() -> None:
 
 
 def forward(model: Any, batch: Batch, objective: Any) -> Run:
-    """Run the model and the objective, and check what the objective gave."""
+    """Run the model and the objective, and check what the objective gave.
+
+    Raises:
+        NotImplementedError: A module that autograd cannot follow takes part.
+        ValueError: The objective gave something else than one finite loss per prompt.
+    """
+    _check_differentiable(model)
     logits = model(batch.tokens, return_type="logits", padding_side="right")
     precise = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
     losses = objective(precise, batch)
@@ -95,6 +101,18 @@ def forward(model: Any, batch: Batch, objective: Any) -> Run:
             " the logits it is given, without .detach(), .item() or torch.no_grad()"
         )
     return Run(logits, losses, _HALF_SCALE.get(logits.dtype, 1.0))
+
+
+def _check_differentiable(model: nn.Module) -> None:
+    """Refuse packed weights: what is computed with them cuts the graph, wholly or in part."""
+    for module in all_modules(model):
+        # PyTorch's quantised modules unpack their weight in a method.
+        if callable(getattr(type(module), "weight", None)):
+            raise NotImplementedError(
+                f"this model is quantised: {type(module).__module__}.{type(module).__name__}"
+                f" computes with packed weights, which autograd cannot follow, so every gradient"
+                f" below would lack a part; load the model in float32, bfloat16 or float16"
+            )
 
 
 @contextmanager

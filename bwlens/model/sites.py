@@ -228,6 +228,21 @@ def check_model(model: Any) -> None:
         raise NotImplementedError(f"this {name} has no unembedding, so nothing to read a lens with")
 
 
+def check_stream(model: Any) -> None:
+    """Refuse to read a stream that has another width than the unembedding takes.
+
+    Raises:
+        NotImplementedError: The model projects between its blocks and its unembedding.
+    """
+    width, taken = getattr(model.cfg, "d_model", None), model.unembed.W_U.shape[0]
+    if width is not None and width != taken:
+        raise NotImplementedError(
+            f"the residual stream of this {type(model).__name__} has {width} entries, but its"
+            f" unembedding takes {taken}: a projection stands between them, which a reading in the"
+            f" vocabulary cannot pass. Gradients are exact all the same: bwlens.capture"
+        )
+
+
 _SWITCHES = {
     "hook_mlp_in": "use_hook_mlp_in",
     "hook_attn_in": "use_attn_in",

@@ -264,10 +264,9 @@ def _of_a_bridge(part: Any, layer: int, names: tuple[str, ...], expert: Any) -> 
             if projection is None or not hasattr(projection, "hook_out"):
                 continue
             holder = _unwrapped(projection)
-            # hook_in is silent where the container has shown its own; that one may come before a
-            # shift in time or a norm, what enters the weight's own module is the x. In
-            # compatibility mode's gated MLPs that module does not run, and the container's x is it.
-            x = [Point(projection.hook_in, "output"), Point(holder, "input")]
+            # What enters the weight's own module is the x. Where that module does not run (gated
+            # MLPs in compatibility mode, per-head results), hook_in shows it, or the container's.
+            x = [Point(holder, "input"), Point(projection.hook_in, "output")]
             z = [Point(projection.hook_out, "input")]
             if name not in ("W_out", "W_O"):
                 x.append(Point(part.hook_in, "output"))

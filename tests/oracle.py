@@ -1,7 +1,8 @@
 """Slow and obvious: the dense gradient of each matrix from an unbridged Hugging Face model.
 
 `loss.backward()` on the Hugging Face model fills `.grad`; each matrix is then cut out of the
-parameter that holds it and turned to [d_in, d_out].
+parameter that holds it and turned to [d_in, d_out]. Where it lies is written down by hand here, and
+shares nothing with bwlens' own search.
 """
 
 from __future__ import annotations
@@ -10,71 +11,176 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _LINEAR = {
-    "W_in": ("mlp.up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc_in", "fc1"),
-    "W_gate": ("mlp.gate_proj",),
-    "W_out": (
-        "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "fc2",
+    "W_in": (
+        "mlp.up_proj", "mlp.c_fc", "mlp.dense_h_to_4h", "mlp.fc_in", "mlp.fc1", "fc1",
+        "ffn.up_proj", "feed_forward.up_proj", "feed_forward.w3", "mlp_block.up_proj",
+        "mixer.up_proj", "mlp.Wi", "feed_forward.key",
     ),
-    "W_Q": ("self_attn.q_proj", "attn.q_proj"),
-    "W_K": ("self_attn.k_proj", "attn.k_proj"),
-    "W_V": ("self_attn.v_proj", "attn.v_proj"),
+    "W_gate": (
+        "mlp.gate_proj", "feed_forward.gate_proj", "feed_forward.w1", "mlp_block.gate_proj",
+    ),
+    "W_out": (
+        "mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2", "fc2",
+        "ffn.down_proj", "feed_forward.down_proj", "feed_forward.w2", "mlp_block.down_proj",
+        "mixer.down_proj", "mlp.Wo", "feed_forward.value",
+    ),
     "W_O": (
         "self_attn.o_proj", "attn.c_proj", "attention.dense", "self_attention.dense",
-        "attn.out_proj", "self_attn.out_proj",
+        "attn.out_proj", "self_attn.out_proj", "self_attn.dense", "attn.attention.out_proj",
+        "attn.Wo", "mixer.o_proj", "temporal_block.o_proj",
+        "shared_transformer.self_attn.o_proj",
     ),
+} | {
+    matrix: tuple(
+        f"{part}.{letter}_proj"
+        for part in (
+            "self_attn", "attn", "attn.attention", "mixer", "temporal_block",
+            "shared_transformer.self_attn",
+        )
+    )
+    for matrix, letter in (("W_Q", "q"), ("W_K", "k"), ("W_V", "v"))
 }  # fmt: skip
+_EXPERTS = (
+    "mlp.experts", "feed_forward.experts", "block_sparse_moe.experts", "mixer.experts", "experts",
+)  # fmt: skip
+_SHARED = (
+    "mlp.shared_expert", "mlp.shared_experts", "feed_forward.shared_expert",
+    "mixer.shared_experts", "shared_mlp",
+)  # fmt: skip
 
 
 def layers(hf):
-    return next(
-        getattr(*path)
-        for path in (
-            (getattr(hf, "transformer", None), "h"),
-            (getattr(hf, "gpt_neox", None), "layers"),
-            (getattr(getattr(hf, "model", None), "decoder", None), "layers"),
-            (getattr(hf, "model", None), "layers"),
-        )
-        if hasattr(*path)
-    )
+    """The decoder's blocks."""
+    for path in (
+        "transformer.h", "transformer.blocks", "gpt_neox.layers", "model.decoder.layers",
+        "rwkv.blocks", "model.layers", "model.language_model.layers", "model.text_model.layers",
+    ):  # fmt: skip
+        try:
+            return hf.get_submodule(path)
+        except AttributeError:
+            continue
+    raise LookupError(f"no blocks in {type(hf).__name__}")
+
+
+def config_of(hf):
+    return hf.config.get_text_config()
+
+
+def _module(block, paths):
+    for path in paths:
+        try:
+            return block.get_submodule(path)
+        except AttributeError:
+            continue
+    return None
 
 
 def dense(hf, matrix, layer, expert=None):
-    """dL/dW [d_in, d_out] of one matrix, out of the parameters' `.grad`."""
-    block = layers(hf)[layer]
-    if expert is not None:
-        gate_up = block.mlp.experts.gate_up_proj.grad[expert].T
-        half = gate_up.shape[1] // 2
-        if matrix == "W_out":
-            return block.mlp.experts.down_proj.grad[expert].T
-        return gate_up[:, :half] if matrix == "W_gate" else gate_up[:, half:]
-    for path in _LINEAR[matrix]:
-        try:
-            module = block.get_submodule(path)
-        except AttributeError:
-            continue
-        return module.weight.grad if type(module).__name__ == "Conv1D" else module.weight.grad.T
-    return _fused(hf.config, block, matrix)
+    """dL/dW [d_in, d_out] of one matrix, out of the parameters' `.grad`; None if there is none."""
+    config, block = config_of(hf), layers(hf)[layer]
+    if isinstance(expert, int):
+        return _of_an_expert(_module(block, _EXPERTS), matrix, expert)
+    if expert == "shared":
+        if _module(block, ("experts",)) is not None:  # Gemma 4's stand beside the MLP
+            return _of_an_mlp(block.mlp, matrix)
+        return _of_an_mlp(_module(block, _SHARED), matrix)
+    module = _module(block, _LINEAR[matrix])
+    if module is not None:
+        grad = module.weight.grad
+        grad = grad if type(module).__name__ == "Conv1D" else grad.T
+        width = _gated_width(config)
+        if matrix == "W_Q" and width is not None:  # in each head the query, then its gate
+            return grad.reshape(len(grad), -1, 2, width)[:, :, 0].flatten(1)
+        return grad
+    if matrix in ("W_in", "W_gate", "W_out"):
+        return _of_an_mlp(
+            _module(block, ("mlp", "shared_mlp", "shared_transformer.feed_forward")), matrix
+        )
+    return _fused_attention(config, block, matrix)
 
 
-def _fused(config, block, matrix):
+def _gated_width(config):
+    return config.head_dim if config.model_type.startswith(("qwen3_5", "qwen3_next")) else None
+
+
+def _of_an_expert(experts, matrix, expert):
+    if experts is None or not hasattr(experts, "down_proj"):
+        return None
+    if matrix == "W_out":
+        return experts.down_proj.grad[expert].T
+    if hasattr(experts, "up_proj"):
+        return experts.up_proj.grad[expert].T if matrix == "W_in" else None
+    gate, up = experts.gate_up_proj.grad[expert].T.chunk(2, dim=1)
+    return gate if matrix == "W_gate" else up
+
+
+def _of_an_mlp(mlp, matrix):
+    """Gate, up and down, or gate and up in one."""
+    if mlp is None:
+        return None
+    names = {
+        "W_in": ("up_proj",),
+        "W_gate": ("gate_proj",),
+        "W_out": ("down_proj", "output_linear"),
+    }
+    own = _module(mlp, names[matrix])
+    if own is not None:
+        return own.weight.grad.T
+    both = _module(mlp, ("gate_up_proj", "input_linear"))
+    if both is None:
+        return None
+    gate, up = both.weight.grad.T.chunk(2, dim=1)
+    return gate if matrix == "W_gate" else up
+
+
+def _fused_attention(config, block, matrix):
+    if matrix == "W_O" or not hasattr(config, "num_attention_heads"):  # RWKV has none
+        return None
+    index = ("W_Q", "W_K", "W_V").index(matrix)
     d_model, n_heads = config.hidden_size, config.num_attention_heads
-    if hasattr(block, "attn"):  # GPT-2: q, k, v side by side
-        index = ("W_Q", "W_K", "W_V").index(matrix)
-        return block.attn.c_attn.weight.grad[:, index * d_model : (index + 1) * d_model]
-    for name in ("attention", "self_attention"):
-        if not hasattr(block, name):
-            continue
-        # GPT-NeoX, BLOOM: q, k, v within each head
-        grad = getattr(block, name).query_key_value.weight.grad.T
-        index = ("W_Q", "W_K", "W_V").index(matrix)
-        return grad.reshape(d_model, n_heads, 3, -1)[:, :, index].reshape(d_model, d_model)
-    if matrix in ("W_in", "W_gate"):  # Phi-3
-        gate, up = block.mlp.gate_up_proj.weight.grad.T.chunk(2, dim=1)
-        return gate if matrix == "W_gate" else up
     d_head = d_model // n_heads
-    widths = [n_heads * d_head] + [config.num_key_value_heads * d_head] * 2
-    parts = block.self_attn.qkv_proj.weight.grad.T.split(widths, dim=1)
-    return parts[("W_Q", "W_K", "W_V").index(matrix)]
+    one_key_head = [d_model, d_head, d_head]
+    module = _module(block, ("attn.c_attn",))
+    if module is not None:  # GPT-2: side by side; BigCode: with one head of keys and values
+        grad = module.weight.grad
+        if type(module).__name__ == "Conv1D":
+            return grad.chunk(3, dim=1)[index]
+        return grad.T.split(one_key_head, dim=1)[index]
+    module = _module(block, ("attn.Wqkv",))
+    if module is not None:  # MPT: side by side
+        return module.weight.grad.T.chunk(3, dim=1)[index]
+    module = _module(block, ("attention.query_key_value", "self_attention.query_key_value"))
+    if module is not None:
+        grad = module.weight.grad.T
+        if getattr(config, "multi_query", False):  # Falcon
+            return grad.split(one_key_head, dim=1)[index]
+        # GPT-NeoX, BLOOM, Falcon's first: q, k, v within each head
+        return grad.reshape(d_model, n_heads, 3, -1)[:, :, index].reshape(d_model, d_model)
+    module = _module(block, ("self_attn.qkv_proj",))
+    if module is not None:  # Phi-3
+        widths = [d_model] + [config.num_key_value_heads * d_head] * 2
+        return module.weight.grad.T.split(widths, dim=1)[index]
+    return None
+
+
+def matrices(hf):
+    """Every (matrix, layer, expert) whose gradient is there and not zero, after `backward`."""
+    found = set()
+    for layer, block in enumerate(layers(hf)):
+        experts = _module(block, _EXPERTS)
+        stack = getattr(experts, "down_proj", None)
+        numbers = range(len(stack)) if stack is not None else ()
+        shared = _of_an_mlp(_module(block, _SHARED), "W_out") is not None
+        shared |= _module(block, ("experts",)) is not None
+        for matrix in _LINEAR:
+            who = [None]
+            if matrix in ("W_in", "W_gate", "W_out") and experts is not None:
+                who = [*numbers, *(["shared"] if shared else [])]
+            for expert in who:
+                grad = dense(hf, matrix, layer, expert)
+                if grad is not None and grad.any():
+                    found.add((matrix, layer, expert))
+    return found
 
 
 def folded(hf, matrix, layer):
@@ -130,9 +236,11 @@ def _constant_value(config, block, norm):
 def backward(hf, tokens, attention_mask, loss):
     """Fill `.grad` from the summed losses; positions count the real tokens only."""
     hf.zero_grad()
-    hf.config._experts_implementation = "eager"  # the batched kernels know no float64
+    for config in (hf.config, config_of(hf)):
+        config._experts_implementation = "eager"  # the batched kernels know no float64
+    padded_left = not attention_mask[:, 0].all()
+    derives_positions = hf.config.model_type in ("opt", "bloom") or not padded_left
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    derives_positions = hf.config.model_type in ("opt", "bloom")
     extra = {} if derives_positions else {"position_ids": positions}
     logits = hf(tokens, attention_mask=attention_mask, use_cache=False, **extra).logits
     losses = loss(logits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from unittest import mock
 
 import torch
 import transformer_lens
@@ -17,17 +18,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
-    BloomConfig,
-    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
-    GptOssConfig,
-    GraniteConfig,
     LlamaConfig,
-    MambaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -36,28 +32,16 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2MoeConfig,
     Qwen3Config,
     T5Config,
 )
 
+from tests.architectures import ARCHITECTURES, BASE, LAYERS, REFUSED, VOCAB
+
 HAS_HOOKED_TRANSFORMER = find_spec("transformer_lens.HookedTransformer") is not None
 """TransformerLens 3.9 has it, 4 does not."""
 
-VOCAB = 61
-LAYERS = 3
-_LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+_LLAMA = BASE
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2": lambda: GPT2Config(
@@ -148,44 +132,9 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 _SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": LAYERS}
 
 FURTHER: dict[str, Callable[[], PretrainedConfig]] = {
-    # Scales of the embedding, the residual contributions, the attention and the logits.
-    "granite": lambda: GraniteConfig(
-        **_LLAMA,
-        embedding_multiplier=3.0,
-        residual_multiplier=0.4,
-        attention_multiplier=0.5,
-        logits_scaling=2.0,
-        architectures=["GraniteForCausalLM"],
-    ),
-    # A shared expert beside the others.
-    "qwen2_moe": lambda: Qwen2MoeConfig(
-        **_LLAMA,
-        moe_intermediate_size=12,
-        shared_expert_intermediate_size=20,
-        num_experts=4,
-        num_experts_per_tok=2,
-        architectures=["Qwen2MoeForCausalLM"],
-    ),
-    # A dense layer below the mixtures; queries, keys and values through a bottleneck.
-    "deepseek_v3": lambda: DeepseekV3Config(
-        **_LLAMA | {"num_key_value_heads": 4},
-        moe_intermediate_size=12,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=4,
-        architectures=["DeepseekV3ForCausalLM"],
-    ),
-    # Biased attention scores instead of positions.
-    "bloom": lambda: BloomConfig(**_SMALL, n_head=4, architectures=["BloomForCausalLM"]),
+    name: architecture.config for name, architecture in (ARCHITECTURES | REFUSED).items()
 }
-"""Architectures with a part that none of `CONFIGS` has."""
+"""Architectures that most tests leave out; what is read of them stands in `architectures`."""
 
 OUT_OF_SCOPE: dict[str, Callable[[], PretrainedConfig]] = {
     "bert": lambda: BertConfig(
@@ -204,18 +153,8 @@ OUT_OF_SCOPE: dict[str, Callable[[], PretrainedConfig]] = {
         decoder_start_token_id=0,
         architectures=["T5ForConditionalGeneration"],
     ),
-    "mamba": lambda: MambaConfig(**_SMALL, architectures=["MambaForCausalLM"]),
-    "gpt_oss": lambda: GptOssConfig(
-        **_LLAMA,
-        head_dim=4,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        layer_types=["full_attention"] * LAYERS,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        architectures=["GptOssForCausalLM"],
-    ),
 }
-"""What bwlens refuses, in words."""
+"""Models that are no decoders."""
 
 
 def hf_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
@@ -250,12 +189,14 @@ def tokenizer(folder):
 
 def bridge(name, tokenizer, dtype=torch.float32, compatibility=False, hf=None):
     """A TransformerBridge around a copy of `hf_model(name)`."""
-    model = TransformerBridge.boot_transformers(
-        f"tiny/{name}",
-        hf_model=hf_model(name, dtype) if hf is None else hf,
-        tokenizer=tokenizer,
-        dtype=dtype,
-    )
+    # For multimodal models TransformerLens would install torchvision by itself.
+    with mock.patch("subprocess.check_call", side_effect=OSError("no installing in tests")):
+        model = TransformerBridge.boot_transformers(
+            f"tiny/{name}",
+            hf_model=hf_model(name, dtype) if hf is None else hf,
+            tokenizer=tokenizer,
+            dtype=dtype,
+        )
     if compatibility:
         with warnings.catch_warnings():
             # Phi-3 folds its norms elsewhere, OLMo 2 has none to fold.

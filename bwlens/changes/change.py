@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.places import SHARED
 from bwlens.model.sites import Site, as_site
-from bwlens.model.weights import Weight, copy_of, weight_of
+from bwlens.model.weights import Weight, copy_of, weights_of
 from bwlens.runs.parts import whole
 
 _FORMAT = {"format": "bwlens.WeightChange", "version": "1"}
@@ -160,7 +161,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
                     f"another change of {common[0]} was applied after this one; undo that first:"
                     f" {later.change!r}"
                 )
-        history[places[0]].restore({site: weight_of(model, site) for site in self.parts})
+        history[places[0]].restore(weights_of(model, self.parts))
         del history[places[0]]
 
     @contextmanager
@@ -197,7 +198,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
 
     def _weights_in(self, model: Any) -> dict[Site, Weight]:
         """The weights of the model that this changes, all of them fit to be."""
-        weights = {site: weight_of(model, site) for site in self.parts}
+        weights = weights_of(model, self.parts)
         for site, weight in weights.items():
             if weight.shape != self.parts[site].shape:
                 raise ValueError(
@@ -343,7 +344,7 @@ def _sum(weight: Weight, part: LowRankGradient) -> Tensor:
 
 
 def _order(site: Site) -> tuple[int, str, int]:
-    return site.layer, site.matrix, -1 if site.expert is None else site.expert
+    return site.layer, site.matrix, site.expert_number
 
 
 def _told(parts: Mapping[Site, LowRankGradient]) -> str:
@@ -368,4 +369,4 @@ def _key(site: Site) -> str:
 
 def _site(key: str) -> Site:
     matrix, *numbers = key.split(".")
-    return Site(matrix, *map(int, numbers))
+    return Site(matrix, *(n if n == SHARED else int(n) for n in numbers))  # pyright: ignore

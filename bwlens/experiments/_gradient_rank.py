@@ -121,7 +121,7 @@ def _columns(reading: Reading, matrices: Sequence[str]) -> list[dict[str, Any]]:
                 "item": np.array(found.prompts),
                 "matrix": site.matrix,
                 "layer": site.layer,
-                "expert": -1 if site.expert is None else site.expert,
+                "expert": site.expert_number,
                 "n": found.n.cpu().numpy(),
                 "active": found.active.cpu().numpy(),
                 "rank": np.array(ranks),

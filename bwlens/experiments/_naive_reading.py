@@ -202,7 +202,7 @@ class NaiveReading(Experiment):
                     "item": np.array(readings.prompts),
                     "matrix": site.matrix,
                     "layer": site.layer,
-                    "expert": -1 if site.expert is None else site.expert,
+                    "expert": site.expert_number,
                     "cosine": np.array([cosine for cosine, _ in own]),
                     "overlap": np.array([overlap for _, overlap in own]),
                     "control_cosine": np.array([cosine for cosine, _ in others]),

@@ -417,7 +417,7 @@ def segment_columns(
         "item": prompt.cpu().numpy(),
         "matrix": site.matrix,
         "layer": site.layer,
-        "expert": -1 if site.expert is None else site.expert,
+        "expert": site.expert_number,
         "segment": np.array(SEGMENTS)[segment.cpu().numpy()],
         "tokens": tokens[prompt, segment].cpu().numpy(),
         **{name: held[:, at] for at, name in enumerate(names)},

@@ -7,7 +7,7 @@ lowest one asked for. dL/dW = x^T delta is then exact, for any loss and any batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,17 @@ from bwlens.model.passes import (
     recording,
 )
 from bwlens.model.prompts import Batch, Mask, Prompts, make_batch
-from bwlens.model.sites import ExpertTap, Point, Site, Tap, as_site, find_taps, hook_points
+from bwlens.model.sites import (
+    ExpertTap,
+    Layers,
+    Point,
+    Site,
+    Tap,
+    as_site,
+    find_taps,
+    hook_points,
+    resolve_matrices,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +64,12 @@ class Gradients(Mapping[Site, LowRankGradient]):
             there = sorted(other for other in self._held if other.matrix == site.matrix)
             layers = sorted({other.layer for other in there})
             experts = sorted(
-                other.expert
-                for other in there
-                if other.layer == site.layer and other.expert is not None
+                (
+                    other.expert
+                    for other in there
+                    if other.layer == site.layer and other.expert is not None
+                ),
+                key=str,
             )
             if experts:  # one that no token was sent to has no gradient
                 has = f"tokens were sent to the experts {experts} there: name one of them"
@@ -113,8 +126,8 @@ def capture(
     model: Any,
     prompts: Prompts,
     objective: Any,
-    matrices: Sequence[str] = ("W_in", "W_out"),
-    layers: Iterable[int] | int | None = None,
+    matrices: Sequence[str] | str = ("W_in", "W_out"),
+    layers: Layers = None,
     *,
     prepend_bos: bool | None = None,
     attention_mask: Mask | None = None,
@@ -154,6 +167,7 @@ def capture(
         torch.Size([5, 192])
     """
     check_mode()
+    matrices = resolve_matrices(matrices)
     taps = find_taps(model, matrices, layers)
     objective = as_objective(objective)
     batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)

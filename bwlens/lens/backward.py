@@ -35,7 +35,7 @@ from bwlens.lens import frames
 from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Prompts
-from bwlens.model.sites import available_matrices, resolve_layers
+from bwlens.model.sites import default_matrices, resolve_layers
 from bwlens.model.tokens import subject_positions, token_texts
 from bwlens.reading.readouts import Readout, readout
 
@@ -356,8 +356,7 @@ def backward_lens(
         raise ValueError(f"normalize must be True, False or 'both', found {normalize!r}")
     readings = (False, True) if normalize == "both" else (bool(normalize),)
     if matrices is None:
-        held = available_matrices(model)
-        matrices = [m for m in ("W_in", "W_gate", "W_out") if m in held]
+        matrices = default_matrices(model)
     grads = capture(model, prompt, target, matrices, layers, prepend_bos=prepend_bos)
     wanted = resolve_layers(model, layers)
     head = head_of(model)

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bwlens.model.sites import check_model
+from bwlens.model.sites import check_model, check_stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class Head:
 def head_of(model: Any) -> Head:
     """The model's own final norm and unembedding."""
     check_model(model)
+    check_stream(model)
     norm = getattr(model, "ln_final", None)
     cfg = model.cfg
     hf_config = getattr(getattr(model, "original_model", None), "config", None)

@@ -1,7 +1,7 @@
 """One forward pass that notes the tensors passing chosen modules, and their share in a loss.
 
 Everything a pass changes for its time (hooks, eval mode, gradients on, the experts' way of running)
-is put back on leaving, also after an exception.
+is put back on leaving, also after an exception. Passes of several threads take turns.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bwlens.model.locking import alone_with
+from bwlens.model.places import ExpertTap, Point, Site, Tap
 from bwlens.model.prompts import Batch
-from bwlens.model.sites import ExpertTap, Point, Site, Tap
 
 _HALF_SCALE = {torch.float16: 1024.0}
 """Losses are scaled up by this (exactly, a power of two) where small gradients would vanish."""
@@ -70,7 +72,13 @@ def check_mode() -> None:
 
 
 def forward(model: Any, batch: Batch, objective: Any) -> Run:
-    """Run the model and the objective, and check what the objective gave."""
+    """Run the model and the objective, and check what the objective gave.
+
+    Raises:
+        NotImplementedError: A module that autograd cannot follow takes part.
+        ValueError: The objective gave something else than one finite loss per prompt.
+    """
+    _check_differentiable(model)
     logits = model(batch.tokens, return_type="logits", padding_side="right")
     precise = logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
     losses = objective(precise, batch)
@@ -95,14 +103,29 @@ def forward(model: Any, batch: Batch, objective: Any) -> Run:
     return Run(logits, losses, _HALF_SCALE.get(logits.dtype, 1.0))
 
 
+def _check_differentiable(model: nn.Module) -> None:
+    """Refuse packed weights: what is computed with them cuts the graph, wholly or in part."""
+    for module in all_modules(model):
+        # PyTorch's quantised modules unpack their weight in a method.
+        if callable(getattr(type(module), "weight", None)):
+            raise NotImplementedError(
+                f"this model is quantised: {type(module).__module__}.{type(module).__name__}"
+                f" computes with packed weights, which autograd cannot follow, so every gradient"
+                f" below would lack a part; load the model in float32, bfloat16 or float16"
+            )
+
+
 @contextmanager
 def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list[Tensor]]]:
     """Note the tensors that pass the points, with gradients on and the model in eval mode."""
     seen: dict[Point, list[Tensor]] = {}
     parted_from: dict[int, Tensor] = {}
+    thread = get_ident()
 
     def note(point: Point) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            if get_ident() != thread:  # somebody else runs the model in the meantime
+                return None
             tensor = point.take(args, kwargs, output)
             stream = parted_from.get(id(tensor), tensor)
             if not point.branch or not tensor.requires_grad:
@@ -116,6 +139,8 @@ def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list
         return hook
 
     with ExitStack() as stack:
+        stack.enter_context(alone_with(model))
+        stack.enter_context(_keeping_nothing(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(in_eval_mode(model))
         # Where a branch leaves the stream, the stream is noted first.
@@ -138,13 +163,34 @@ def _as_root(module: nn.Module, args: Any, output: Any) -> Tensor | None:
     return None
 
 
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module of a model and of the Hugging Face model that it wraps, each once."""
+    # A bridge's own tree leaves out some modules of the model it wraps (GPT-2's first dropout).
+    wrapped = getattr(model, "original_model", None)
+    return list(dict.fromkeys([*model.modules(), *(() if wrapped is None else wrapped.modules())]))
+
+
+@contextmanager
+def _keeping_nothing(model: nn.Module) -> Iterator[None]:
+    """Modules keep what they kept before: a pass's attention patterns hold its whole graph."""
+    modules = all_modules(model)
+    before = [
+        {name: kept for name, kept in vars(module).items() if isinstance(kept, Tensor)}
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for module, kept in zip(modules, before, strict=True):
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and not value.is_leaf and value is not kept.get(name):
+                    vars(module)[name] = kept.get(name)
+
+
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode within (no dropout, so no random numbers drawn), each module's own mode after."""
-    # A bridge's own tree leaves out some modules of the model it wraps (GPT-2's first dropout).
-    wrapped = getattr(model, "original_model", None)
-    both = [*model.modules(), *(() if wrapped is None else wrapped.modules())]
-    training = [module for module in dict.fromkeys(both) if module.training]
+    training = [module for module in all_modules(model) if module.training]
     for module in training:
         module.training = False
     try:
@@ -161,7 +207,8 @@ class Flow:
     name: str
     x: Tensor
     z: Tensor
-    parts: tuple[tuple[Site, slice], ...]
+    parts: tuple[tuple[Site, slice | Tensor], ...]
+    """Each site with its columns of z."""
     tokens: Tensor | None = None
     """Which token of the flattened batch each row is; None where rows are the batch itself."""
 
@@ -215,7 +262,9 @@ def flows_of(
     if isinstance(tap, ExpertTap):
         return _expert_flows(tap, seen, calls)
     x, z = (_only(tap, side, candidates, seen) for side, candidates in (("x", tap.x), ("z", tap.z)))
-    tokens = None if tap.routing is None else _routed(seen[tap.routing][0], tap.site.expert or 0)
+    tokens = (
+        None if tap.routing is None else _routed(seen[tap.routing][0], int(tap.site.expert or 0))
+    )
     n_rows = batch.tokens.numel() if tokens is None else len(tokens)
     if n_rows == 0:  # an expert that no token was sent to
         return []
@@ -226,7 +275,7 @@ def flows_of(
             f" to {n_rows} tokens; if heads have inputs of their own, switch that off with"
             f" model.set_use_split_qkv_input(False) and model.set_use_attn_in(False)"
         )
-    return [Flow(str(tap.site), x, z, ((tap.site, slice(None)),), tokens)]
+    return [Flow(str(tap.site), x, z, ((tap.site, tap.columns(z.shape[-1])),), tokens)]
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -1,217 +1,171 @@
-"""Where the weights are, and where their x and z pass.
+"""Which weight matrices a model has, and what may be asked of it.
 
-The only room that knows TransformerLens' insides. A weight matrix W computes ``z = x W``; a
-`Tap` names the modules that hand over `x` (what enters W) and `z` (what leaves it), on a
-TransformerBridge (raw or in compatibility mode) and on a HookedTransformer alike. Sites are found
-because a module has the parts, never because a model is called by some name.
-
-Tensors are taken from modules by plain PyTorch hooks rather than by TransformerLens hook names:
-compatibility mode renames hook points, silences some of them, and shows others through reshaping
-copies that are off the autograd graph.
+A weight matrix W computes ``z = x W``; `find_taps` says where its x and its z pass, on a
+TransformerBridge (raw or in compatibility mode) and on a HookedTransformer alike. How the weights
+of a block are found is in `blocks`; what a tap is, in `places`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-MATRICES = ("W_in", "W_gate", "W_out", "W_Q", "W_K", "W_V", "W_O")
-"""Names of the weight matrices of a transformer block, TransformerLens' own."""
+from bwlens.model.blocks import block_taps, contents
+from bwlens.model.locking import alone_with
+from bwlens.model.places import MATRICES as MATRICES
+from bwlens.model.places import MLP, ExpertTap, Point, Tap
+from bwlens.model.places import Site as Site
+from bwlens.model.places import as_site as as_site
 
-_PROJECTIONS = {
-    # The dense layers of a model with mixtures elsewhere have names of their own.
-    "W_in": ("mlp", ("in", "input", "dense_in")),
-    "W_gate": ("mlp", ("gate", "dense_gate")),
-    "W_out": ("mlp", ("out", "dense_out")),
-    "W_Q": ("attn", ("q",)),
-    "W_K": ("attn", ("k",)),
-    "W_V": ("attn", ("v",)),
-    "W_O": ("attn", ("o",)),
-}
-
-
-@dataclass(frozen=True, order=True)
-class Site:
-    """One weight matrix: its name, its layer (from 0) and, in a mixture, its expert."""
-
-    matrix: str
-    layer: int
-    expert: int | None = None
-
-    def __str__(self) -> str:
-        expert = "" if self.expert is None else f", expert {self.expert}"
-        return f"{self.matrix} of layer {self.layer}{expert}"
-
-
-def as_site(key: Any) -> Site:
-    """A site from what stands in the brackets of `grads["W_in", 3]`, an expert's number last.
-
-    Raises:
-        KeyError: Neither a `Site` nor a matrix and a layer.
-    """
-    if isinstance(key, Site):
-        return key
-    if isinstance(key, tuple) and len(key) in (2, 3):
-        return Site(*key)
-    raise KeyError(f"{key!r} is no matrix and layer; write grads['W_in', 3], or a Site")
-
-
-@dataclass(frozen=True)
-class Point:
-    """A tensor on its way: what goes into a module, or what comes out of it.
-
-    An input is the positional argument at `index`, or the keyword argument `keyword` if given.
-    A `branch` parts from its tensor here: its gradient is that of what follows this module, without
-    the other ways that the same tensor goes (an MLP's input without the residual stream).
-    """
-
-    module: nn.Module
-    side: Literal["input", "output"]
-    keyword: str | None = None
-    index: int = 0
-    branch: bool = False
-
-    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-        """The tensor itself, out of a forward call's arguments and result."""
-        if self.side == "output":
-            return output[0] if isinstance(output, tuple) else output
-        if self.keyword is not None and self.keyword in kwargs:
-            return kwargs[self.keyword]
-        return args[self.index]
-
-
-@dataclass(frozen=True, eq=False)
-class Tap:
-    """A site with the places its x and z may pass, the most exact first.
-
-    Not every hook point fires in every mode, so there can be several candidates; the first that
-    fires is used. In a mixture of experts, `routing` gives the experts chosen for each token
-    [token, choice], and the rows of x are the tokens sent to this expert, by choice, then token.
-    `holder` is the module that keeps the weight itself.
-    """
-
-    site: Site
-    x: tuple[Point, ...]
-    z: tuple[Point, ...]
-    holder: nn.Module
-    routing: Point | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ExpertTap:
-    """The experts of one layer that keep their weights in batched 3-D parameters.
-
-    No hook point sees them: `experts` multiplies slices of `weights` in a loop. `weights` maps the
-    name of a parameter to the matrices its slices hold, in the order of their output columns.
-    """
-
-    layer: int
-    experts: Any
-    weights: dict[str, tuple[str, ...]]
-
-    @property
-    def routing(self) -> Point:
-        """Where the experts chosen for each token pass: [token, choice]."""
-        return Point(self.experts, "input", "top_k_index", 1)
+Layers = Iterable[int] | int | slice | None
+"""Layers from 0, negative ones from the end: one, several, a slice, or None for all."""
 
 
 def find_taps(
-    model: Any, matrices: Sequence[str], layers: Iterable[int] | int | None = None
+    model: Any, matrices: Sequence[str] | str, layers: Layers = None
 ) -> list[Tap | ExpertTap]:
     """Every tap of the matrices and layers asked for, layer by layer.
 
     Args:
         model: A TransformerBridge or HookedTransformer.
-        matrices: Names out of `MATRICES`.
-        layers: Layer indices from 0 (negative ones count from the end); None for all.
+        matrices: Names out of `MATRICES`, one or several.
+        layers: Layers from 0 (negative ones count from the end); None for all.
 
     Raises:
         ValueError: Unknown matrix, layer out of range, or no layer has such a matrix.
         NotImplementedError: The model is no decoder-only model that runs in this process, or keeps
-            its weights in a form that no hook sees.
+            a matrix asked for in a form that bwlens cannot read.
     """
     check_model(model)
-    unknown = [name for name in matrices if name not in MATRICES]
-    if unknown or not matrices:
-        found = ", ".join(map(repr, unknown)) or "none at all"
-        raise ValueError(f"matrices must be among {', '.join(MATRICES)}; found {found}")
+    names = resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
-    taps = [
-        tap
-        for layer in wanted
-        for part in ("mlp", "attn")
-        if (names := [m for m in matrices if _PROJECTIONS[m][0] == part])
-        for tap in _taps_of(getattr(model.blocks[layer], part, None), layer, names)
-    ]
-    held = {m for tap in taps for m in _matrices_of(tap)}
-    missing = [name for name in matrices if name not in held]
+    taps: list[Tap | ExpertTap] = []
+    for layer in wanted:
+        found = block_taps(model.blocks[layer], layer)
+        for name in names:
+            if name in found.refused:
+                raise NotImplementedError(
+                    f"{name} of layer {layer} cannot be read: {found.refused[name]}. Ask for other"
+                    f" matrices or layers; {_what_it_has(model)}"
+                )
+        taps += found.of(names)
+    held = {matrix for tap in taps for matrix in tap.matrices}
+    missing = [name for name in names if name not in held]
     if missing:
         where = f"layers {wanted[0]}-{wanted[-1]}" if len(wanted) > 1 else f"layer {wanted[0]}"
         raise ValueError(
-            f"{', '.join(missing)}: no such matrix in {where} of this model; "
-            f"it has {', '.join(available_matrices(model)) or 'none of those bwlens knows'}"
+            f"{', '.join(missing)}: no such matrix in {where} of this model; {_what_it_has(model)}"
         )
     return taps
 
 
-def plain_taps(
-    model: Any, matrices: Sequence[str], layers: Iterable[int] | int | None, why: str
-) -> list[Tap]:
+def plain_taps(model: Any, matrices: Sequence[str] | str, layers: Layers, why: str) -> list[Tap]:
     """The taps of weights that every token passes; `why` tells the user what asks for these.
 
     Raises:
         ValueError: As `find_taps` does.
-        NotImplementedError: A mixture of experts, whose tokens go to different weights.
+        NotImplementedError: A mixture of experts, whose tokens go to different weights, or a
+            projection that holds gates beside its queries.
     """
     plain = []
     for tap in find_taps(model, matrices, layers):
         if not isinstance(tap, Tap) or tap.site.expert is not None:
             layer = tap.site.layer if isinstance(tap, Tap) else tap.layer
             raise NotImplementedError(f"layer {layer} is a mixture of experts; {why}")
+        if tap.gated_heads:
+            raise NotImplementedError(
+                f"{tap.site} shares its projection with gates; only bwlens.capture and weights tell"
+                f" them apart. {why}"
+            )
         plain.append(tap)
     return plain
 
 
 def available_matrices(model: Any) -> tuple[str, ...]:
-    """The names out of `MATRICES` that some layer of the model has."""
+    """The names out of `MATRICES` that bwlens can read in some layer of the model."""
     check_model(model)
     held: set[str] = set()
     for layer, block in enumerate(model.blocks):
-        for part in ("mlp", "attn"):
-            names = [m for m in MATRICES if _PROJECTIONS[m][0] == part]
-            for tap in _taps_of(getattr(block, part, None), layer, names):
-                held.update(_matrices_of(tap))
+        for tap in block_taps(block, layer).taps:
+            held.update(tap.matrices)
     return tuple(m for m in MATRICES if m in held)
 
 
-def resolve_layers(model: Any, layers: Iterable[int] | int | None) -> list[int]:
+def default_matrices(model: Any) -> tuple[str, ...]:
+    """The matrices of the model's MLPs, which are read where none are named.
+
+    Raises:
+        NotImplementedError: The model has none that bwlens can read.
+    """
+    held = tuple(m for m in available_matrices(model) if m in MLP)
+    if held:
+        return held
+    why = {reason for block in model.blocks for reason in block_taps(block, 0).refused.values()}
+    raise NotImplementedError(
+        f"bwlens reads the MLPs where no matrices are named, and finds none that it can read in"
+        f" this model{f' ({why.pop()})' if why else ''}; {_what_it_has(model)}"
+    )
+
+
+def _what_it_has(model: Any) -> str:
+    """What could be asked for instead, or what the blocks are made of."""
+    if held := available_matrices(model):
+        return f"it has {', '.join(held)}"
+    made_of = contents(model.blocks[0])
+    return f"it has none of those bwlens knows, and its blocks are made of {made_of}"
+
+
+def resolve_matrices(matrices: Sequence[str] | str) -> tuple[str, ...]:
+    """Names of matrices, each once, in the order asked for; a string is one name.
+
+    Raises:
+        TypeError: Neither a name nor several.
+        ValueError: An unknown name, or none.
+    """
+    several = isinstance(matrices, Iterable) and not isinstance(matrices, str)
+    names: list[Any] = list(matrices) if several else [matrices]
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise TypeError(
+            f"matrices must be names among {', '.join(MATRICES)}; found {odd[0]!r}, a"
+            f" {type(odd[0]).__name__}"
+        )
+    unknown = [name for name in names if name not in MATRICES]
+    if unknown or not names:
+        found = ", ".join(map(repr, unknown)) or "an empty list"
+        raise ValueError(f"matrices must be among {', '.join(MATRICES)}; found {found}")
+    return tuple(dict.fromkeys(names))
+
+
+def resolve_layers(model: Any, layers: Layers) -> list[int]:
     """Layer indices in ascending order, negative ones counted from the end.
 
     Raises:
         ValueError: A layer is out of range or no whole number, or none is named.
     """
     n_layers = len(model.blocks)
+    there = f"this model has layers 0 to {n_layers - 1} (or -{n_layers} to -1 from the end)"
     if layers is None:
         return list(range(n_layers))
     given: Any = layers
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    asked: list[Any] = list(given) if several else [given]
-    if odd := [layer for layer in asked if not hasattr(layer, "__index__")]:
-        raise ValueError(
-            f"layer {odd[0]!r} asked for; expected whole numbers, 0 to {n_layers - 1} (or"
-            f" -{n_layers} to -1 from the end)"
-        )
+    if isinstance(given, slice):
+        try:
+            asked: list[Any] = list(range(n_layers))[given]
+        except TypeError:
+            raise TypeError(f"layers {given} asked for; {there}") from None
+    else:
+        several = isinstance(given, Iterable) and not isinstance(given, str)
+        asked = list(given) if several else [given]
+    odd = [n for n in asked if isinstance(n, bool) or not hasattr(n, "__index__")]
+    if odd:
+        raise ValueError(f"layer {odd[0]!r} asked for; expected whole numbers, {there}")
+    asked = [n.__index__() for n in asked]
     bad = [layer for layer in asked if not -n_layers <= layer < n_layers]
     if bad or not asked:
         found = f"layer {bad[0]}" if bad else "an empty list of layers"
-        raise ValueError(
-            f"{found} asked for, but this model has layers 0 to {n_layers - 1}"
-            f" (or -{n_layers} to -1 from the end)"
-        )
+        raise ValueError(f"{found} asked for, but {there}")
     return sorted({layer % n_layers for layer in asked})
 
 
@@ -236,6 +190,12 @@ def check_model(model: Any) -> None:
             stack of blocks.
     """
     name = type(model).__name__
+    if hasattr(model, "peft_config"):
+        raise TypeError(
+            f"{name} is a PEFT model, not a TransformerLens one; merge its adapters"
+            f" (merged = model.merge_and_unload()) and boot the result:"
+            f" TransformerBridge.boot_transformers(name, hf_model=merged, tokenizer=tokenizer)"
+        )
     if not hasattr(model, "hook_dict"):
         raise TypeError(
             f"expected a TransformerLens model (TransformerBridge or HookedTransformer), found"
@@ -268,119 +228,19 @@ def check_model(model: Any) -> None:
         raise NotImplementedError(f"this {name} has no unembedding, so nothing to read a lens with")
 
 
-def _matrices_of(tap: Tap | ExpertTap) -> set[str]:
-    if isinstance(tap, Tap):
-        return {tap.site.matrix}
-    return {matrix for matrices in tap.weights.values() for matrix in matrices}
+def check_stream(model: Any) -> None:
+    """Refuse to read a stream that has another width than the unembedding takes.
 
-
-def _taps_of(part: Any, layer: int, names: list[str]) -> list[Tap | ExpertTap]:
-    """The taps of an MLP or attention module, by whichever parts it shows."""
-    if part is None:
-        return []
-    if (experts := _batched_experts(part)) is not None:
-        weights = {
-            parameter: matrices
-            for parameter, matrices in experts[1].items()
-            if any(m in names for m in matrices)
-        }
-        return [ExpertTap(layer, experts[0], weights)] if weights else []
-    if isinstance(getattr(part, "experts", None), nn.ModuleList):
-        return [
-            tap
-            for index, expert in enumerate(part.experts)
-            for tap in _hooked_taps(
-                expert, layer, names, index, Point(part.hook_expert_indices, "output")
-            )
-        ]
-    if hasattr(part, "hook_in") and hasattr(part, "hook_out"):
-        return _bridge_taps(part, layer, names)
-    return _hooked_taps(part, layer, names)
-
-
-def _bridge_taps(part: Any, layer: int, names: list[str]) -> list[Tap | ExpertTap]:
-    """Each projection of a bridge is a component with a hook_in and a hook_out of its own."""
-    taps: list[Tap | ExpertTap] = []
-    for name in names:
-        if name == "W_gate" and not any(a in part._modules for a in _PROJECTIONS["W_in"][1]):
-            continue  # alone, it is the router of a mixture
-        for attribute in _PROJECTIONS[name][1]:
-            projection = part._modules.get(attribute)
-            if projection is None or not hasattr(projection, "hook_out"):
-                continue
-            x = [Point(projection.hook_in, "output")]
-            z = [Point(projection.hook_out, "input")]
-            # hook_in is silent in compatibility mode's gated MLPs; the container's is the same x.
-            if name not in ("W_out", "W_O"):
-                x.append(Point(part.hook_in, "output"))
-            # hook_out is silent with use_attn_result; the container's is the same z.
-            if name == "W_O":
-                z.append(Point(part.hook_out, "input"))
-            taps.append(Tap(Site(name, layer), tuple(x), tuple(z), _unwrapped(projection)))
-            break
-    return taps
-
-
-def _hooked_taps(
-    part: Any,
-    layer: int,
-    names: list[str],
-    expert: int | None = None,
-    routing: Point | None = None,
-) -> list[Tap | ExpertTap]:
-    """HookedTransformer keeps the weights on the MLP or attention module itself."""
-    whole_in, whole_out = Point(part, "input"), Point(part, "output")
-    gate, linear = ("hook_pre", "hook_pre_linear")
-    if hasattr(part, "hook_gate"):  # an expert names them differently
-        gate, linear = ("hook_gate", "hook_pre")
-    gated = hasattr(part, "W_gate")
-    ways: dict[str, tuple[Point, str | Point]] = {
-        "W_in": (whole_in, linear if gated else "hook_pre"),
-        "W_gate": (whole_in, gate),
-        "W_Q": (Point(part, "input", "query_input"), "hook_q"),
-        "W_K": (Point(part, "input", "key_input"), "hook_k"),
-        "W_V": (Point(part, "input", "value_input"), "hook_v"),
-    }
-    if hasattr(part, "hook_post"):
-        ways["W_out"] = (Point(part.hook_post, "output"), whole_out)
-    if hasattr(part, "hook_z"):
-        ways["W_O"] = (Point(part.hook_z, "output"), whole_out)
-    taps: list[Tap | ExpertTap] = []
-    for name in names:
-        if name not in ways or not hasattr(part, name) or getattr(part, name) is None:
-            continue
-        x, z = ways[name]
-        z_point = z if isinstance(z, Point) else Point(getattr(part, z), "input")
-        taps.append(Tap(Site(name, layer, expert), (x,), (z_point,), part, routing))
-    return taps
-
-
-def _batched_experts(part: Any) -> tuple[nn.Module, dict[str, tuple[str, ...]]] | None:
-    """The experts module with 3-D parameters inside a mixture, and what its parameters hold."""
-    experts = getattr(_unwrapped(part), "experts", None)
-    if experts is None:
-        return None
-    experts = _unwrapped(experts)
-    batched = {name for name, parameter in experts.named_parameters() if parameter.ndim == 3}
-    if not batched:
-        return None
-    plain = getattr(experts, "is_concatenated", True) and not getattr(
-        experts, "is_transposed", False
-    )
-    if batched != {"gate_up_proj", "down_proj"} or not plain:
+    Raises:
+        NotImplementedError: The model projects between its blocks and its unembedding.
+    """
+    width, taken = getattr(model.cfg, "d_model", None), model.unembed.W_U.shape[0]
+    if width is not None and width != taken:
         raise NotImplementedError(
-            f"{type(experts).__name__} keeps its experts' weights in {', '.join(sorted(batched))}"
-            f" ({'plain' if plain else 'transposed or interleaved'}); bwlens reads experts with a"
-            f" plain gate_up_proj and down_proj"
+            f"the residual stream of this {type(model).__name__} has {width} entries, but its"
+            f" unembedding takes {taken}: a projection stands between them, which a reading in the"
+            f" vocabulary cannot pass. Gradients are exact all the same: bwlens.capture"
         )
-    return experts, {"gate_up_proj": ("W_gate", "W_in"), "down_proj": ("W_out",)}
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The Hugging Face module inside the components of a bridge."""
-    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
-        module = inner
-    return module
 
 
 _SWITCHES = {
@@ -420,19 +280,21 @@ def hook_points(
     flags = {f for name in names if (f := _SWITCHES.get(name.rpartition(".")[2]))}
     if not required and {"use_attn_in", "use_split_qkv_input"} <= flags:
         flags -= {"use_attn_in", "use_split_qkv_input"}  # mutually exclusive
-    before = {flag: bool(getattr(model.cfg, flag, False)) for flag in flags}
     # A predicate takes what this model can switch on.
     tolerated = () if required else (NotImplementedError, ValueError, AssertionError)
-    try:
-        for flag in flags:
-            with suppress(*tolerated):
-                if not before[flag]:
-                    getattr(model, f"set_{flag}")(True)
-        yield {name: Point(known[name], "output", branch=_parts(name)) for name in names}, required
-    finally:
-        for flag, value in before.items():
-            if bool(getattr(model.cfg, flag, False)) != value:
-                getattr(model, f"set_{flag}")(value)
+    with alone_with(model):
+        before = {flag: bool(getattr(model.cfg, flag, False)) for flag in flags}
+        try:
+            for flag in flags:
+                with suppress(*tolerated):
+                    if not before[flag]:
+                        getattr(model, f"set_{flag}")(True)
+            points = {n: Point(known[n], "output", branch=_parts(n)) for n in names}
+            yield points, required
+        finally:
+            for flag, value in before.items():
+                if bool(getattr(model.cfg, flag, False)) != value:
+                    getattr(model, f"set_{flag}")(value)
 
 
 def _parts(name: str) -> bool:

@@ -11,7 +11,10 @@ Grouped queries: `W_K` and `W_V` have the width of the model's own key and value
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from types import CellType, FunctionType
 from typing import Any
 from weakref import ProxyTypes, proxy
@@ -20,7 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bwlens.model.sites import ExpertTap, Site, Tap, find_taps, resolve_layers
+from bwlens.model.places import SHARED, ExpertTap, Site, Tap
+from bwlens.model.sites import check_model, find_taps, resolve_layers
 
 _STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -89,7 +93,7 @@ class Weight:
 
 
 def weight_of(model: Any, site: Site) -> Weight:
-    """The weight of a site, in the model's own memory.
+    """The weight of a site, in the model's own memory; for several, see `weights_of`.
 
     Args:
         model: A TransformerBridge, raw or in compatibility mode, or a HookedTransformer.
@@ -105,18 +109,30 @@ def weight_of(model: Any, site: Site) -> Weight:
         >>> weight.shape  # doctest: +SKIP
         (768, 192)
     """
-    taps = find_taps(model, [site.matrix], site.layer)
-    found = Site(site.matrix, resolve_layers(model, site.layer)[0], site.expert)
-    if isinstance(taps[0], ExpertTap):
-        parameter, live = _slice_of_experts(taps[0], found)
-    else:
-        parameter, live = _own_parameter(_the_one(taps, found))
-    _check_stored(parameter, found)
-    _check_unshared(model, parameter, found)
-    live = live.detach()
-    per_head_in = live.ndim == 3 and found.matrix == "W_O"
-    d_in = live.shape[0] * live.shape[1] if per_head_in else live.shape[0]
-    return Weight(found, live, (d_in, live.numel() // d_in))
+    return weights_of(model, [site])[site]
+
+
+def weights_of(model: Any, sites: Iterable[Site]) -> dict[Site, Weight]:
+    """The weights of several sites, in the model's own memory, by the sites asked for.
+
+    Raises:
+        ValueError: As `weight_of` does.
+        NotImplementedError: As `weight_of` does.
+    """
+    check_model(model)
+    memory = _Memory(model)
+    weights = {}
+    for site in sites:
+        taps = find_taps(model, [site.matrix], site.layer)
+        found = Site(site.matrix, resolve_layers(model, site.layer)[0], site.expert)
+        parameter, live = _stored(taps, found)
+        _check_stored(parameter, found)
+        memory.check_unshared(parameter, found)
+        live = live.detach()
+        per_head_in = live.ndim == 3 and found.matrix == "W_O"
+        d_in = live.shape[0] * live.shape[1] if per_head_in else live.shape[0]
+        weights[site] = Weight(found, live, (d_in, live.numel() // d_in))
+    return weights
 
 
 def copy_of(model: Any) -> Any:
@@ -172,31 +188,29 @@ def _rehung(function: FunctionType, memo: dict[Any, Any]) -> FunctionType:
     return made
 
 
-def _the_one(taps: list[Any], site: Site) -> Tap:
-    """The tap of the site's expert, or the only one where there are none."""
-    experts = sorted(tap.site.expert for tap in taps if tap.site.expert is not None)
+def _stored(taps: list[Tap | ExpertTap], site: Site) -> tuple[Any, Tensor]:
+    """The parameter of one of a layer's sites, and the weight in it with d_in first."""
+    experts: list[Any] = []
     for tap in taps:
-        if tap.site.expert == site.expert:
-            return tap
-    raise ValueError(_no_such_expert(site, experts))
-
-
-def _no_such_expert(site: Site, experts: list[int]) -> str:
+        if isinstance(tap, Tap):
+            if tap.site == site:
+                return _own_parameter(tap)
+            experts += [] if tap.site.expert is None else [tap.site.expert]
+            continue
+        name = next(name for name, held in tap.weights.items() if site.matrix in held)
+        parameter, held = getattr(tap.experts, name), tap.weights[name]
+        if isinstance(site.expert, int) and 0 <= site.expert < len(parameter):
+            part = parameter[site.expert].chunk(len(held))[held.index(site.matrix)]
+            return parameter, part.T
+        experts += range(len(parameter))
     if not experts:
-        return f"{site}: that layer is no mixture of experts; leave the expert out"
+        raise ValueError(f"{site}: that layer is no mixture of experts; leave the expert out")
     asked = "names no expert" if site.expert is None else "does not exist"
-    return f"{site} {asked}; that layer has the experts {experts[0]} to {experts[-1]}"
-
-
-def _slice_of_experts(tap: ExpertTap, site: Site) -> tuple[Any, Tensor]:
-    """One expert's part of a batched parameter [expert, d_out, d_in]."""
-    name, matrices = next(
-        (name, matrices) for name, matrices in tap.weights.items() if site.matrix in matrices
+    numbers = [expert for expert in experts if isinstance(expert, int)]
+    more = " and the shared one ('shared')" if SHARED in experts else ""
+    raise ValueError(
+        f"{site} {asked}; that layer has the experts {min(numbers)} to {max(numbers)}{more}"
     )
-    parameter = getattr(tap.experts, name)
-    if site.expert is None or not 0 <= site.expert < len(parameter):
-        raise ValueError(_no_such_expert(site, list(range(len(parameter)))))
-    return parameter, parameter[site.expert].chunk(len(matrices))[matrices.index(site.matrix)].T
 
 
 def _own_parameter(tap: Tap) -> tuple[Any, Tensor]:
@@ -218,6 +232,9 @@ def _own_parameter(tap: Tap) -> tuple[Any, Tensor]:
             f" parametrisation?); merge it into the model's weights first"
         )
     if isinstance(linear, nn.Linear):
+        if tap.gated_heads:
+            by_head = parameter.T.unflatten(1, (tap.gated_heads, 2, -1))
+            return parameter, by_head[:, :, 0]
         return parameter, parameter.T
     if hasattr(linear, "nf"):  # transformers' Conv1D
         return parameter, parameter
@@ -242,19 +259,31 @@ def _check_stored(parameter: Tensor, site: Site) -> None:
         )
 
 
-def _check_unshared(model: Any, parameter: Tensor, site: Site) -> None:
-    """No other layer computes with the same memory."""
-    first, last = _range(parameter)
-    for layer, block in enumerate(model.blocks):
-        if layer == site.layer:
-            continue
-        for other in block.parameters():
-            start, stop = _range(other)
-            if start < last and first < stop:
+class _Memory:
+    """Which bytes the parameters of each block lie in, to find those of several blocks."""
+
+    def __init__(self, model: Any) -> None:
+        self._spans = sorted(
+            (*span, layer)
+            for layer, block in enumerate(model.blocks)
+            for parameter in block.parameters()
+            if (span := _range(parameter))[0] < span[1]
+        )
+        # The furthest end of each span and those before it: where to stop looking back.
+        self._ends = list(accumulate((stop for _, stop, _ in self._spans), max))
+
+    def check_unshared(self, parameter: Tensor, site: Site) -> None:
+        """No other layer computes with the same memory."""
+        first, last = _range(parameter)
+        at = bisect_left(self._spans, (last,)) - 1
+        while at >= 0 and self._ends[at] > first:
+            _, stop, layer = self._spans[at]
+            if stop > first and layer != site.layer:
                 raise NotImplementedError(
                     f"{site} is shared with layer {layer}, so a change cannot be made in one layer"
                     f" alone"
                 )
+            at -= 1
 
 
 def _range(tensor: Tensor) -> tuple[int, int]:

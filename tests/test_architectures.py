@@ -1,0 +1,46 @@
+"""What is read of each architecture: exactly, in part with the reason, or nothing."""
+
+from contextlib import nullcontext
+from importlib.metadata import version
+
+import pytest
+import torch
+
+import bwlens
+from bwlens.model.sites import available_matrices, default_matrices
+from tests import cases, oracle, tiny
+from tests.architectures import ARCHITECTURES, REFUSED
+
+TOKENS = torch.tensor([[5, 9, 30, 41], [7, 8, 3, 2]])
+
+
+@pytest.mark.filterwarnings("ignore:Hook alias .* did not resolve:UserWarning")
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_matrix_against_hugging_face(name, dtype, boot):
+    """Nothing that is there is left out, and what is read is the copy's own gradient."""
+    architecture = ARCHITECTURES[name]
+    for line, why in architecture.not_on.items():
+        if version("transformer_lens").startswith(line):
+            pytest.skip(f"not on TransformerLens {line}: {why}")
+    if dtype is torch.float64 and architecture.float32_only:
+        pytest.skip(architecture.float32_only)
+    tolerance = 2 * cases.TOLERANCE[dtype]
+    with oracle.TrueFloat64() if dtype is torch.float64 else nullcontext():
+        model, hf = boot(name, dtype), tiny.hf_model(name, dtype)
+        cases.check_every_matrix(model, hf, tolerance, sides=("right",), unread=architecture.unread)
+    assert {matrix for matrix, *_ in oracle.matrices(hf)} >= set(architecture.unread)
+    for matrix, why in architecture.unread.items():
+        with pytest.raises((NotImplementedError, ValueError), match=f"{matrix}.* {why}"):
+            bwlens.capture(model, TOKENS, 17, matrix)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_without_a_known_matrix(name, boot):
+    model = boot(name)
+    assert available_matrices(model) == ()
+    with pytest.raises(NotImplementedError, match=r"finds none .* its blocks are made of \w+ \("):
+        default_matrices(model)
+    with pytest.raises((NotImplementedError, ValueError), match=r"W_in"):
+        bwlens.capture(model, TOKENS, 17)

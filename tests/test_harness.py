@@ -291,6 +291,7 @@ def test_the_papers_protocol(tmp_path, model):
     assert len(sentences) == 100
     assert sentences[0].startswith("0 word")
     assert len(prose_rows(model, [" ".join(["t7"] * 300)])[0]) == 64  # the context
+    assert read_prose(["a" * 29, "b" * 30, "c" * 31]) == ["b" * 30, "c" * 31]
     with pytest.raises(ValueError, match="no line of 30 characters"):
         read_prose(["short", "shorter"])
     with pytest.raises(ValueError, match="no such file"):

@@ -63,11 +63,15 @@ def test_smallest_of_all_solutions(boot):
     torch.testing.assert_close(change[site].dense().double(), best, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("kl_factor", [0.0625, 20.0])
 @pytest.mark.parametrize("name", sorted(W_OUT))
-def test_the_value_against_adam_by_hand(name, boot):
-    """The same loss, written out on an unbridged copy, one prompt at a time."""
+def test_the_value_against_adam_by_hand(name, kl_factor, boot):
+    """The same loss, written out on an unbridged copy, one prompt at a time.
+
+    With a large factor the divergence is most of the loss, and its direction shows.
+    """
     model, hf = boot(name), tiny.hf_model(name).requires_grad_(False)
-    settings = ValueSettings(steps=4, clamp=0.4)
+    settings = ValueSettings(steps=4, clamp=0.4, kl_factor=kl_factor)
     value = find_value(model, EDIT, Site("W_out", 1), settings, PREFIXES, prepend_bos=False)
     texts = ["t5 t6 t9 t30 t41", *(f"{p} t5 t6 t9 t30 t41" for p in PREFIXES)]
     rows = [[int(word[1:]) for word in text.split()] for text in texts]
@@ -92,7 +96,7 @@ def test_the_value_against_adam_by_hand(name, boot):
         original = ends[-1].detach() if original is None else original
         nll = -sum(end[17] for end in ends[:3]) / 3
         kl = (ends[-1].exp() * (ends[-1] - original)).sum()
-        loss = nll + 0.0625 * kl + 0.5 * delta.norm() / sizes[0] ** 2
+        loss = nll + kl_factor * kl + 0.5 * delta.norm() / sizes[0] ** 2
         losses.append(float(loss.detach()))
         if step == 4:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def fingerprint(model: Any) -> str:
     """Sixteen hexadecimal digits that tell a model's weights from any others.
 
     A hash of every parameter's name, shape, dtype and bytes; of more than a million numbers, as
-    many are taken at even steps that meet every row and column. The device plays no part.
+    many or fewer are taken, at equal steps that meet every row and column. The device plays no part.
 
     Example:
         >>> fingerprint(load_model("demo")) == fingerprint(load_model("demo"))
@@ -33,7 +34,9 @@ def fingerprint(model: Any) -> str:
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         held.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         flat = parameter.detach().reshape(-1)
-        # An odd step walks over all columns of a matrix whose width is even.
-        step = -(-flat.numel() // _SAMPLED) | 1
+        # Without a factor in common with any side, steps walk over all rows and all columns.
+        step = max(1, -(-flat.numel() // _SAMPLED))
+        while math.gcd(step, flat.numel()) > 1:
+            step += 1
         held.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return held.hexdigest()[:16]

@@ -63,15 +63,11 @@ def test_smallest_of_all_solutions(boot):
     torch.testing.assert_close(change[site].dense().double(), best, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("kl_factor", [0.0625, 20.0])
 @pytest.mark.parametrize("name", sorted(W_OUT))
-def test_the_value_against_adam_by_hand(name, kl_factor, boot):
-    """The same loss, written out on an unbridged copy, one prompt at a time.
-
-    With a large factor the divergence is most of the loss, and its direction shows.
-    """
+def test_the_value_against_adam_by_hand(name, boot):
+    """The same loss, written out on an unbridged copy, one prompt at a time."""
     model, hf = boot(name), tiny.hf_model(name).requires_grad_(False)
-    settings = ValueSettings(steps=4, clamp=0.4, kl_factor=kl_factor)
+    settings = ValueSettings(steps=4, clamp=0.4)
     value = find_value(model, EDIT, Site("W_out", 1), settings, PREFIXES, prepend_bos=False)
     texts = ["t5 t6 t9 t30 t41", *(f"{p} t5 t6 t9 t30 t41" for p in PREFIXES)]
     rows = [[int(word[1:]) for word in text.split()] for text in texts]
@@ -96,7 +92,7 @@ def test_the_value_against_adam_by_hand(name, kl_factor, boot):
         original = ends[-1].detach() if original is None else original
         nll = -sum(end[17] for end in ends[:3]) / 3
         kl = (ends[-1].exp() * (ends[-1] - original)).sum()
-        loss = nll + kl_factor * kl + 0.5 * delta.norm() / sizes[0] ** 2
+        loss = nll + 0.0625 * kl + 0.5 * delta.norm() / sizes[0] ** 2
         losses.append(float(loss.detach()))
         if step == 4:
             break
@@ -106,6 +102,34 @@ def test_the_value_against_adam_by_hand(name, kl_factor, boot):
             delta *= min(1.0, float(0.4 * sizes[0] / delta.norm()))
     assert value.losses == pytest.approx(losses, rel=1e-3)
     torch.testing.assert_close(value.delta, delta.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_divergence_is_the_new_models_from_the_original():
+    """KL(new || original), where it is large enough for the other direction to be far off."""
+    model, site = bwlens.load_model("demo"), Site("W_out", 2)
+    edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
+    # The first step is the same, as the divergence is flat at the start.
+    with_it, without = (
+        find_value(model, edit, site, ValueSettings(1, 3.0, kl_factor, clamp=9.0), ())
+        for kl_factor in (1.0, 0.0)
+    )
+    torch.testing.assert_close(with_it.delta, without.delta, rtol=1e-3, atol=1e-3)
+    tokens = model.to_tokens("Lionel Messi is a", prepend_bos=False)
+    last = model.to_tokens("Lionel Messi", prepend_bos=False).shape[1] - 1
+
+    def shift(module, args, out):
+        out = out.clone()
+        out[0, last] += with_it.delta
+        return out
+
+    with torch.no_grad():
+        original = model(tokens)[0, -1].log_softmax(-1)
+        handle = model.blocks[2].mlp.out.register_forward_hook(shift)
+        new = model(tokens)[0, -1].log_softmax(-1)
+        handle.remove()
+    right, reverse = (float((p.exp() * (p - q)).sum()) for p, q in ((new, original), (original, new)))
+    assert right != pytest.approx(reverse, rel=0.1)
+    assert with_it.losses[1] - without.losses[1] == pytest.approx(right, rel=1e-2)
 
 
 def test_several_in_turn(boot):

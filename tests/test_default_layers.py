@@ -53,5 +53,5 @@ def test_layers_by_depth(depth, tokenizer):
         LAYERS[depth]
     )
     assert {name: {site.matrix for site in change} for name, change in found.items()} == {
-        **dict.fromkeys(found, {"W_out"}), "whitened_shift": {"W_O"},
+        **{name: {"W_out"} for name in found}, "whitened_shift": {"W_O"},
     }  # fmt: skip

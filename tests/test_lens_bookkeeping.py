@@ -1,4 +1,4 @@
-"""Which vector a cell reads, and of which token it gives the rank: each by a loop over the cells."""
+"""Which vector a cell reads, and of which token it gives the rank, by a loop over the cells."""
 
 import pytest
 import torch

@@ -234,8 +234,8 @@ def test_no_such_file_folder_or_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(ValueError, match=r"could not be loaded \(ConnectionError: no network"):
         read_records("someone/counterfact")
-    with pytest.raises(ValueError, match="limit is 0"):
-        read_records("demo", limit=0)
+    with pytest.raises(ValueError, match="limit is -1"):
+        read_records("demo", limit=-1)
 
 
 def test_a_data_set_of_the_hub(monkeypatch):

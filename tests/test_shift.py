@@ -392,8 +392,8 @@ def test_bad_settings(settings, error, bridge, unchecked):
 
 
 def test_no_edits(bridge, unchecked):
-    for edits in ([], ["t5 t9"]):
-        with pytest.raises(ValueError, match="expected an Edit or a list of them"):
+    for edits, error in (([], ValueError), (["t5 t9"], TypeError), ("t5 t9", TypeError)):
+        with pytest.raises(error, match="expected an Edit or a list of them"):
             forward_pass_shift(bridge("gpt2"), edits)
 
 

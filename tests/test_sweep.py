@@ -158,6 +158,7 @@ def test_an_edit_that_fails_in_its_batch_is_found(demo, tmp_path, monkeypatch):
     assert "loss of the prompt is nan" in found.failures[0].message
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_nothing_to_read_is_an_error(demo, tmp_path):
     with pytest.raises(ValueError, match="found an empty list"):
         sweep("gradient_rank", demo, [], tmp_path)

@@ -19,7 +19,24 @@ from tests import tiny
 from tests.browser import chromium as chromium
 from tests.browser import show as show
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(
+    os.environ.get("BWLENS_SHARED") or Path(__file__).resolve().parents[2] / "shared"
+).absolute()
+"""Models, tokenizers and data too large for the repository: beside it, or named by the variable."""
+
+
+def pytest_report_header():
+    """Say what will be skipped for want of data, before anything else is said."""
+    missing = "" if SHARED.is_dir() else " is missing: tests that need it are skipped"
+    return f"shared data: {SHARED}{missing}"
+
+
+def shared(path):
+    """A file or folder of the shared data; the test that asks for what is not there is skipped."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"needs {found}, which is not there")
+    return found
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -52,10 +69,7 @@ def bridge(tokenizer):
 @pytest.fixture(scope="session")
 def stories():
     """A small trained Llama, where its files lie."""
-    folder = SHARED / "models/stories260K"
-    if not folder.exists():
-        pytest.skip(f"no model in {folder}")
-    return tiny.Stories(folder)
+    return tiny.Stories(shared("models/stories260K"))
 
 
 @pytest.fixture

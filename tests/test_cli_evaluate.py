@@ -59,7 +59,7 @@ def test_edit_with_settings_and_neighbours_of_ones_own():
         (("evaluate", "table2"), "there is 'table1'"),
         (("evaluate", "--methods", "nonsense", "--limit", "1"), "no editing method 'nonsense'"),
         (("evaluate", "--data", "none.json"), "no such file"),
-        (("evaluate", "--limit", "0"), "limit is 0"),
+        (("evaluate", "--limit", "-1"), "limit is -1"),
         (("evaluate", "--prose", "none.txt", "--limit", "1"), "no such file"),
     ],
 )

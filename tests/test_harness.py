@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,7 @@ from bwlens.data.records import Record, Records, read_records
 from bwlens.edit import WeightChange
 from bwlens.evaluation import harness, measuring, metrics
 from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
-from bwlens.evaluation.generation import Writer, _rereading
+from bwlens.evaluation.generation import Writer
 from bwlens.evaluation.harness import Harness, evaluate
 from bwlens.evaluation.measuring import Options
 from bwlens.evaluation.methods import editing_methods, methods_of
@@ -62,6 +64,11 @@ def model(tokenizer):
 @pytest.fixture(scope="module")
 def demo():
     return bwlens.load_model("demo")
+
+
+def count_hooks(model):
+    modules = [*model.modules(), *model.original_model.modules()]
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
 def state(model):
@@ -127,10 +134,11 @@ def test_answers_of_a_hooked_transformer(tokenizer):
     for kind in one:
         torch.testing.assert_close(one[kind].nll_new, two[kind].nll_new, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(one[kind].nll_true, two[kind].nll_true, rtol=1e-4, atol=1e-4)
-    rows = Writer(hooked)
-    assert rows._way.__name__ == "_hooked_cache"
     prompts = [(5, 6, 7), (8,)]
-    assert rows.sampled(prompts, 9) == Writer(bridge).sampled(prompts, 9)
+    with tokens_read(hooked) as read:
+        sampled = Writer(hooked).sampled(prompts, 9)
+    assert read[-8:] == [2] * 8  # each token once
+    assert sampled == Writer(bridge).sampled(prompts, 9)
 
 
 def test_as_few_rows_as_possible(model):
@@ -164,6 +172,28 @@ def test_prompts_longer_than_the_context_are_refused(model):
 # Writing on.
 
 
+class Plain:
+    """A model that keeps nothing: all of it is read again at each step."""
+
+    def __init__(self, model):
+        self._model = model
+        self.embed, self.cfg, self.tokenizer = model.embed, model.cfg, model.tokenizer
+
+    def __call__(self, *args, **kwargs):
+        return self._model(*args, **kwargs)
+
+
+@contextmanager
+def tokens_read(model):
+    """How many tokens each forward pass reads."""
+    read = []
+    handle = model.embed.register_forward_hook(lambda m, args, out: read.append(args[0].numel()))
+    try:
+        yield read
+    finally:
+        handle.remove()
+
+
 def slow_greedy(model, prompt, n):
     ids = list(prompt)
     for _ in range(n):
@@ -177,12 +207,24 @@ def test_greedy_text_equals_a_loop(bridge, name):
     model = bridge(name)
     prompts = [(7, 20, 31), (8,), (9, 10, 11, 12, 13)]
     writer = Writer(model)
-    assert writer._way.__name__ == "_hugging_face_cache"
     said = [slow_greedy(model, prompt, 4) for prompt in prompts]
     for word in dict.fromkeys(words[-1] for words in said if words[-1] >= 4):  # no special ones
         for n in (3, 4):
             found = writer.greedy_contains(prompts, model.tokenizer.decode([word]), n)
             assert found == [word in words[:n] for words in said]
+
+
+@pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
+def test_each_token_is_read_once(bridge, name):
+    """Longer than Gemma's window, and with what a model without a cache says."""
+    model = bridge(name)
+    prompts = [(7, 20, 31), (8, 4), (9, 10, 11, 12, 13)]
+    writer, before = Writer(model), count_hooks(model)
+    with tokens_read(model) as read:
+        found = writer.sampled(prompts, 42, seed=5)
+    assert read == [3 * 2] + [3] * 39
+    assert count_hooks(model) == before
+    assert found == Writer(Plain(model)).sampled(prompts, 42, seed=5)
 
 
 def test_greedy_words_are_whole(demo):
@@ -203,8 +245,7 @@ def test_sampling_hangs_on_the_seed_alone(demo):
     assert writer.sampled(prompts, 20, seed=3) == first
     assert writer.sampled(prompts, 20, seed=4) != first
     assert first[0].startswith("Once upon a time")
-    writer._way = _rereading
-    assert writer.sampled(prompts, 20, seed=3) == first
+    assert Writer(Plain(demo)).sampled(prompts, 20, seed=3) == first
     assert len(demo.to_tokens(first[0], prepend_bos=False)[0]) == pytest.approx(20, abs=2)
     # One of the most probable alone is greedy.
     greedy = slow_greedy(demo, prompts[0], 5)
@@ -212,14 +253,16 @@ def test_sampling_hangs_on_the_seed_alone(demo):
     assert writer.sampled(prompts[:1], len(prompts[0]) + 5, top_k=1) == [text]
 
 
-def test_draws_follow_the_probabilities(demo, monkeypatch):
-    writer = Writer(demo)
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().repeat(4000, 1)
-    monkeypatch.setattr(writer, "_way", lambda model, rows: lambda tokens: logits)
-    monkeypatch.setattr(
-        writer._model.tokenizer.__class__, "decode", lambda self, r, **_: str(r[-1])
-    )
-    drawn = writer.sampled([(1,)] * 4000, 2, top_k=3)
+def test_draws_follow_the_probabilities(demo):
+    class Loaded(Plain):
+        """Says the same four words with the same probabilities, whatever it reads."""
+
+        def __call__(self, tokens, **_):
+            return torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(*tokens.shape, -1)
+
+    model = Loaded(demo)
+    model.tokenizer = SimpleNamespace(decode=lambda ids, **_: str(ids[-1]))
+    drawn = Writer(model).sampled([(1,)] * 4000, 2, top_k=3)
     shares = [drawn.count(str(i)) / 4000 for i in range(4)]
     assert shares == pytest.approx([0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], abs=0.03)
 
@@ -249,6 +292,7 @@ def test_the_papers_protocol(tmp_path, model):
     assert len(sentences) == 100
     assert sentences[0].startswith("0 word")
     assert len(prose_rows(model, [" ".join(["t7"] * 300)])[0]) == 64  # the context
+    assert read_prose(["a" * 29, "b" * 30, "c" * 31]) == ["b" * 30, "c" * 31]
     with pytest.raises(ValueError, match="no line of 30 characters"):
         read_prose(["short", "shorter"])
     with pytest.raises(ValueError, match="no such file"):

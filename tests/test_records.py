@@ -9,7 +9,7 @@ import bwlens
 from bwlens import demo
 from bwlens.data.records import Problem, Record, Records, read_records
 from bwlens.model.prompts import Edit
-from tests.conftest import SHARED
+from tests.conftest import shared
 
 FLAT = {
     "prompt": "{} plays for",
@@ -234,8 +234,8 @@ def test_no_such_file_folder_or_data_set(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(ValueError, match=r"could not be loaded \(ConnectionError: no network"):
         read_records("someone/counterfact")
-    with pytest.raises(ValueError, match="limit is 0"):
-        read_records("demo", limit=0)
+    with pytest.raises(ValueError, match="limit is -1"):
+        read_records("demo", limit=-1)
 
 
 def test_a_data_set_of_the_hub(monkeypatch):
@@ -274,15 +274,8 @@ def test_slices_and_samples():
         records.sample(681)
 
 
-@pytest.fixture(scope="module")
-def data():
-    if not (SHARED / "data").exists():
-        pytest.skip(f"no data in {SHARED}")
-    return SHARED / "data"
-
-
-def test_all_requests_of_counterfact(data):
-    path = data / "counterfact_requests.json"
+def test_all_requests_of_counterfact():
+    path = shared("data/counterfact_requests.json")
     records = read_records(path)
     raw = json.loads(path.read_text())
     assert len(records) == len(raw) == 21919
@@ -295,8 +288,8 @@ def test_all_requests_of_counterfact(data):
         assert record.relation == rewrite["relation_id"]
 
 
-def test_all_known_facts(data):
-    path = data / "known_1000.json"
+def test_all_known_facts():
+    path = shared("data/known_1000.json")
     records = read_records(path)
     raw = {entry["known_id"]: entry for entry in json.loads(path.read_text())}
     assert len(raw) == 1209

@@ -104,6 +104,35 @@ def test_the_value_against_adam_by_hand(name, boot):
     torch.testing.assert_close(value.delta, delta.detach(), rtol=1e-3, atol=1e-3)
 
 
+def test_the_divergence_is_the_new_models_from_the_original():
+    """KL(new || original), where it is large enough for the other direction to be far off."""
+    model, site = bwlens.load_model("demo"), Site("W_out", 2)
+    edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
+    # The first step is the same, as the divergence is flat at the start.
+    with_it, without = (
+        find_value(model, edit, site, ValueSettings(1, 3.0, kl_factor, clamp=9.0), ())
+        for kl_factor in (1.0, 0.0)
+    )
+    torch.testing.assert_close(with_it.delta, without.delta, rtol=1e-3, atol=1e-3)
+    tokens = model.to_tokens("Lionel Messi is a", prepend_bos=False)
+    last = model.to_tokens("Lionel Messi", prepend_bos=False).shape[1] - 1
+
+    def shift(module, args, out):
+        out = out.clone()
+        out[0, last] += with_it.delta
+        return out
+
+    with torch.no_grad():
+        original = model(tokens)[0, -1].log_softmax(-1)
+        handle = model.blocks[2].mlp.out.register_forward_hook(shift)
+        new = model(tokens)[0, -1].log_softmax(-1)
+        handle.remove()
+    right = float((new.exp() * (new - original)).sum())
+    reverse = float((original.exp() * (original - new)).sum())
+    assert right != pytest.approx(reverse, rel=0.1)
+    assert with_it.losses[1] - without.losses[1] == pytest.approx(right, rel=1e-2)
+
+
 def test_several_in_turn(boot):
     model = boot("gpt2")
     held, other = statistics(model), Edit("{} t8", subject="t7", target_new=" t23 t44")

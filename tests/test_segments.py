@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from bwlens import Edit
 from bwlens.model.prompts import make_batch
 from bwlens.model.segments import SEGMENTS, segment_codes, segment_names
-from tests.conftest import SHARED
+from tests.conftest import shared
 
 TOKENIZERS = ("gpt2", "stories260K")
 
@@ -19,10 +19,7 @@ TOKENIZERS = ("gpt2", "stories260K")
 @pytest.fixture(scope="module")
 def tokenizers():
     """What segments ask of a model: its tokenizer, and ids with BOS or without."""
-    file = SHARED / "tokenizers/gpt2/tokenizer.json"
-    folder = SHARED / "models/stories260K"
-    if not (file.exists() and folder.exists()):
-        pytest.skip(f"no tokenizers in {SHARED}")
+    file, folder = shared("tokenizers/gpt2/tokenizer.json"), shared("models/stories260K")
     end = "<|endoftext|>"
     byte_level = PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token=end)
     return {
@@ -138,9 +135,7 @@ def test_known_answers(tokenizers):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_every_counterfact_edit(name, tokenizers):
     """Thousands of subjects, as the field's own data has them."""
-    file = SHARED / "data/counterfact_requests.json"
-    if not file.exists():
-        pytest.skip(f"no data in {file}")
+    file = shared("data/counterfact_requests.json")
     model = tokenizers[name]
     records = json.loads(file.read_text())
     assert len(records) > 1000

@@ -250,7 +250,9 @@ def test_several_edits_of_the_demo_model():
         for edit in edits:
             assert model.to_string(model(edit.text)[0, -1].argmax()) == edit.target_new
     alone = [forward_pass_shift(model, edit).details["lr"][0] for edit in edits]
-    assert all(a <= b for a, b in zip(alone, change.details["lr"], strict=True))
+    # But for rounding: a prompt in a batch has the same numbers to seven digits.
+    together = change.details["lr"]
+    assert all(b >= a * (1 - 1e-4) for a, b in zip(alone, together, strict=True)), (alone, together)
 
 
 def test_edits_that_fight(boot):
@@ -390,8 +392,8 @@ def test_bad_settings(settings, error, bridge, unchecked):
 
 
 def test_no_edits(bridge, unchecked):
-    for edits in ([], ["t5 t9"]):
-        with pytest.raises(ValueError, match="expected an Edit or a list of them"):
+    for edits, error in (([], ValueError), (["t5 t9"], TypeError), ("t5 t9", TypeError)):
+        with pytest.raises(error, match="expected an Edit or a list of them"):
             forward_pass_shift(bridge("gpt2"), edits)
 
 

@@ -158,14 +158,15 @@ def test_an_edit_that_fails_in_its_batch_is_found(demo, tmp_path, monkeypatch):
     assert "loss of the prompt is nan" in found.failures[0].message
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_nothing_to_read_is_an_error(demo, tmp_path):
-    with pytest.raises(ValueError, match="no edits given"):
+    with pytest.raises(ValueError, match="found an empty list"):
         sweep("gradient_rank", demo, [], tmp_path)
     with pytest.raises(ValueError, match="no experiment 'rank'; there are paper"):
         sweep("rank", demo, EDITS, tmp_path)
     with pytest.raises(ValueError, match="no W_gate"):
         sweep(GradientRank(None, ("W_gate",)), demo, EDITS, tmp_path)
-    with pytest.raises(ValueError, match="found a list with str"):
+    with pytest.raises(TypeError, match=r"found 'text' \(str, at 0\)"):
         sweep("gradient_rank", demo, ["text"], tmp_path)
     with pytest.raises(ValueError, match="named twice"):
         sweep(["paper", "gradient_rank"], demo, EDITS, tmp_path)

@@ -7,15 +7,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bwlens.model.tokens import subject_positions, text_to_ids, token_offsets, token_texts
 from tests import tiny
-from tests.conftest import SHARED
+from tests.conftest import shared
 
 
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     """A tiny model with GPT-2's byte-level tokenizer, which is all that is asked of it here."""
-    file, folder = SHARED / "tokenizers/gpt2/tokenizer.json", tmp_path_factory.mktemp("gpt2")
-    if not file.exists():
-        pytest.skip(f"no tokenizer in {file}")
+    file, folder = shared("tokenizers/gpt2/tokenizer.json"), tmp_path_factory.mktemp("gpt2")
     end = "<|endoftext|>"
     PreTrainedTokenizerFast(
         tokenizer_file=str(file), bos_token=end, eos_token=end, unk_token=end, pad_token=end

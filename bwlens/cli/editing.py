@@ -53,6 +53,7 @@ def edit(
             from bwlens.evaluation.before_after import before_after, demo_company
             from bwlens.evaluation.methods import methods_of
             from bwlens.evaluation.presets import preset
+            from bwlens.model.identity import is_demo
             from bwlens.runs.parts import Process
 
         quiet()
@@ -69,7 +70,7 @@ def edit(
                 raise ValueError(
                     f"{method} cannot take --set {' '.join(settings)}: {error}"
                 ) from error
-            known = demo_company(fact) if model == "demo" else ([], [])
+            known = demo_company(fact) if is_demo(loaded) else ([], [])
             neighbours = neighbour or known[1]
             told = before_after(loaded, fact, change, known[0], neighbours, prepend_bos=bos)
         console.print(told)
@@ -88,13 +89,16 @@ def evaluate(
     methods: Annotated[
         str, typer.Option(help="Methods, e.g. 'none,rome,memit'.")
     ] = "none,forward_pass_shift",
-    data: Data = "demo",
+    data: Data = None,
     model: Model = "demo",
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; a run there is carried on.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Only so many records; 100 for table1 of the demo.")
+        int | None,
+        typer.Option(
+            help="Only so many records; 0 for all. table1 of the demo takes 100 at random."
+        ),
     ] = None,
     seed: Seed = None,
     prose: Annotated[
@@ -127,6 +131,7 @@ def evaluate(
         if process.count > 1 and out is None:
             raise ValueError("several processes share a folder; name one with --out")
         with importing(console):
+            from bwlens.data.given import own_records
             from bwlens.evaluation.harness import Harness
             from bwlens.evaluation.measuring import Options
             from bwlens.evaluation.methods import methods_of
@@ -134,12 +139,13 @@ def evaluate(
             from bwlens.evaluation.table import Table1
 
         quiet()
-        if what == "table1" and limit is None and data == "demo":
+        if what == "table1" and limit is None and data in (None, "demo"):
             limit, seed = 100, seed or 0
         records = records_of(data, limit, seed)
         for problem in records.problems[:20]:
             console.print(f"Left out: {escaped(str(problem))}", highlight=False)
         loaded = load(model, dtype, device_map, process)
+        own_records(loaded, data)
         chosen = (
             table1_methods(loaded)
             if what == "table1"

@@ -14,7 +14,13 @@ from rich.console import Console
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Model = Annotated[str, typer.Option(help="'demo', a folder, or a name on the hub.")]
-Data = Annotated[str, typer.Option(help="'demo', a file of records, or a data set on the hub.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="'demo', a file of records, or a data set on the hub.",
+        show_default="demo, for the demo model",
+    ),
+]
 Bos = Annotated[bool | None, typer.Option(help="Prepend a BOS token.")]
 Dtype = Annotated[str, typer.Option(help="The weights' dtype, e.g. 'bfloat16'.")]
 DeviceMap = Annotated[
@@ -59,11 +65,12 @@ def load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
     return load_model(name, dtype=kind, device=process.device())
 
 
-def records_of(data: str, limit: int | None, seed: int | None) -> Any:
-    """The records, the first of them, or some drawn at random."""
-    from bwlens.data.records import read_records
+def records_of(data: str | None, limit: int | None, seed: int | None) -> Any:
+    """The records, the first of them, or some drawn at random; a limit of 0 is none."""
+    from bwlens.data.records import checked_limit, read_records
 
-    records = read_records(data, None if seed is not None else limit)
+    limit = checked_limit(limit)
+    records = read_records(data or "demo", None if seed is not None else limit)
     if seed is not None and limit is not None and limit < len(records):
         return records.sample(limit, seed)
     return records

@@ -32,7 +32,7 @@ def sweep(
         typer.Argument(help="'paper' for all experiments, or names such as gradient_rank."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
-    data: Data = "demo",
+    data: Data = None,
     model: Model = "demo",
     limit: Annotated[
         int | None,
@@ -58,6 +58,7 @@ def sweep(
         process = Process.current()
         console = Console(quiet=process.index > 0)
         with importing(console):
+            from bwlens.data.given import own_records
             from bwlens.experiments.sweeps import resolve
             from bwlens.experiments.sweeps import sweep as run
 
@@ -66,8 +67,9 @@ def sweep(
         quiet()
         if limit is None and "paper" in experiment:
             limit, seed = 100, seed or 0
-        records = records_of(data, limit or None, seed)
+        records = records_of(data, limit, seed)
         loaded = load(model, dtype, device_map, process)
+        own_records(loaded, data)
         found = run(
             experiment,
             loaded,

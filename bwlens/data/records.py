@@ -135,7 +135,7 @@ def read_records(
     Args:
         source: "demo", a path that ends in .json, .jsonl or .csv, the name of a data set, or the
             entries themselves.
-        limit: The most records to take, from the beginning; None for all.
+        limit: The most records to take, from the beginning; None or 0 for all.
 
     Returns:
         The usable records, with a `Problem` for each entry that is not.
@@ -148,8 +148,7 @@ def read_records(
         >>> read_records("demo", limit=3)[0].edit.target_new
         ' Oceania'
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected 1 or more, or None for all")
+    limit = checked_limit(limit)
     given = isinstance(source, str | Path)
     name = str(source) if given else "the records given"
     entries: Iterable[Entry | Unread] = entries_of(name) if given else iter(source)
@@ -166,6 +165,17 @@ def read_records(
         first = "; ".join(map(str, problems[:3])) or "it is empty"
         raise ValueError(f"{name} has no usable record: {first}")
     return Records(tuple(records), tuple(problems), name)
+
+
+def checked_limit(limit: int | None) -> int | None:
+    """A limit, 0 meaning the same as None everywhere: no limit.
+
+    Raises:
+        ValueError: It is below 0.
+    """
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit is {limit}; expected 1 or more, or 0 or None for all")
+    return limit or None
 
 
 class _Unusable(Exception):

@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from bwlens.changes.change import WeightChange
+from bwlens.data.given import Edits, as_edits
 from bwlens.edit.gradient import edit_gradients
 from bwlens.edit.known import open_edits
-from bwlens.edit.shift import as_edits
 from bwlens.edit.value import LARGEST_STEP
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.model.prompts import Edit
 from bwlens.model.sites import Site, resolve_layers
 from bwlens.model.weights import Weight, weight_of
 
 
 def fine_tune(
     model: Any,
-    edits: Edit | Sequence[Edit],
+    edits: Edits,
     *,
     layers: Iterable[int] | int,
     matrices: Sequence[str] = ("W_out",),

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.changes.change import WeightChange
+from bwlens.data.given import Edits, as_edits
 from bwlens.edit.keys import Token, contexts_of, run
 from bwlens.edit.known import open_edits
-from bwlens.edit.shift import as_edits
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.value import ValueSettings, find_value, prefixes_of, stream_after
 from bwlens.gradient.low_rank import LowRankGradient
@@ -26,7 +26,7 @@ _WEIGHT, _WIDTH = 20_000, 6_400  # lambda there, and the width of its keys.
 
 def memit(
     model: Any,
-    edits: Edit | Sequence[Edit],
+    edits: Edits,
     *,
     layers: Iterable[int] | int | None = None,
     weight: float | None = None,

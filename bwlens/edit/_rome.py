@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from bwlens.changes.change import WeightChange
+from bwlens.data.given import Edits, as_edits
 from bwlens.edit.keys import Token
 from bwlens.edit.known import open_edits
-from bwlens.edit.shift import as_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.value import ValueSettings, find_value, prefixes_of
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.model.prompts import Edit
 from bwlens.model.sites import Site, resolve_layer
 
 _DEPTH = 17 / 47  # Layer 17 of 0 to 47 in the paper's GPT-2 xl.
@@ -21,7 +20,7 @@ _DEPTH = 17 / 47  # Layer 17 of 0 to 47 in the paper's GPT-2 xl.
 
 def rome(
     model: Any,
-    edits: Edit | Sequence[Edit],
+    edits: Edits,
     *,
     layer: int | None = None,
     steps: int = 20,

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from bwlens.changes.change import WeightChange
+from bwlens.data.given import Edits, as_edits
 from bwlens.edit.known import open_edits
-from bwlens.edit.shift import as_edits
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit
@@ -18,7 +18,7 @@ from bwlens.model.sites import resolve_layers
 
 def gradient_step(
     model: Any,
-    edits: Edit | Sequence[Edit],
+    edits: Edits,
     *,
     lr: float,
     matrices: Sequence[str] = ("W_out",),

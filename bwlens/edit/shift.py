@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bwlens.changes.change import WeightChange
+from bwlens.data.given import Edits, as_edits
 from bwlens.edit.direction import Direction, before_norm, token_directions
 from bwlens.edit.known import answered, known_note
 from bwlens.gradient.low_rank import LowRankGradient
@@ -32,7 +33,7 @@ _MOST = 24  # Doublings or halvings of the first guess before giving up.
 
 def forward_pass_shift(
     model: Any,
-    edits: Edit | Sequence[Edit],
+    edits: Edits,
     *,
     layer: int | None = None,
     lr: float | None = None,
@@ -124,18 +125,6 @@ def forward_pass_shift(
 def default_layer(model: Any) -> int:
     """The layer at 35/47 of the model's depth: 35 of GPT-2 xl's 48, 5 of the demo model's 8."""
     return int(_DEPTH * (len(model.blocks) - 1))
-
-
-def as_edits(edits: Edit | Sequence[Edit]) -> list[Edit]:
-    """One edit or several, as a list.
-
-    Raises:
-        ValueError: None at all, or something that is no `Edit`.
-    """
-    listed = [edits] if isinstance(edits, Edit) else list(edits)
-    if not listed or not all(isinstance(edit, Edit) for edit in listed):
-        raise ValueError(f"expected an Edit or a list of them, found {edits!r}")
-    return listed
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bwlens.data.texts import read_texts
 from bwlens.edit.keys import key_taps, run
-from bwlens.model.identity import fingerprint, model_label
+from bwlens.model.identity import fingerprint, is_demo, model_label
 from bwlens.model.prompts import Batch
 from bwlens.model.sites import Site
 from bwlens.model.tokens import text_to_ids
@@ -182,7 +182,7 @@ def statistics_for(
     """
     key_taps(model, list(dict.fromkeys(s.matrix for s in sites)), [s.layer for s in sites])
     if given is None:
-        if not _is_demo(model):
+        if not is_demo(model):
             raise ValueError(
                 f"key statistics of {model_label(model)!r} are needed: compute them with"
                 f" bwlens.edit.key_statistics(model, texts) and pass statistics=... (only the demo"
@@ -348,13 +348,6 @@ def _width(model: Any, site: Site) -> int:
     from bwlens.model.weights import weight_of
 
     return weight_of(model, site).shape[0]
-
-
-def _is_demo(model: Any) -> bool:
-    from bwlens.demo.triples import MODEL_DIR
-
-    name = str(getattr(model.cfg, "model_name", ""))
-    return model_label(model) == "demo" or Path(name).name == MODEL_DIR.name
 
 
 def _batch(model: Any, rows: Sequence[Sequence[int]]) -> Batch:

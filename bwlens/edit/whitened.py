@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bwlens.changes.change import WeightChange
+from bwlens.data.given import Edits, as_edits
 from bwlens.edit._memit import normal_rows
 from bwlens.edit.direction import before_norm, token_directions
 from bwlens.edit.keys import Contexts, Passed, contexts_of, run
 from bwlens.edit.known import known_note
-from bwlens.edit.shift import as_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.head import Head, head_of
@@ -38,7 +38,7 @@ _SHARE = 0.25  # Of the layers, from the top: 6 and 7 of 8.
 
 def whitened_shift(
     model: Any,
-    edits: Edit | Sequence[Edit],
+    edits: Edits,
     *,
     layers: Iterable[int] | int | None = None,
     matrix: str = "W_O",

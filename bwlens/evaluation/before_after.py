@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from bwlens.data.given import as_edits
+from bwlens.data.records import Record
 from bwlens.edit import WeightChange
 from bwlens.model.passes import in_eval_mode
 from bwlens.model.prompts import Edit, make_batch
@@ -80,7 +82,7 @@ class BeforeAfter:
 
 def before_after(
     model: Any,
-    edit: Edit,
+    edit: Edit | Record,
     change: WeightChange,
     paraphrases: Sequence[str] = (),
     neighbours: Sequence[str] = (),
@@ -105,6 +107,7 @@ def before_after(
     Example:
         >>> before_after(model, edit, forward_pass_shift(model, edit))   # doctest: +SKIP
     """
+    (edit,) = as_edits(edit)
     company: Mapping[str, Sequence[str]] = {
         "fact": [edit.text], "paraphrase": paraphrases, "neighbour": neighbours,
     }  # fmt: skip

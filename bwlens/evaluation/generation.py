@@ -7,7 +7,6 @@ positions can be kept where the model offers that.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,9 +15,7 @@ import torch
 from torch import Tensor
 
 from bwlens.evaluation.questions import Row
-
-Step = Callable[[Tensor], Tensor]
-"""From the next tokens [row, pos] to the logits after the last of them [row, d_vocab]."""
+from bwlens.model.stepping import quickest_step
 
 
 class Writer:
@@ -32,7 +29,7 @@ class Writer:
         self._model = model
         self._device = next(model.embed.parameters()).device
         self._most = getattr(model.cfg, "n_ctx", None) or 1 << 30
-        self._way = self._quickest()
+        self._new_step = quickest_step(model)
 
     def greedy_contains(self, prompts: Sequence[Row], text: str, n_tokens: int) -> list[bool]:
         """Whether `text` is in the next `n_tokens` tokens after each prompt, by greedy decoding.
@@ -103,7 +100,7 @@ class Writer:
         start = min(map(len, prompts))
         rows = [list(prompt[:start]) for prompt in prompts]
         new = torch.tensor(rows, device=self._device)
-        step = self._step(len(prompts))
+        step = self._new_step(len(prompts))
         for pos in range(start, min(length, self._most)):
             with torch.no_grad():
                 chosen = choose(step(new), pos).tolist()
@@ -111,73 +108,3 @@ class Writer:
                 row.append(prompt[pos] if pos < len(prompt) else token)
             new = torch.tensor([row[-1:] for row in rows], device=self._device)
             yield rows
-
-    def _step(self, n_rows: int) -> Step:
-        """A new sequence's step function."""
-        return self._way(self._model, n_rows)
-
-    def _quickest(self) -> Callable[[Any, int], Step]:
-        """The first way of keeping keys and values that gives what reading all again gives."""
-        probe = torch.tensor([[3, 5, 4, 7], [7, 3, 3, 6]], device=self._device)
-        probe = probe % self._model.cfg.d_vocab
-        with torch.no_grad():
-            expected = _rereading(self._model, 2)(probe)
-            for way in (_hugging_face_cache, _hooked_cache):
-                try:
-                    step = way(self._model, 2)
-                    step(probe[:, :2])
-                    step(probe[:, 2:3])
-                    found = step(probe[:, 3:])
-                except Exception:  # whatever a model without such a cache makes of it
-                    continue
-                scale = float(expected.abs().max())
-                tolerance = 1e-3 if expected.dtype in (torch.float32, torch.float64) else 3e-2
-                if float((found - expected).abs().max()) <= tolerance * scale:
-                    return way
-        return _rereading
-
-
-def _rereading(model: Any, n_rows: int) -> Step:
-    """Everything read again at each step."""
-    so_far: list[Tensor] = []
-
-    def step(tokens: Tensor) -> Tensor:
-        so_far.append(tokens)
-        whole = torch.cat(so_far, 1)
-        return model(whole, return_type="logits", padding_side="right")[:, -1]
-
-    return step
-
-
-def _hugging_face_cache(model: Any, n_rows: int) -> Step:
-    """A bridge's wrapped model runs through the bridge's own parts, and keeps keys and values."""
-    wrapped, kept = model.original_model, None
-
-    def step(tokens: Tensor) -> Tensor:
-        nonlocal kept
-        out = wrapped(input_ids=tokens, past_key_values=kept, use_cache=True)
-        kept = out.past_key_values
-        if kept is None:
-            raise NotImplementedError("this model keeps no keys and values")
-        return out.logits[:, -1]
-
-    return step
-
-
-def _hooked_cache(model: Any, n_rows: int) -> Step:
-    """HookedTransformer's own cache."""
-    if "past_kv_cache" not in inspect.signature(model.forward).parameters:
-        raise NotImplementedError("this model takes no cache")
-    from importlib import import_module
-
-    library: Any = import_module("transformer_lens.cache.key_value_cache")
-    kept = library.TransformerLensKeyValueCache.init_cache(
-        model.cfg, next(model.embed.parameters()).device, n_rows
-    )
-
-    def step(tokens: Tensor) -> Tensor:
-        ones = torch.ones_like(tokens)
-        logits = model(tokens, return_type="logits", past_kv_cache=kept, attention_mask=ones)
-        return logits[:, -1]
-
-    return step

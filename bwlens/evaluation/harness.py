@@ -13,12 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bwlens.data.given import as_records, own_records
 from bwlens.data.prose import read_prose
-from bwlens.data.records import Record, Records, read_records
+from bwlens.data.records import Record, Records
 from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
 from bwlens.evaluation.measuring import Gauge, Options
 from bwlens.evaluation.methods import Method, methods_of
-from bwlens.model.identity import model_label
+from bwlens.model.identity import is_demo, model_label
 from bwlens.model.sites import check_model
 from bwlens.runs.parts import Failure, Part, Process, Run, progress_bar, read_failures, read_tables
 
@@ -38,7 +39,7 @@ _PROBLEMS = (ValueError, RuntimeError, ArithmeticError)
 def evaluate(
     model: Any,
     method: Any,
-    records: Records | Sequence[Record] | str | Path = "demo",
+    records: Records | Sequence[Record] | Record | str | Path | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     perplexity_text: str | Path | Sequence[str] | None = None,
@@ -53,7 +54,8 @@ def evaluate(
         method: A method's name ("rome", or "none" for the model as it is), a function
             `method(model, edit) -> WeightChange`, a list of these, or a mapping from the names
             that rows are to have.
-        records: What `read_records` gives, or takes.
+        records: Records, or what `read_records` takes by name. None is the demo's, for the demo
+            model alone: its facts say nothing of another.
         settings: Keyword arguments of the method, where it is one.
         perplexity_text: What perplexity is measured on: "demo", a file, a data set's name or
             texts. None is the demo's stories for the demo model, and no perplexity for others.
@@ -66,8 +68,10 @@ def evaluate(
         A row for each record and method. What a record has no data for is nan in its row.
 
     Raises:
-        ValueError: No such method, setting, option or text; no usable record; none of the first
-            records can be edited; `out` holds another run.
+        ValueError: No such method, setting, option or text; no records for a model that is not
+            the demo model; no usable record; none of the first records can be edited; `out` holds
+            another run.
+        TypeError: Edits, or something else that is no record, where records are meant.
 
     Source: Meng et al., NeurIPS 2022 (CounterFact); Katz et al., EMNLP 2024, Table 1.
 
@@ -98,18 +102,15 @@ class Harness:
         self,
         model: Any,
         methods: Sequence[Method],
-        records: Records | Sequence[Record] | str | Path = "demo",
+        records: Records | Sequence[Record] | Record | str | Path | None = None,
         perplexity_text: str | Path | Sequence[str] | None = None,
         options: Options | None = None,
     ) -> None:
         check_model(model)
-        if isinstance(records, str | Path):
-            records = read_records(records)
-        if not len(records):
-            raise ValueError("no records given; read_records('demo') has some")
-        self.model, self.methods, self.records = model, tuple(methods), records
+        self.records = records = as_records(own_records(model, records))
+        self.model, self.methods = model, tuple(methods)
         self.options = options or Options()
-        if perplexity_text is None and model_label(model) == "demo":
+        if perplexity_text is None and is_demo(model):
             perplexity_text = "demo"
         sentences: Sequence[str] = ()
         if perplexity_text is not None and self.options.perplexity_every:

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from bwlens.data.given import as_edits
+from bwlens.data.records import Record
 from bwlens.edit import WeightChange, fine_tune, gradient_step
 from bwlens.edit.shift import default_layer
 from bwlens.edit.whitened import PREFIXES
 from bwlens.evaluation.methods import Method, editing_methods
-from bwlens.model.identity import model_label
+from bwlens.model.identity import is_demo
 from bwlens.model.passes import in_eval_mode
 from bwlens.model.prompts import Edit, make_batch
 
@@ -86,7 +88,7 @@ def preset(model: Any, name: str) -> Method:
 def _fitting(model: Any, name: str) -> dict[str, dict[str, Any]]:
     """What a method is called in a table, once or more, and the settings that go with it."""
     plain: dict[str, dict[str, Any]] = {method_title(name): {}}
-    return _DEMO.get(name, plain) if model_label(model) == "demo" else plain
+    return _DEMO.get(name, plain) if is_demo(model) else plain
 
 
 def method_title(name: str) -> str:
@@ -96,7 +98,7 @@ def method_title(name: str) -> str:
 
 def smallest_gradient_step(
     model: Any,
-    edit: Edit,
+    edit: Edit | Record,
     *,
     matrices: Sequence[str] = ("W_out",),
     layers: Sequence[int] | None = None,
@@ -112,6 +114,7 @@ def smallest_gradient_step(
     Raises:
         ValueError: No step flips the answer, or the step is so large that weights overflow.
     """
+    (edit,) = as_edits(edit)
     batch = make_batch(model, edit.text, edit.target_new, prepend_bos=prepend_bos)
     (target,), last = batch.targets, int(batch.last[0])
 

@@ -228,7 +228,7 @@ class Table1:
 
 def table1(
     model: Any,
-    records: Records | Sequence[Record] | str | Path = "demo",
+    records: Records | Sequence[Record] | Record | str | Path | None = None,
     methods: Any = None,
     *,
     perplexity_text: str | Path | Sequence[str] | None = None,
@@ -249,6 +249,7 @@ def table1(
 
     Raises:
         ValueError: As `evaluate` does.
+        TypeError: As `evaluate` does.
 
     Source: Backward Lens, Table 1; Meng et al. 2022, Table 4.
     """

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.experiments.intervals import summarize
 from bwlens.gradient.spectra import spectra
-from bwlens.model.prompts import Edit
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,7 +85,7 @@ class GradientRank(Experiment):
 
 def gradient_rank(
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     matrices: Sequence[str] = ("W_in", "W_out"),
     layers: Sequence[int] | None = None,
     **options: Any,

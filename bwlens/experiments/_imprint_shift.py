@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.experiments.intervals import summarize
 from bwlens.experiments.own_steps import dense_taps, stepped
 from bwlens.experiments.stepped_layer import WHICH, SteppedLayer, TargetLogit
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.objectives import NLL
-from bwlens.model.prompts import Edit
 from bwlens.model.sites import available_matrices, resolve_layers
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class ImprintShift(Experiment):
 
 def imprint_shift(
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     layers: Sequence[int] | None = None,
     etas: Sequence[float] = ETAS,
     **options: Any,

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import torch
 
+from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.experiments.intervals import summarize
-from bwlens.model.prompts import Edit
 from bwlens.model.segments import SEGMENTS
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class LayerCosine(Experiment):
 
 def layer_cosine(
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     matrices: Sequence[str] = ("W_out",),
     layers: Sequence[int] | None = None,
     segment: str = "last",

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bwlens.data.given import Edits, as_edits
+from bwlens.data.records import Record
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import capture
@@ -98,7 +100,7 @@ class NaiveMap:
 
 def naive_map(
     model: Any,
-    edit: Edit,
+    edit: Edit | Record,
     layer: int,
     matrix: str = "W_out",
     top: int = 100,
@@ -129,6 +131,7 @@ def naive_map(
         >>> edit = Edit("{} plays for", "Lionel Messi", " Paris")
         >>> naive_map(model, edit, 3).figure()  # doctest: +SKIP
     """
+    (edit,) = as_edits(edit)
     (layer,) = resolve_layers(model, layer)
     grads = capture(
         model, edit.text, NLL(edit.target_new), [matrix], layer, prepend_bos=prepend_bos
@@ -242,7 +245,7 @@ class NaiveReading(Experiment):
 
 def naive_reading(
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     matrices: Sequence[str] = ("W_out", "W_in"),
     layers: Sequence[int] | None = None,
     top: int = 100,

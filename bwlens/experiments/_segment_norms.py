@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
 from bwlens.experiments.intervals import summarize
-from bwlens.model.prompts import Edit
 from bwlens.model.segments import SEGMENTS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class SegmentNorms(Experiment):
 
 def segment_norms(
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     matrices: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     **options: Any,

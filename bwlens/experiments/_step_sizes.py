@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bwlens.data.given import Edits
 from bwlens.edit.shift import forward_pass_shift
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.experiments.intervals import summarize
@@ -24,7 +25,7 @@ from bwlens.experiments.own_steps import (
     stepped,
     whole,
 )
-from bwlens.model.prompts import Batch, Edit
+from bwlens.model.prompts import Batch
 from bwlens.model.sites import Site, resolve_layers
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class StepSizes(Experiment):
 
 def step_sizes(
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     layers: Sequence[int] | None = None,
     within: float = 1.1,
     text: str | None = "demo",

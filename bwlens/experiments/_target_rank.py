@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
 from bwlens.experiments.intervals import summarize
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import head_of
-from bwlens.model.prompts import Edit
 from bwlens.model.segments import SEGMENTS
 from bwlens.reading.readouts import readout
 
@@ -100,7 +100,7 @@ class TargetRank(Experiment):
 
 def target_rank(
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     matrices: Sequence[str] = ("W_out", "W_in"),
     layers: Sequence[int] | None = None,
     normalize: bool = False,

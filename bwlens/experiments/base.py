@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bwlens.data.given import Edits, as_edits
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
@@ -208,7 +209,7 @@ class Result:
 def run(
     experiment: Experiment,
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     *,
     prepend_bos: bool | None = None,
     max_memory: int = MAX_MEMORY,
@@ -262,23 +263,21 @@ class Batches:
         self,
         experiments: Sequence[Experiment],
         model: Any,
-        edits: Sequence[Edit],
+        edits: Edits,
         prepend_bos: bool | None = None,
         max_memory: int = MAX_MEMORY,
     ) -> None:
         check_model(model)
-        self._experiments, self._model, self._edits = list(experiments), model, list(edits)
+        self._experiments, self._model, self._edits = list(experiments), model, as_edits(edits)
         self._prepend_bos = prepend_bos
         wanted = {m for experiment in experiments for m in experiment.wanted(model)}
         self._matrices = [m for m in available_matrices(model) if m in wanted]
         asked = [resolve_layers(model, experiment.layers) for experiment in experiments]
         self._layers = sorted({layer for layers in asked for layer in layers})
-        if not edits:
-            raise ValueError("no edits given; read_records('demo').edits has some")
         lengths, self.failures = self._lengths()
         if not lengths:
             first = self.failures[0]
-            raise ValueError(f"none of the {len(edits)} edits can be read; {first.message}")
+            raise ValueError(f"none of the {len(self._edits)} edits can be read; {first.message}")
         self.batches = _plan(lengths, max(1, max_memory // memory_per_token(model, self._matrices)))
 
     @property

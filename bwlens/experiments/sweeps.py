@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bwlens.data.given import Edits, as_edits
 from bwlens.experiments.base import MAX_MEMORY, Batches, Experiment, Result, joined
 from bwlens.model.identity import fingerprint, model_label
 from bwlens.model.prompts import Edit
@@ -30,7 +31,7 @@ from bwlens.runs.parts import (
 )
 
 if TYPE_CHECKING:
-    from bwlens.data.records import Records
+    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +111,7 @@ class Sweep:
 def sweep(
     experiments: str | Experiment | Sequence[str | Experiment],
     model: Any,
-    data: str | Path | Records | Sequence[Edit],
+    data: str | Path | Edits,
     out: str | Path,
     *,
     prepend_bos: bool | None = None,
@@ -134,7 +135,7 @@ def sweep(
         out: The folder.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
         max_memory: Bytes that a batch may take, by a rough estimate.
-        limit: Only so many of the edits, from the first.
+        limit: Only so many of the edits, from the first; None or 0 for all.
         progress: Show a bar with rate and time left.
         page: Write summaries, figures and the page once all parts are there; `Sweep.write` does it
             later.
@@ -243,10 +244,9 @@ def _made(name: str, settings: dict[str, Any]) -> Experiment:
 
 def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]]:
     """The edits, where they come from, and the records that could not be read."""
-    from bwlens.data.records import Records, read_records
+    from bwlens.data.records import Records, checked_limit, read_records
 
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit is {limit}; expected at least 1 edit, or None for all")
+    limit = checked_limit(limit)
     if isinstance(data, str | Path):
         data = read_records(data)
     if isinstance(data, Records):
@@ -256,11 +256,7 @@ def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]
             for problem in data.problems
         ]
         return data.edits[:limit], data.source, problems
-    edits = list(data)
-    strangers = [type(edit).__name__ for edit in edits if not isinstance(edit, Edit)]
-    if strangers:
-        raise ValueError(f"expected edits, a file or records; found a list with {strangers[0]}")
-    return edits[:limit], "edits", []
+    return as_edits(data)[:limit], "edits", []
 
 
 def _fingerprint(edits: Iterable[Edit]) -> str:

@@ -1,29 +1,67 @@
-"""Which model is this: its name, and a fingerprint of its weights."""
+"""Which model is this: its name, whether it is the demo model, a fingerprint of its weights."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import math
+from functools import cache
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from bwlens.demo import MODEL_DIR
 
 _SAMPLED = 2**20
+_SAME = 5e-3  # Share by which an embedding may differ: bfloat16 rounds by some 0.002.
 
 
 def model_label(model: Any) -> str:
-    """What a model is called: its name on the hub, its folder, or "demo"."""
-    name = str(getattr(model.cfg, "model_name", type(model).__name__))
-    return "demo" if Path(name) == MODEL_DIR else name
+    """What a model is called: "demo" for the demo model, else its name on the hub or folder."""
+    if is_demo(model):
+        return "demo"
+    return str(getattr(model.cfg, "model_name", type(model).__name__))
+
+
+def is_demo(model: Any) -> bool:
+    """Whether this is the demo model, told by its weights: the one place that decides it.
+
+    Its facts, stories and key statistics fit no other model. The token embedding is compared with
+    the shipped one; folders and names play no part, nor do the model's class and dtype, or the mean
+    that TransformerLens' processing takes off. Training moves the embedding; edits write into the
+    layers alone, so an edited demo model is the demo model still.
+    """
+    found = getattr(getattr(model, "embed", None), "W_E", None)
+    if not isinstance(found, Tensor) or tuple(found.shape) != _demo_shape():
+        return False
+    shipped = _demo_embedding()
+    difference = found.detach().float().cpu() - shipped
+    difference = difference - difference.mean(-1, keepdim=True)
+    return bool(difference.norm() <= _SAME * shipped.norm())
+
+
+_EMBEDDING = "transformer.wte.weight"
+
+
+@cache
+def _demo_shape() -> tuple[int, ...]:
+    with safe_open(MODEL_DIR / "model.safetensors", framework="pt") as file:
+        return tuple(file.get_slice(_EMBEDDING).get_shape())
+
+
+@cache
+def _demo_embedding() -> Tensor:
+    with safe_open(MODEL_DIR / "model.safetensors", framework="pt") as file:
+        return file.get_tensor(_EMBEDDING).float()
 
 
 def fingerprint(model: Any) -> str:
     """Sixteen hexadecimal digits that tell a model's weights from any others.
 
     A hash of every parameter's name, shape, dtype and bytes; of more than a million numbers, as
-    many are taken at even steps that meet every row and column. The device plays no part.
+    many or fewer are taken, at equal steps that meet every row and column. The device plays no
+    part.
 
     Example:
         >>> fingerprint(load_model("demo")) == fingerprint(load_model("demo"))
@@ -33,7 +71,9 @@ def fingerprint(model: Any) -> str:
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         held.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         flat = parameter.detach().reshape(-1)
-        # An odd step walks over all columns of a matrix whose width is even.
-        step = -(-flat.numel() // _SAMPLED) | 1
+        # Without a factor in common with any side, steps walk over all rows and all columns.
+        step = max(1, -(-flat.numel() // _SAMPLED))
+        while math.gcd(step, flat.numel()) > 1:
+            step += 1
         held.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return held.hexdigest()[:16]

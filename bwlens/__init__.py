@@ -1,5 +1,7 @@
 """Read what a language model learns: the Backward Lens for TransformerLens."""
 
+from importlib.metadata import version as _version
+
 from bwlens import edit as edit
 from bwlens import experiments as experiments
 from bwlens import show as show
@@ -18,6 +20,7 @@ from bwlens.gradient.objectives import LogitDifference as LogitDifference
 from bwlens.gradient.objectives import Objective as Objective
 from bwlens.lens.backward import BackwardLens as BackwardLens
 from bwlens.lens.backward import backward_lens as backward_lens
+from bwlens.model.chat import chat as chat
 from bwlens.model.loading import load_model as load_model
 from bwlens.model.prompts import Batch as Batch
 from bwlens.model.prompts import Edit as Edit
@@ -26,3 +29,5 @@ from bwlens.model.sites import MATRICES as MATRICES
 from bwlens.model.sites import Site as Site
 from bwlens.reading.readouts import Readout as Readout
 from bwlens.reading.readouts import readout as readout
+
+__version__ = _version("bwlens")

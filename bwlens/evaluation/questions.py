@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bwlens.data.records import Record
+from bwlens.model.context import check_length
 from bwlens.model.prompts import make_batch
 
 BATCH_TOKENS = 4096
@@ -92,12 +93,7 @@ def questions_of(model: Any, record: Record, prepend_bos: bool | None = None) ->
         for side, answers in answered.items()
     }
     rows, holder = _fewest(row for side in wanted.values() for row in side)
-    limit = getattr(model.cfg, "n_ctx", None)
-    if limit is not None and max(map(len, rows)) > limit:
-        raise ValueError(
-            f"a prompt with its answer has {max(map(len, rows))} tokens, but the model's context"
-            f" holds {limit}"
-        )
+    check_length(model, rows)
     place = {text: i for i, text in enumerate(texts)}
 
     def asked(side: str) -> dict[str, tuple[Asked, ...]]:

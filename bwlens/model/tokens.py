@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,12 +79,33 @@ def prompt_offsets(
 
 
 def text_to_ids(model: Any, text: str, prepend_bos: bool | None) -> list[int]:
-    """Token ids of a text, with or without BOS, never cut at the context's length."""
-    if model.tokenizer is None:
+    """Token ids of a text, with or without BOS, never cut at the context's length.
+
+    A text that begins with a BOS gets no second one.
+    """
+    tokenizer = model.tokenizer
+    if tokenizer is None:
         raise ValueError(
             "the model has no tokenizer; pass tokens instead of text, or boot with one"
         )
-    return model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
+    ids = model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)[0].tolist()
+    bos = getattr(tokenizer, "bos_token", None)
+    if not bos or not text.startswith(bos):
+        return ids
+    written = _leading(tokenizer.bos_token_id, tokenizer.encode(text, add_special_tokens=False))
+    if _leading(tokenizer.bos_token_id, ids) > written:
+        warnings.warn(
+            f"a text begins with {bos!r} already, so none is put before it; leave it out, or pass"
+            f" prepend_bos=False",
+            stacklevel=1,  # its own place, where Python shows the same text once
+        )
+        return ids[1:]
+    return ids
+
+
+def _leading(token: int, ids: Sequence[int]) -> int:
+    """How often a token stands at the beginning."""
+    return next((place for place, index in enumerate(ids) if index != token), len(ids))
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -1,0 +1,68 @@
+"""A conversation as the tokens that a chat model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def chat(
+    model: Any,
+    messages: str | Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    **options: Any,
+) -> Int[Tensor, " pos"]:
+    """Token ids of a conversation, by the tokenizer's own chat template.
+
+    `backward_lens`, `capture` and the rest take them as they are, without a second BOS; the next
+    word is the first of the model's reply, which begins without a blank ("Paris", not " Paris").
+
+    Args:
+        model: A TransformerBridge or HookedTransformer whose tokenizer has a chat template.
+        messages: `{"role": "user", "content": "..."}` and the like, or the user's text alone.
+        add_generation_prompt: Whether to end with the beginning of a reply. False for a
+            conversation whose last message is already one.
+        **options: Passed on to `tokenizer.apply_chat_template`, such as `tools`.
+
+    Returns:
+        Token ids [pos].
+
+    Raises:
+        ValueError: The tokenizer has no chat template, or the template does not take this.
+
+    Example:
+        >>> prompt = chat(model, "What is the capital of France?")  # doctest: +SKIP
+        >>> lens = backward_lens(model, prompt, "Rome")  # doctest: +SKIP
+    """
+    tokenizer = model.tokenizer
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "the model's tokenizer has no chat template, so it was not made for conversations;"
+            " pass plain text as a prompt instead"
+        )
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    listed = list(messages)
+    bad = [
+        one for one in listed if not (isinstance(one, Mapping) and {"role", "content"} <= set(one))
+    ]
+    if not listed or bad:
+        raise ValueError(
+            f"expected messages such as {{'role': 'user', 'content': 'Hello'}}, found"
+            f" {bad[0] if bad else listed!r}"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            listed, add_generation_prompt=add_generation_prompt, tokenize=False, **options
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template does not take these messages: {error}") from error
+    # The template writes every special token itself.
+    return torch.tensor(tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)

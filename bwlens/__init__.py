@@ -74,4 +74,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({"__doc__", "__file__", "__name__", "__path__", "__version__", *_ROOMS, *_HOME_OF})
+    return sorted(
+        {"__doc__", "__file__", "__name__", "__path__", "__version__", *_ROOMS, *_HOME_OF}
+    )

@@ -8,7 +8,9 @@ matrix is read through the one that is as wide as the residual stream:
 - **shift**: delta of W_out (and W_O). A descent step *subtracts* the gradient, so delta's *least*
   probable tokens are what the step promotes, and its most probable ones what it suppresses.
 
-These signs are written here, once: `promoted` and `suppressed` speak of a descent step.
+These signs are written here, once: `promoted` and `suppressed` speak of a descent step. What the
+lens of a delta promotes need not be the target: how well such a reading says what the step does
+grows towards the top and differs between models (low down, and in a last layer, it may be far off).
 
 Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 4 and 5.
 """
@@ -16,6 +18,7 @@ Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 4 a
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -30,14 +33,17 @@ from torch import Tensor
 
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.gradient.objectives import as_objective
+from bwlens.gradient.objectives import NLL, as_objective
 from bwlens.lens import frames
+from bwlens.lens.asking import prompt_of, whole_number
+from bwlens.lens.rows import neuron_norms, parts_of, stream_rows
 from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
-from bwlens.model.prompts import Prompts
-from bwlens.model.sites import default_matrices, resolve_layers
+from bwlens.model.prompts import Edit, Prompts
+from bwlens.model.sites import default_matrices, resolve_layers, resolve_matrices
 from bwlens.model.tokens import subject_positions, token_texts
 from bwlens.reading.readouts import Readout, readout
+from bwlens.runs.paths import writable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,13 +78,16 @@ class BackwardLens:
         answer: The model's own next word, before any step.
         answer_probability: The probability the model gives it.
         target_probability: The probability it gives the target's first token; None without target.
-        loss: The loss whose gradient this is.
+        loss: The loss whose gradient this is; `loss_is` says what it is, as of a target of several
+            tokens it is their mean (or their sum).
         layers: The layers read, ascending.
         matrices: The matrices read.
         normalized: Whether vectors were brought to unit length before reading. A lens made with
             `normalize="both"` holds the two readings; see `as_normalized`.
         gradients: x and delta of every matrix.
         settings: What is needed to make this lens again.
+        loss_is: What the loss is, in words: "loss", "mean loss of the target's 2 tokens".
+        n_layers: How many layers the model has, read or not; 0 where that is not known.
     """
 
     prompt: str
@@ -99,6 +108,8 @@ class BackwardLens:
     settings: dict[str, Any]
     _readings: dict[bool, dict[str, Readout]] = field(repr=False)
     _words: dict[int, str] = field(repr=False)
+    loss_is: str = "loss"
+    n_layers: int = 0
 
     @property
     def d_vocab(self) -> int:
@@ -169,23 +180,43 @@ class BackwardLens:
         return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
 
     def promoted(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
-        """The k words a descent step promotes most, a row for each layer, position and word."""
+        """The k words a descent step promotes most, a row for each layer, position and word.
+
+        Raises:
+            ValueError: `k` is not between 1 and the number of words that the lens keeps.
+        """
         return frames.words(self, "promoted", k, matrix)
 
     def suppressed(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
-        """The k words a descent step suppresses most, a row for each layer, position and word."""
+        """The k words a descent step suppresses most, a row for each layer, position and word.
+
+        Raises:
+            ValueError: As `promoted` does.
+        """
         return frames.words(self, "suppressed", k, matrix)
 
     def norms(
         self, matrix: str = "W_out", of: Literal["x", "delta"] = "delta"
     ) -> Float[Tensor, "layer pos"]:
-        """L2 norms of delta (the colour of the paper's tables) or x, raw also if normalised."""
+        """L2 norms of delta (the colour of the paper's tables) or x, raw also if normalised.
+
+        In a mixture of experts a token has a row in each of its experts. The norm of the factor
+        that is read (x of W_in and W_gate, delta of W_out) is that of the one vector which the
+        experts share, see `bwlens.lens.rows`; the norm of the other one (delta of W_in and W_gate,
+        x of W_out), whose entries belong to each expert's own neurons, is taken over all of them:
+        the root of the sum of the experts' squared norms.
+
+        Raises:
+            ValueError: A matrix that was not read, or neither "x" nor "delta".
+        """
         self._known(matrix)
         if of not in ("x", "delta"):
             raise ValueError(f"of must be 'x' or 'delta', found {of!r}")
-        return torch.stack(
-            [_by_position(self.gradients, matrix, layer, of).norm(dim=-1) for layer in self.layers]
-        )
+        if of == READ_THROUGH[matrix]:
+            rows = [stream_rows(self.gradients, matrix, k, of).norm(dim=1) for k in self.layers]
+        else:
+            rows = [neuron_norms(self.gradients, matrix, layer, of) for layer in self.layers]
+        return torch.stack(rows)
 
     def silent(self, matrix: str = "W_out") -> Bool[Tensor, "layer pos"]:
         """Cells where delta is zero: a step writes nothing there, whatever x may say."""
@@ -204,19 +235,70 @@ class BackwardLens:
             raise ValueError("this lens has no target; use an objective that names one")
         return self._ranks(matrix)[..., 0]
 
+    def target_places(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
+        """Place of the target's first token from the promoted end, 1 the most promoted; 0 for none.
+
+        `target_ranks`, counted from whichever end a descent step promotes.
+
+        Raises:
+            ValueError: The objective has no target.
+        """
+        ranks = self.target_ranks(matrix)
+        places = ranks + 1 if READ_THROUGH[matrix] == "x" else self.d_vocab - ranks
+        return places.masked_fill(ranks < 0, 0)
+
     def answer_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
         """Rank of the model's own answer in each cell's reading, as `target_ranks`."""
         return self._ranks(matrix)[..., -1]
 
     def gradient(
-        self, matrix: str = "W_out", layer: int = -1, expert: int | None = None
+        self, matrix: str = "W_out", layer: int | None = None, expert: int | None = None
     ) -> LowRankGradient:
-        """The gradient of one weight matrix; negative layers count from the last one read."""
+        """The gradient of one weight matrix.
+
+        Args:
+            matrix: Which one.
+            layer: Which layer, negative ones from the model's end; None for the last one read.
+            expert: Which expert of a mixture.
+
+        Raises:
+            ValueError: A matrix or layer that was not read, or an expert that took no token.
+        """
         self._known(matrix)
-        if layer < 0:
-            layer = self.layers[layer]
+        layer = self.layers[-1] if layer is None else self.resolve_layer(layer)
         key = (matrix, layer) if expert is None else (matrix, layer, expert)
-        return self.gradients[key]
+        try:
+            return self.gradients[key]
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+
+    def gradients_of(self, matrix: str, layer: int) -> dict[int | None, LowRankGradient]:
+        """The gradient of a matrix of a layer by expert; under None where there are no experts.
+
+        Raises:
+            ValueError: A matrix or layer that was not read.
+        """
+        parts = parts_of(self.gradients, self._known(matrix), self.resolve_layer(layer))
+        return {site.expert: part for site, part in parts.items()}
+
+    def resolve_layer(self, layer: int) -> int:
+        """The number from 0 of a layer that was read; negative ones count from the model's end.
+
+        Raises:
+            ValueError: The layer was not read, the model has no such layer, or it is no number.
+        """
+        n_layers = self.n_layers or self.layers[-1] + 1
+        read = f"this lens has read {', '.join(map(str, self.layers))}"
+        try:
+            number = operator.index(layer)
+        except TypeError:
+            raise ValueError(f"layer {layer!r} is no whole number; {read}") from None
+        number += n_layers if number < 0 else 0
+        if number not in self.layers:
+            there = 0 <= number < n_layers
+            why = "" if there else f", the model has {n_layers} layers"
+            raise ValueError(f"layer {layer} was not read{why}; {read}")
+        return number
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per matrix, layer and position: norms, ranks, words, and the marks of doubt."""
@@ -250,9 +332,10 @@ class BackwardLens:
         Data are .json, everything the lens shows, or .csv, `to_dataframe()`.
 
         Raises:
-            ValueError: Another ending.
+            ValueError: Another ending, or a folder that is not there; said before anything is
+                drawn.
         """
-        path = Path(path)
+        path = writable(path, (".html", ".pdf", ".svg", ".png", ".json", ".csv"))
         if path.suffix in (".pdf", ".svg", ".png"):
             self.figure("table").savefig(path, dpi=300)
             return path
@@ -262,12 +345,8 @@ class BackwardLens:
             text = page(self)
         elif path.suffix == ".json":
             text = json.dumps(self.to_dict(), ensure_ascii=False)
-        elif path.suffix == ".csv":
-            text = self.to_dataframe().to_csv(index=False)
         else:
-            raise ValueError(
-                f"{path.name!r}: name a file that ends in .html, .pdf, .svg, .png, .json or .csv"
-            )
+            text = self.to_dataframe().to_csv(index=False)
         path.write_text(text, encoding="utf-8")
         return path
 
@@ -275,11 +354,15 @@ class BackwardLens:
         """Write one page to send to somebody: table, details, figures, how to read them, settings.
 
         The page needs no network and no kernel.
+
+        Raises:
+            ValueError: A file that does not end in .html, or a folder that is not there.
         """
         from bwlens.show.report import report
 
+        path = writable(path, (".html",))
         report(self, path)
-        return Path(path)
+        return path
 
     def __rich__(self) -> Any:
         from bwlens.show.terminal import text_table
@@ -312,12 +395,12 @@ class BackwardLens:
 
 def backward_lens(
     model: Any,
-    prompt: Prompts,
-    target: Any,
+    prompt: Prompts | Sequence[int] | Edit | Any,
+    target: Any = None,
     *,
     subject: str | None = None,
-    matrices: Sequence[str] | None = None,
-    layers: Iterable[int] | int | None = None,
+    matrices: str | Sequence[str] | None = None,
+    layers: Iterable[int] | int | slice | None = None,
     top_k: int = 10,
     normalize: bool | Literal["both"] = False,
     prepend_bos: bool | None = None,
@@ -326,20 +409,23 @@ def backward_lens(
 
     Args:
         model: A TransformerBridge or HookedTransformer (`bwlens.load_model` makes one).
-        prompt: One prompt, as text or token ids [pos].
-        target: What the model is to say next (" Paris"), or an objective.
+        prompt: One prompt: a text, token ids ([pos] or [1, pos], a tensor or a list), or an `Edit`
+            or record, whose text, new target and subject are taken.
+        target: What the model is to say next, taken as it is written: " Paris" and "Paris" are
+            other tokens. Or an objective. None takes the edit's.
         subject: A part of the prompt that the fact is about; its tokens are marked.
         matrices: Matrices to read, out of `bwlens.MATRICES`; None for those of the MLP.
         layers: Layers from 0, negative ones from the end; None for all.
-        top_k: Words kept at each end of each cell.
+        top_k: Words kept at each end of each cell, from 1; at most all that there are.
         normalize: Read each vector at unit length (appendix H), so that the final norm's epsilon
             weighs the same on all; norms stay the raw ones. "both" keeps the two readings: the
             raw one first, the other by `BackwardLens.as_normalized` and by a switch on the page.
         prepend_bos: Whether a text prompt gets a BOS token; None is the model's own default.
 
     Raises:
-        ValueError: More than one prompt, a subject that is not in the prompt, another `normalize`,
-            or anything that `capture` and `readout` refuse.
+        ValueError: More than one prompt, no target, a subject that is not in the prompt, another
+            `normalize` or `top_k`, or anything that `capture` and `readout` refuse.
+        NotImplementedError: No MLP was found and no matrices were named, or what `capture` refuses.
 
     Source: Backward Lens, sections 4.2 and 5, figures 4 and 11-15.
 
@@ -347,18 +433,15 @@ def backward_lens(
         >>> lens = backward_lens(model, "Lionel Messi plays for", " Paris")  # doctest: +SKIP
         >>> lens.promoted(k=3)  # doctest: +SKIP
     """
-    if not isinstance(prompt, str) and not (isinstance(prompt, Tensor) and prompt.ndim == 1):
-        raise ValueError(
-            "backward_lens reads one prompt, a string or token ids [pos]; use bwlens.capture for"
-            " several"
-        )
-    if normalize not in (True, False, "both"):
+    prompt, target, subject, start = prompt_of(prompt, target, subject)
+    if not (isinstance(normalize, bool) or normalize == "both"):
         raise ValueError(f"normalize must be True, False or 'both', found {normalize!r}")
-    readings = (False, True) if normalize == "both" else (bool(normalize),)
-    if matrices is None:
-        matrices = default_matrices(model)
-    grads = capture(model, prompt, target, matrices, layers, prepend_bos=prepend_bos)
+    top_k = whole_number(top_k, "top_k")
+    readings = (False, True) if normalize == "both" else (normalize,)
+    matrices = default_matrices(model) if matrices is None else resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
+    marked = _subject(model, prompt, subject, prepend_bos, start)
+    grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
     head = head_of(model)
     ids = grads.batch.tokens[0].tolist()
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)
@@ -373,7 +456,7 @@ def backward_lens(
         key = (READ_THROUGH[matrix], part)
         if key not in read:
             rows = torch.stack(
-                [_by_position(grads, matrix, layer, READ_THROUGH[matrix]) for layer in wanted]
+                [stream_rows(grads, matrix, layer, READ_THROUGH[matrix]) for layer in wanted]
             )
             k = min(top_k, head.W_U.shape[1])
             read[key] = [readout(head, rows, k, followed, normalized) for normalized in readings]
@@ -386,7 +469,7 @@ def backward_lens(
         tokens=tuple(words[i] for i in ids),
         token_ids=tuple(ids),
         n_prompt=int(grads.batch.prompt_lengths[0]),
-        subject=_subject(model, prompt, subject, prepend_bos),
+        subject=marked,
         target="".join(words[i] for i in target_ids),
         target_ids=target_ids,
         answer=words[answer_id],
@@ -409,30 +492,17 @@ def backward_lens(
         },
         _readings=readouts,
         _words=words,
+        loss_is=_loss_is(objective, len(target_ids)),
+        n_layers=len(model.blocks),
     )
 
 
-def _by_position(
-    grads: Gradients, matrix: str, layer: int, factor: Literal["x", "delta"]
-) -> Float[Tensor, "pos d"]:
-    """A factor's row for each position of the (one) prompt.
-
-    Experts of a mixture that a token went to share its x, and their deltas are one vector times
-    the router's weights, so there x is taken once and delta summed.
-    """
-    sites = [site for site in grads if (site.matrix, site.layer) == (matrix, layer)]
-    if len(sites) == 1 and sites[0].expert is None:
-        return getattr(grads[sites[0]], factor)
-    n_pos = grads.batch.tokens.shape[1]
-    first = getattr(grads[sites[0]], factor)
-    rows = first.new_zeros(n_pos, first.shape[1])
-    for site in sites:
-        pos, values = grads[site].pos, getattr(grads[site], factor)
-        assert pos is not None
-        rows = (
-            rows.index_add(0, pos, values) if factor == "delta" else rows.index_copy(0, pos, values)
-        )
-    return rows
+def _loss_is(objective: Any, n_tokens: int) -> str:
+    """What the loss is of, where it is not simply one token's."""
+    if not isinstance(objective, NLL) or n_tokens < 2:
+        return "loss"
+    kind = "mean" if objective.reduction == "mean" else "summed"
+    return f"{kind} loss of the target's {n_tokens} tokens"
 
 
 def _vocabulary(model: Any, readouts: Iterable[Readout], more: list[int]) -> dict[int, str]:
@@ -447,10 +517,10 @@ def _vocabulary(model: Any, readouts: Iterable[Readout], more: list[int]) -> dic
 
 
 def _subject(
-    model: Any, prompt: Any, subject: str | None, prepend_bos: bool | None
+    model: Any, prompt: Any, subject: str | None, prepend_bos: bool | None, start: int | None
 ) -> tuple[int, ...]:
     if subject is None:
         return ()
     if not isinstance(prompt, str):
         raise ValueError("a subject is found in a prompt given as text, not in tokens")
-    return subject_positions(model, prompt, subject, prepend_bos)
+    return subject_positions(model, prompt, subject, prepend_bos, start)

@@ -6,6 +6,8 @@ import math
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from bwlens.lens.asking import whole_number
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -19,10 +21,11 @@ _SINGLE = (
     "answer_probability",
     "target_probability",
     "loss",
+    "loss_is",
     "normalized",
     "settings",
 )
-_LISTS = ("tokens", "token_ids", "subject", "target_ids", "layers")
+_LISTS = ("tokens", "token_ids", "subject", "target_ids", "target_tokens", "layers")
 
 
 def cells(lens: BackwardLens) -> pd.DataFrame:
@@ -54,8 +57,8 @@ def words(lens: BackwardLens, which: str, k: int, matrix: str) -> pd.DataFrame:
     import pandas as pd
 
     ids, scores = lens.side(which, matrix)
-    kept = ids.shape[-1]
-    if not 1 <= k <= kept:
+    k, kept = whole_number(k, "k"), ids.shape[-1]
+    if k > kept:
         raise ValueError(
             f"k={k}, but this lens keeps {kept} words a cell: take 1 to {kept}, or make it again"
             f" with a larger top_k"
@@ -74,7 +77,10 @@ def words(lens: BackwardLens, which: str, k: int, matrix: str) -> pd.DataFrame:
 
 
 def plain(lens: BackwardLens) -> dict[str, Any]:
-    """Everything the lens shows, as plain lists and numbers."""
+    """Everything the lens shows, as plain lists and numbers.
+
+    `target_probability` and `target_rank` are those of the first of `target_tokens`.
+    """
     from bwlens.lens.backward import READ_THROUGH
 
     matrices: dict[str, Any] = {}

@@ -43,6 +43,10 @@ function paint(widget) {
   drawLegend(widget, scale, seen);
 }
 
+// Of a target of several tokens, marks and ranks are the first one's.
+const several = (lens) => (lens.said ?? "the target") !== "the target";
+const named = (lens, who) => (who === "target" ? lens.said : undefined) ?? `the ${who}`;
+
 const endsOf = (state) => (state.end === "both" ? ENDS : [state.end]);
 
 // How deep a cell is shaded, from 0 to 1, and what the scale's ends are called.
@@ -57,7 +61,7 @@ function shades({ lenses, state, who }) {
         const place = fromEnd(lens, state, lens.rank(state, who, at), end);
         return 1 - (log ? Math.log(1 + place) : place) / far;
       },
-      title: `the ${who}\u2019s place from the ${end} end`,
+      title: `place of ${named(lenses[0], who)} from the ${end} end`,
       ticks: [places, Math.round(log ? Math.sqrt(places) : places / 2), 1].map(whole),
     };
   }
@@ -111,7 +115,7 @@ function sentence({ state, who }, lens) {
   const step = `one gradient step on ${matrix}`;
   const pole = delta ? "least" : "most";
   if (show === "rank") {
-    return `Rank of the ${who} among ${whole(lens.vocab)} words in the reading of ${read}: 0 is`
+    return `Rank of ${named(lens, who)} among ${whole(lens.vocab)} words in the reading of ${read}: 0 is`
       + ` the most probable; a step on ${matrix} promotes the ${pole} probable.`;
   }
   if (show !== "words") return `Norm of \u03b4, the gradient that comes back to ${matrix}.`;
@@ -143,9 +147,9 @@ function drawLegend(widget, scale, seen) {
   const name = (field) => {
     const word = lens.word(lens[field]);
     const same = lenses.every((each) => each.word(each[field]) === word);
-    return same ? [" ", say(make("b"), bare(word))] : [];
+    return same ? [" ", say(make("b"), `"${word}"`)] : [];
   };
-  key("bw-hit", "the target", ...name("target"));
+  key("bw-hit", several(lens) ? "the target\u2019s first token" : "the target", ...name("target"));
   key("bw-own", "the model\u2019s own answer", ...name("answer"));
   if (lenses.length > 1) {
     const count = views[0].cells.filter((_, at) => differs(widget, at)).length;

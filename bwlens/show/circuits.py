@@ -59,7 +59,8 @@ def top_words(
     Raises:
         ValueError: No such cell, or one without gradient.
     """
-    at = _layer(lens, layer)
+    layer = lens.resolve_layer(layer)
+    at = lens.layers.index(layer)
     pos = _pos(lens, pos)
     sides = {}
     for which in ("promoted", "suppressed"):
@@ -103,7 +104,8 @@ def moved_neurons(
 ) -> RenderedHTML:
     """The neurons whose weights the step moves most, and each token's share in that move.
 
-    A neuron is a row of W_out or a column of W_in and W_gate. The widget
+    A neuron is a row of W_out or a column of W_in and W_gate; in a mixture each expert has its own,
+    written as expert.neuron. The widget
     (`text_neuron_activations`) lists the k whose part of the gradient is longest in each layer;
     a token's value is its own term: `|x_ij| ||delta_i||` for neuron j of W_out,
     `|delta_ij| ||x_i||` for W_in.
@@ -115,15 +117,25 @@ def moved_neurons(
         raise ValueError(f"{matrix!r} has no neurons; take W_in, W_gate or W_out")
     lens.readout(matrix)  # says so if it was not read
     columns, labels = [], []
-    for layer in lens.layers if layers is None else layers:
-        gradient = lens.gradient(matrix, layer)
-        x, delta = gradient.x.float(), gradient.delta.float()
-        terms, other = (x, delta) if matrix == "W_out" else (delta, x)
-        # Squared norm of neuron j's part: sum over pairs of tokens, without the dense matrix.
-        size = ((other @ other.T) @ terms * terms).sum(0)
-        top = size.topk(min(k, len(size))).indices
-        columns.append(terms[:, top].abs() * other.norm(dim=1, keepdim=True))
-        labels.append(f"{layer} (neurons {', '.join(map(str, top.tolist()))})")
+    for layer in lens.layers if layers is None else map(lens.resolve_layer, layers):
+        sizes, shares, names = [], [], []
+        for expert, gradient in lens.gradients_of(matrix, layer).items():
+            x, delta = gradient.x.float(), gradient.delta.float()
+            terms, other = (x, delta) if matrix == "W_out" else (delta, x)
+            # Squared norm of neuron j's part: sum over pairs of tokens, without the dense matrix.
+            size = ((other @ other.T) @ terms * terms).sum(0)
+            top = size.topk(min(k, len(size)))
+            share = terms[:, top.indices].abs() * other.norm(dim=1, keepdim=True)
+            every = share.new_zeros(len(lens.tokens), share.shape[1])
+            sizes.append(top.values)
+            pos = torch.arange(len(share)) if gradient.pos is None else gradient.pos
+            shares.append(every.index_copy(0, pos.to(every.device), share))
+            names += [f"{j}" if expert is None else f"{expert}.{j}" for j in top.indices.tolist()]
+        size = torch.cat(sizes)
+        best = size.topk(min(k, len(size))).indices
+        columns.append(torch.cat(shares, dim=1)[:, best])
+        kind = "expert.neuron" if "." in names[0] else "neurons"
+        labels.append(f"{layer} ({kind} {', '.join(names[j] for j in best.tolist())})")
     values = torch.stack(columns, dim=1)
     return OfflineHTML(
         activations.text_neuron_activations(
@@ -171,12 +183,6 @@ def _running(words: Sequence[str]) -> list[str]:
         ("&nbsp;" if word[:1] == " " and word.strip(" ") else "") + escape(visible(word))
         for word in words
     ]
-
-
-def _layer(lens: BackwardLens, layer: int) -> int:
-    if layer not in lens.layers:
-        raise ValueError(f"layer {layer} was not read; this lens has {list(lens.layers)}")
-    return lens.layers.index(layer)
 
 
 def _pos(lens: BackwardLens, pos: int) -> int:

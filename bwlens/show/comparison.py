@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bwlens.lens.backward import BackwardLens
+from bwlens.runs.paths import writable
 from bwlens.show.pack import READING, pack
 from bwlens.show.table import assets, document, element, first_matrix, part
-from bwlens.show.words import visible
+from bwlens.show.words import target_words, visible
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -42,13 +43,12 @@ class Comparison:
         """Write the comparison as a page (.html).
 
         Raises:
-            ValueError: Another ending.
+            ValueError: Another ending, or a folder that is not there.
         """
-        path = Path(path)
-        if path.suffix != ".html":
-            raise ValueError(f"{path.name!r}: name a file that ends in .html")
+        path = writable(path, (".html",))
         title = " / ".join(
-            visible(f"{name}: {lens.prompt} → {lens.target}", trim=False)
+            visible(f"{name}: {lens.prompt}", trim=False)
+            + (f" → {target_words(lens)}" if lens.target else "")
             for name, lens in zip(self.names, self.lenses, strict=True)
         )
         path.write_text(document(title, self._element()), encoding="utf-8")

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from bwlens.show import drawing
 from bwlens.show.colors import ink, shade
 from bwlens.show.drawing import COLUMN, LINES, SCALE, STYLES, TARGET, drawable
-from bwlens.show.words import visible
+from bwlens.show.words import quoted, target_words, visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -31,7 +31,8 @@ def table(
 ) -> Figure:
     """The paper's table: layers by tokens, the first word of each cell, delta's norm as shade.
 
-    Cells that say the target have a frame; cells without gradient are left empty.
+    Cells that say the target (the first of its tokens) have a frame; cells without gradient are
+    left empty. The target stands above, in quotation marks: `" Paris"` and `"Paris"` differ.
 
     Source: Backward Lens, figures 4 and 11-15.
     """
@@ -56,6 +57,9 @@ def table(
                 frame = Rectangle((pos - 0.47, at - 0.45), 0.94, 0.9, fill=False, lw=1.0)
                 frame.set_edgecolor(TARGET)
                 ax.add_patch(frame)
+    if lens.target:
+        above = ax.set_title(drawing.label(f"→ {target_words(lens)}", 40), fontsize=7, loc="right")
+        above.set_parse_math(False)
     ax.set(xlim=(-0.5, n_pos - 0.5), ylim=(-0.5, n_layers - 0.5), ylabel="layer")
     _tokens_below(ax, lens)
     step = max(1, n_layers // 12)
@@ -94,14 +98,16 @@ def norms(
 def target_ranks(
     lens: BackwardLens, matrix: str = "W_out", ax: Axes | None = None, width: float = COLUMN
 ) -> Figure:
-    """Rank of the target in each cell's reading by layer, a line for each token.
+    """Rank of the target's first token in each cell's reading by layer, a line for each token.
 
-    In delta of W_out a rank near the bottom means that the step promotes the target. Cells
-    without gradient are left out.
+    In delta of W_out a rank near the bottom means that the cell's reading promotes the target.
+    That is so at the top of many models, but neither in every layer nor always in the last one.
+    Cells without gradient are left out.
 
     Source: Backward Lens, figures 6 and 18.
     """
     ranks = lens.target_ranks(matrix).double().numpy()
+    target = quoted(lens.target_tokens[0])
     ranks = np.where(ranks < 0, np.nan, ranks)
     figure, ax = drawing.axes(ax, (width, 2.3))
     for pos, token in enumerate(lens.tokens):
@@ -117,7 +123,7 @@ def target_ranks(
             label=drawing.label(f"{pos} {visible(token)}"),
             zorder=3 if last else 2,
         )
-    ax.set(xlabel="layer", ylabel=f"rank of {drawing.label(visible(lens.target))}, {matrix}")
+    ax.set(xlabel="layer", ylabel=f"rank of {drawing.label(target, 24)}, {matrix}")
     ax.yaxis.label.set_parse_math(False)
     # The rank's own order: the most probable word stands at the top.
     ax.set_ylim(lens.d_vocab * 1.04, -lens.d_vocab * 0.04)
@@ -132,14 +138,17 @@ def spectrum(
 ) -> Figure:
     """Singular values of each layer's gradient, relative to the largest; ranks in the legend.
 
+    In a mixture those of all experts' matrices together: of a gradient with them as its blocks.
+
     Source: Backward Lens, Lemma 4.1 and figure 3.
     """
     figure, ax = drawing.axes(ax, (width, 2.3))
     floor = 1e-9
     n_layers = len(lens.layers)
     for at, layer in enumerate(lens.layers):
-        gradient = lens.gradient(matrix, layer)
-        values = gradient.singular_values().numpy()
+        parts = lens.gradients_of(matrix, layer).values()
+        values = np.concatenate([part.singular_values().numpy() for part in parts])
+        values = np.sort(values)[::-1]
         kept = values[values > floor * values.max()] if len(values) and values.max() > 0 else []
         if not len(kept):
             continue
@@ -151,7 +160,7 @@ def spectrum(
             marker="o",
             markersize=2.5,
             linewidth=1,
-            label=f"{layer} (rank {gradient.rank()})",
+            label=f"{layer} (rank {sum(part.rank() for part in parts)})",
         )
     ax.set(xlabel=f"singular value of {matrix}'s gradient", ylabel="relative to the largest")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from bwlens.lens.backward import READ_THROUGH
-from bwlens.show.words import spaced
+from bwlens.show.words import probability_of, spaced
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -91,6 +91,7 @@ def pack(
         "words": words.text,
         "target": marked[0] if lens.target_ids else 0,
         "answer": marked[-1],
+        "said": probability_of(lens),
         "matrices": held,
         "blobs": blobs.held,
     }

@@ -6,10 +6,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bwlens.runs.paths import writable
 from bwlens.show import circuits
 from bwlens.show.sheet import definitions, document, svg
 from bwlens.show.table import table
-from bwlens.show.words import visible
+from bwlens.show.words import target_words, visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -21,7 +22,15 @@ the step stamps in. It is what this layer's neurons will answer to from now on.<
 <dt>shift</dt><dd>The delta of W_out, read from its <em>least</em> probable words. A descent step
 <em>subtracts</em> the gradient, so these are the words that it promotes; the most probable ones are
 suppressed.</dd>
-<dt>shade</dt><dd>The norm of delta: how hard the step pushes in this layer, at this token.</dd>
+<dt>how far to trust it</dt><dd>The reading takes delta straight to the vocabulary, and leaves out
+the layers above. It is best near the top: low in a deep model its words say little of what the step
+does. At the very top they are what it does, which need not be the target: in some models (SmolLM2)
+a step on the last layer raises other words more.</dd>
+<dt>the target</dt><dd>It is taken as written: “ Paris” and “Paris” are other tokens. Of a target
+of several tokens, the probability, ranks and marks are those of the first one, and the loss is the
+mean (or sum) over all, as the heading says.</dd>
+<dt>shade</dt><dd>The norm of delta: how hard the step pushes in this layer, at this token. Among
+experts, the root of the sum of their squares for W_in and W_gate.</dd>
 <dt>empty cell</dt><dd>Delta is zero there: in the last layer only the positions that the loss reads
 have a gradient.</dd>
 <dt>mark of doubt</dt><dd>The vector is short beside the epsilon of the final norm, so that the
@@ -31,7 +40,10 @@ lens may read the norm's bias instead of it.</dd>
 
 _FIGURES: tuple[tuple[Literal["norms", "target_ranks", "spectrum"], str], ...] = (
     ("norms", "How hard the step pushes: the norm of delta by layer and token."),
-    ("target_ranks", "Where the target stands in each reading; the bottom is promoted most."),
+    (
+        "target_ranks",
+        "Where the target's first token stands in each reading; delta's bottom is promoted most.",
+    ),
     ("spectrum", "Singular values of each layer's gradient: its rank is at most its tokens."),
 )
 
@@ -44,8 +56,10 @@ def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -
         path: A file to write.
         cells: How many of the strongest cells get a circuitsvis detail of their own.
     """
+    if path is not None:
+        writable(path, (".html",))
     matrix = "W_out" if "W_out" in lens.matrices else lens.matrices[0]
-    title = f"{visible(lens.prompt)} → {visible(lens.target)}" if lens.target else lens.prompt
+    title = visible(lens.prompt, trim=False) + (f" → {target_words(lens)}" if lens.target else "")
     html = document(
         title,
         "<h1>What one gradient step would write</h1>"
@@ -56,7 +70,7 @@ def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -
         f"<h2>To make this again</h2>{_settings(lens)}",
     )
     if path is not None:
-        Path(path).write_text(html, encoding="utf-8")
+        writable(path, (".html",)).write_text(html, encoding="utf-8")
     return html
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.show.colors import STEPS, TARGET, css, ink, scale
 from bwlens.show.pack import pack, script_json
-from bwlens.show.words import spaced, visible
+from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -58,7 +58,7 @@ def assets() -> str:
 def page(*lenses: BackwardLens) -> str:
     """Lenses as a whole HTML page."""
     lens = lenses[0]
-    title = visible(lens.prompt, trim=False) + (f" → {visible(lens.target)}" if lens.target else "")
+    title = visible(lens.prompt, trim=False) + (f" → {target_words(lens)}" if lens.target else "")
     return document(title, "".join(map(widget, lenses)))
 
 
@@ -152,7 +152,8 @@ def part(
         f'<p class="bw-caption">{_caption(lens, matrix)}</p>'
         f'<table><thead><tr><th scope="col">layer</th>{_tokens(lens, n_pos)}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table>"
-        f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed: the target.'
+        f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed:'
+        f" {_html(probability_of(lens)) if lens.target else 'the target'}."
         " · no gradient here. Slanted: a vector so short that the final norm's epsilon outweighs"
         " it.</p></section>"
     )
@@ -172,13 +173,14 @@ def _heading(lens: BackwardLens, name: str) -> str:
         at = end
     prompt = "".join(words).lstrip()
     size = " bw-long" if len("".join(tokens)) > 160 else ""
-    says = f"The model says <b>{_html(visible(lens.answer))}</b>"
+    says = f"The model says <b>{_html(quoted(lens.answer))}</b>"
     facts = [f"{says}, p = {_number(lens.answer_probability)}"]
     if lens.target:
-        prompt = f'<bdi>{prompt}</bdi> → <b class="bw-target">{_html(visible(lens.target))}</b>'
+        prompt = f'<bdi>{prompt}</bdi> → <b class="bw-target">{_html(target_words(lens))}</b>'
     if lens.target_probability is not None:
-        facts.append(f"the target has p = {_number(lens.target_probability)}")
-    facts.append(f"loss {_number(lens.loss)}")
+        has = f"{_html(probability_of(lens))} has p = {_number(lens.target_probability)}"
+        facts.append(has)
+    facts.append(f"{lens.loss_is} {_number(lens.loss)}")
     title = f'<p class="bw-name">{_html(name)}</p>' if name else ""
     return (
         f'<div class="bw-head">{title}<p class="bw-prompt{size}">{prompt}</p>'

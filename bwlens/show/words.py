@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bwlens.lens.backward import BackwardLens
 
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣", "\u00a0": "⍽"}
 
@@ -34,6 +38,27 @@ def spaced(text: str) -> str:
     (' Paris', 'Paris', ' ␣x', '␣')
     """
     return " " * (text[:1] == " " and bool(text.strip(" "))) + visible(text)
+
+
+def quoted(text: str) -> str:
+    """A token in quotation marks, so that the blank it begins with can be seen.
+
+    >>> quoted(" Paris"), quoted("Paris")
+    ('" Paris"', '"Paris"')
+    """
+    return f'"{spaced(text)}"'
+
+
+def target_words(lens: BackwardLens) -> str:
+    """The target's tokens in quotation marks: `" Paris"`, or `" Stutt" "gart"`."""
+    return " ".join(map(quoted, lens.target_tokens))
+
+
+def probability_of(lens: BackwardLens) -> str:
+    """Whose the target's probability, ranks and marks are: those of its first token."""
+    if len(lens.target_ids) < 2:
+        return "the target"
+    return f"the target's first token {quoted(lens.target_tokens[0])}"
 
 
 def _beside(text: str, at: int) -> tuple[str, str]:

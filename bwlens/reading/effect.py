@@ -1,0 +1,228 @@
+"""What a descent step on one cell does to the prediction, measured.
+
+A step on the weight gradient's cell (one row x_i of a matrix' input with its delta_i) changes what
+leaves the matrix at that position by a multiple of -delta_i. So we add c * (-delta / ||delta||)
+there and take the central difference of the logits that the loss reads. With c = nats / ||delta||
+the loss falls by `nats` to first order, whatever the cell, so that cells, layers and matrices
+compare: an effect is in nats of a word's logit for each nat by which the loss falls.
+
+No reading is presumed: it holds for every matrix, where a norm follows, and in any architecture.
+
+Two checks are taken with it. The change of the loss itself, predicted to be -nats, is measured
+(`fall`, 1 where the gradient is right); and a second, larger step must give the same effect
+(`agreement`, the correlation of the two over the vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.gradient.capturing import Gradients
+from bwlens.gradient.objectives import Objective
+from bwlens.model.places import Point, Tap
+from bwlens.model.replay import Replay
+from bwlens.model.sites import Site, find_taps
+
+NATS = 0.02
+"""By how much the step is to lower the loss, to first order."""
+
+_STEPS = (1.0, -1.0, 2.0, -2.0)
+_AGREES = 0.98
+"""Least correlation of two step sizes' effects for a cell to count as measured."""
+_WRONG = 0.05
+"""Share by which the loss may fall otherwise than predicted."""
+_TRIES = (1.0, 0.2, 5.0, 0.04, 25.0)
+"""Where a step is too large to be linear or drowns in rounding, others are tried in this order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """What steps on the cells of one matrix do to the words that follow.
+
+    Attributes:
+        scores: Change of each word's log-probability at the position read, in nats for each nat by
+            which the loss falls [cell, d_vocab].
+        fall: By how much the loss fell, over what was predicted [cell]; 1 where the gradient is
+            right and the step small.
+        agreement: Correlation of the effects of two step sizes over the vocabulary [cell].
+        nats: The predicted fall of the smaller step [cell].
+        probabilities: The model's own before the step, at the position read [d_vocab].
+    """
+
+    scores: Float[Tensor, "cell d_vocab"]
+    fall: Float[Tensor, " cell"]
+    agreement: Float[Tensor, " cell"]
+    nats: Float[Tensor, " cell"]
+    probabilities: Float[Tensor, " d_vocab"]
+
+    @property
+    def measured(self) -> Tensor:
+        """Cells whose two step sizes agree, and whose loss falls as predicted [cell]."""
+        return (self.agreement >= _AGREES) & ((self.fall - 1).abs() <= _WRONG)
+
+
+def tempered(
+    scores: Float[Tensor, "*lead d_vocab"],
+    probabilities: Float[Tensor, " d_vocab"],
+    temper: float,
+) -> Float[Tensor, "*lead d_vocab"]:
+    """`p^temper * d log p`: the change of `p^temper / temper`, a power of each word's probability.
+
+    0 compares changes of log-probabilities, where words that nobody would say lead; 1 compares
+    changes of probabilities, where only the few likeliest words count.
+
+    >>> tempered(torch.tensor([[1.0, 2.0]]), torch.tensor([0.25, 0.01]), 0.5)
+    tensor([[0.5000, 0.2000]])
+    """
+    return scores if temper == 0 else scores * probabilities.pow(temper)
+
+
+class EffectOf:
+    """Measures cells of one prompt's gradients.
+
+    Args:
+        model: The model.
+        grads: The captured gradients of one prompt, of the matrices to be read.
+        objective: The loss they are gradients of.
+        max_memory: Bytes that a batch of replays may take, by a rough estimate.
+
+    Raises:
+        ValueError: Several prompts, or a loss that reads no logits.
+    """
+
+    def __init__(
+        self, model: Any, grads: Gradients, objective: Objective, max_memory: int = 2**29
+    ) -> None:
+        if len(grads.batch) != 1:
+            raise ValueError(f"effects are read of one prompt, found {len(grads.batch)}")
+        self._model, self._grads, self._objective = model, grads, objective
+        self._tokens = grads.batch.tokens[0]
+        every = Replay(model, self._tokens, range(len(self._tokens))).logits
+        self._whole = every.detach().clone()[None].requires_grad_()
+        loss = objective(self._whole, grads.batch).sum()
+        (slope,) = torch.autograd.grad(loss, self._whole, allow_unused=True)
+        self._whole = self._whole.detach()
+        reads = [] if slope is None else slope[0].abs().amax(-1).nonzero().flatten().tolist()
+        if not reads:
+            raise ValueError(
+                "the loss reads no logits of this prompt, so a step has no effect on words that"
+                " could be read; use reading='plain'"
+            )
+        self.position: int = reads[0]
+        self._reads = reads
+        self._replay = Replay(model, self._tokens, reads)
+        self._log_p = self._replay.logits[0].log_softmax(-1)
+        cfg = model.cfg
+        wide = 12 * cfg.d_model + 3 * (getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
+        heads = getattr(cfg, "n_heads", 1) * len(self._tokens)
+        per_row = 4 * (len(self._tokens) * (wide + heads) + 3 * len(reads) * cfg.d_vocab)
+        self._cells = max(1, max_memory // (per_row * len(_STEPS)))
+
+    def of(
+        self,
+        cells: Sequence[tuple[Site, int]],
+        nats: float = NATS,
+        advance: Callable[[int], None] = lambda n: None,
+    ) -> Effects:
+        """The effects of some cells, each a site and a position.
+
+        Cells without a gradient have nan everywhere.
+        """
+        n, width = len(cells), self._log_p.shape[-1]
+        scores = self._log_p.new_full((n, width), float("nan"))
+        fall, agreement = (self._log_p.new_full((n,), float("nan")) for _ in range(2))
+        sizes = self._log_p.new_full((n,), nats)
+        unsettled = [i for i, (site, pos) in enumerate(cells) if self._row(site, pos).any()]
+        advance(n - len(unsettled))
+        for factor in _TRIES:
+            left = []
+            for batch in self._batches(cells, unsettled):
+                tried = torch.full_like(sizes[batch], nats * factor)
+                effect, fell, agrees = self._measure([cells[i] for i in batch], tried)
+                error = (fell - 1).abs().nan_to_num(float("inf"))
+                better = error < (fall[batch] - 1).abs().nan_to_num(float("inf"))
+                for i, row in zip(batch, range(len(batch)), strict=True):
+                    if better[row]:
+                        scores[i], fall[i], agreement[i] = effect[row], fell[row], agrees[row]
+                        sizes[i] = nats * factor
+                        if error[row] > _WRONG or agrees[row] < _AGREES:
+                            left.append(i)
+                    elif not (fall[i] - 1).abs() <= _WRONG or agreement[i] < _AGREES:
+                        left.append(i)
+            advance(len(unsettled) - len(left))
+            unsettled = left
+        advance(len(unsettled))
+        return Effects(scores, fall, agreement, sizes, self._log_p.exp())
+
+    def _batches(
+        self, cells: Sequence[tuple[Site, int]], chosen: Sequence[int]
+    ) -> Iterator[list[int]]:
+        """Cells of like layers together, as a replay starts at the lowest."""
+        order = sorted(chosen, key=lambda i: (cells[i][0].layer, cells[i][0].matrix))
+        size = min(self._cells, _AT_ONCE)
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def _row(self, site: Site, pos: int) -> Float[Tensor, " d_out"]:
+        return self._grads[site].delta[pos]
+
+    def _measure(
+        self, cells: Sequence[tuple[Site, int]], nats: Float[Tensor, " cell"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        steps = torch.tensor(_STEPS, device=nats.device, dtype=nats.dtype)
+        n_rows, n_pos = len(cells) * len(_STEPS), len(self._tokens)
+        additions: dict[tuple[Point, ...], Tensor] = {}
+        for i, (site, pos) in enumerate(cells):
+            tap = self._tap(site)
+            delta = self._row(site, pos).to(nats)
+            down = -delta / delta.norm().square()
+            width = len(delta) * (2 if tap.gated_heads else 1)
+            rows = additions.get(tap.z)
+            if rows is None:
+                rows = additions.setdefault(tap.z, nats.new_zeros(n_rows, n_pos, width))
+            here = slice(i * len(_STEPS), (i + 1) * len(_STEPS))
+            columns = tap.columns(width)
+            rows[here, pos, columns] = (steps * nats[i])[:, None] * down
+        lowest = min(site.layer for site, _ in cells)
+        logits = self._replay(additions, lowest).unflatten(0, (-1, len(_STEPS)))
+        losses = self._losses(logits).double()
+        log_p = logits[:, :, 0].log_softmax(-1)
+        small = (log_p[:, 0] - log_p[:, 1]) / (2 * nats[:, None])
+        large = (log_p[:, 2] - log_p[:, 3]) / (4 * nats[:, None])
+        fall = (losses[:, 1] - losses[:, 0]) / (2 * nats.double())
+        # The error of a central difference is quadratic in the step: taken out by the two sizes.
+        return (4 * small - large) / 3, fall.to(nats), _correlation(small, large)
+
+    def _losses(self, logits: Float[Tensor, "cell step position d_vocab"]) -> Tensor:
+        """The loss of each row; only what it reads differs from the logits before."""
+        whole, before = self._whole, self._whole[0, self._reads].clone()
+        losses = []
+        for row in logits.flatten(0, 1):
+            whole[0, self._reads] = row.to(whole)
+            losses.append(self._objective(whole, self._grads.batch)[0])
+        whole[0, self._reads] = before
+        return torch.stack(losses).unflatten(0, logits.shape[:2])
+
+    def _tap(self, site: Site) -> Tap:
+        for tap in find_taps(self._model, [site.matrix], site.layer):
+            if isinstance(tap, Tap) and tap.site == site and tap.routing is None:
+                return tap
+        raise NotImplementedError(
+            f"the effect of a step on {site} is not read: an expert has a matrix of its own for"
+            f" some tokens; ask for W_O, or for layers that are no mixture"
+        )
+
+
+_AT_ONCE = 16
+
+
+def _correlation(one: Float[Tensor, "n v"], other: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+    """Pearson's, row by row."""
+    one, other = (rows.double() - rows.double().mean(-1, keepdim=True) for rows in (one, other))
+    return torch.nn.functional.cosine_similarity(one, other, dim=-1).to(torch.float32)

@@ -154,7 +154,7 @@ def resolve_layers(model: Any, layers: Layers) -> list[int]:
         try:
             asked: list[Any] = list(range(n_layers))[given]
         except TypeError:
-            raise TypeError(f"layers {given} asked for; {there}") from None
+            raise ValueError(f"layers {given} asked for; {there}") from None
     else:
         several = isinstance(given, Iterable) and not isinstance(given, str)
         asked = list(given) if several else [given]

@@ -299,3 +299,40 @@ REFUSED: dict[str, Architecture] = {
     ),
 }  # fmt: skip
 """Models without a matrix that bwlens knows."""
+
+
+def table() -> str:
+    """What `docs/architectures.md` says: `python -m tests.architectures > docs/architectures.md`."""
+    from tests import tiny
+
+    exact = sorted([*tiny.CONFIGS, *(n for n, a in ARCHITECTURES.items() if not a.unread)])
+    rows = [("exact: every matrix of attention and MLP that is there", ", ".join(exact))]
+    for name, architecture in sorted(ARCHITECTURES.items()):
+        if architecture.unread:
+            rows.append((f"in part: not {', '.join(architecture.unread)}", name))
+    rows.append(("refused: no matrix that bwlens knows", ", ".join(sorted(REFUSED))))
+    out = [
+        "# Architectures",
+        "",
+        "One tiny random model of each is compared with an unbridged Hugging Face copy, matrix by",
+        "matrix (`tests/test_architectures.py`, `tests/test_capture.py`). Names are Hugging Face's.",
+        "In hybrids the attention and MLP layers are read; recurrences have no such matrices.",
+        "Queries that share a projection with gates are read without them; W_Q, W_K and W_V made",
+        "through a bottleneck (DeepSeek, GLM 4 lite, Youtu) are no single matrix and not read.",
+        'The expert that all tokens of a mixture pass is `"shared"`: `grads["W_in", 3, "shared"]`.',
+        "",
+        "| read | architectures |",
+        "|---|---|",
+        *(f"| {what} | {names} |" for what, names in rows),
+        "",
+    ]
+    gone = [(n, line, why) for n, a in ARCHITECTURES.items() for line, why in a.not_on.items()]
+    out += [
+        f"- {n} is not read with TransformerLens {line.rstrip('.')}: {why}."
+        for n, line, why in gone
+    ]
+    return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -185,7 +185,7 @@ def _keeping_nothing(model: nn.Module) -> Iterator[None]:
     """Modules keep what they kept before: a pass's attention patterns hold its whole graph."""
     modules = all_modules(model)
     before = [
-        {name: kept for name, kept in vars(module).items() if isinstance(kept, Tensor)}
+        {name: kept for name, kept in vars(module).items() if type(kept) is Tensor}
         for module in modules
     ]
     try:
@@ -193,7 +193,7 @@ def _keeping_nothing(model: nn.Module) -> Iterator[None]:
     finally:
         for module, kept in zip(modules, before, strict=True):
             for name, value in vars(module).items():
-                if isinstance(value, Tensor) and not value.is_leaf and value is not kept.get(name):
+                if type(value) is Tensor and not value.is_leaf and value is not kept.get(name):
                     vars(module)[name] = kept.get(name)
 
 

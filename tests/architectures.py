@@ -299,3 +299,47 @@ REFUSED: dict[str, Architecture] = {
     ),
 }  # fmt: skip
 """Models without a matrix that bwlens knows."""
+
+TRANSFORMER_LENS_CANNOT = {
+    "falcon with new_decoder_architecture": "TransformerLens does not load it",
+    "codegen": "TransformerLens cannot run it with transformers 5.24",
+    "opt with do_layer_norm_before=False": "TransformerLens cannot run it without a projection",
+    "granite_moe_shared, helium, persimmon, phimoe": "TransformerLens does not know them",
+}
+"""Seen by hand with TransformerLens 4.3."""
+
+
+def table() -> str:
+    """What docs/architectures.md says: python -m tests.architectures > docs/architectures.md."""
+    from tests import tiny
+
+    exact = sorted([*tiny.CONFIGS, *(n for n, a in ARCHITECTURES.items() if not a.unread)])
+    rows = [("exact: every matrix of attention and MLP that is there", ", ".join(exact))]
+    for name, architecture in sorted(ARCHITECTURES.items()):
+        if architecture.unread:
+            rows.append((f"in part: not {', '.join(architecture.unread)}", name))
+    rows.append(("refused: no matrix that bwlens knows", ", ".join(sorted(REFUSED))))
+    out = [
+        "# Architectures",
+        "",
+        "One tiny random model of each is compared with an unbridged Hugging Face copy, matrix by",
+        "matrix (`tests/test_architectures.py`, `tests/test_capture.py`).",
+        "In hybrids the attention and MLP layers are read; recurrences have no such matrices.",
+        "Queries that share a projection with gates are read without them; W_Q, W_K and W_V made",
+        "through a bottleneck (DeepSeek, GLM 4 lite, Youtu) are no single matrix and not read.",
+        'The expert that all tokens of a mixture pass is `"shared"`: `grads["W_in", 3, "shared"]`.',
+        "",
+        "| read | architectures |",
+        "|---|---|",
+        *(f"| {what} | {names} |" for what, names in rows),
+        "",
+    ]
+    for name, architecture in ARCHITECTURES.items():
+        for line, why in architecture.not_on.items():
+            out.append(f"- {name}: not compared on TransformerLens {line.rstrip('.')}, as {why}.")
+    out += [f"- {name}: {why}." for name, why in TRANSFORMER_LENS_CANNOT.items()]
+    return "\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import bwlens
 from bwlens.model.sites import available_matrices, default_matrices
 from tests import cases, oracle, tiny
-from tests.architectures import ARCHITECTURES, REFUSED
+from tests.architectures import ARCHITECTURES, REFUSED, table
 
 TOKENS = torch.tensor([[5, 9, 30, 41], [7, 8, 3, 2]])
 
@@ -44,3 +45,9 @@ def test_models_without_a_known_matrix(name, boot):
         default_matrices(model)
     with pytest.raises((NotImplementedError, ValueError), match=r"W_in"):
         bwlens.capture(model, TOKENS, 17)
+
+
+def test_the_page_says_what_the_tests_show():
+    page = Path(__file__).parents[1] / "docs/architectures.md"
+    assert page.read_text() == table(), "python -m tests.architectures > docs/architectures.md"
+    assert len(ARCHITECTURES) + len(tiny.CONFIGS) >= 35

@@ -13,7 +13,9 @@ from bwlens.model.sites import (
     available_matrices,
     check_model,
     find_taps,
+    plain_taps,
     resolve_layers,
+    resolve_matrices,
 )
 from tests import tiny
 
@@ -77,6 +79,8 @@ def test_sites_read_well_and_sort():
         ([2, 0, -1], [0, 2]),
         (range(2), [0, 1]),
         ((-3,), [0]),
+        (slice(None), [0, 1, 2]),
+        (slice(-2, None), [1, 2]),
     ],
 )
 def test_layers(layers, expected, bridge):
@@ -90,8 +94,8 @@ def test_layers(layers, expected, bridge):
     ("matrices", "layers", "error"),
     [
         (["W_in", "W_up"], None, r"matrices must be among W_in, .*, W_O; found 'W_up'"),
-        ([], None, "matrices must be among .* found none at all"),
-        ("W_in", None, "matrices must be among .* found 'W', '_', 'i', 'n'"),
+        ([], None, "matrices must be among .* found an empty list"),
+        ("W_up", None, r"matrices must be among .* found 'W_up'$"),
         (
             ["W_gate"],
             None,
@@ -101,12 +105,29 @@ def test_layers(layers, expected, bridge):
         (["W_in"], [3], r"layer 3 asked for, but this model has layers 0 to 2 \(or -3 to -1 from"),
         (["W_in"], -4, "layer -4 asked for"),
         (["W_in"], [], "an empty list of layers asked for, but this model has layers 0 to 2"),
+        (["W_in"], slice(7, None), "an empty list of layers asked for"),
+        (["W_in"], slice("a", None), r"layers slice\('a', None, None\) asked for; this model has"),
+        (["W_in"], [0, True], "layer True asked for; expected whole numbers, this model has"),
+        (["W_in"], "1", "layer '1' asked for; expected whole numbers, this model has layers 0 to"),
     ],
     ids=str,
 )
 def test_bad_requests(matrices, layers, error, bridge, unchecked):
     with pytest.raises(ValueError, match=error):
         bwlens.capture(bridge("gpt2"), TOKENS, 17, matrices, layers)
+
+
+def test_names_of_matrices(unchecked):
+    assert resolve_matrices("W_out") == ("W_out",)
+    assert resolve_matrices(["W_out", "W_in", "W_out"]) == ("W_out", "W_in")
+    for odd in (5, None, ["W_in", 3]):
+        with pytest.raises(TypeError, match=r"names among W_in, .*; found"):
+            resolve_matrices(odd)  # pyright: ignore[reportArgumentType]
+
+
+def test_one_name_is_a_list_of_one(bridge):
+    grads = bwlens.capture(bridge("gpt2"), TOKENS, 17, "W_out", layers=slice(-1, None))
+    assert list(grads) == [Site("W_out", 2)]
 
 
 def test_a_layer_without_an_mlp(boot):
@@ -145,9 +166,81 @@ def test_a_mixture_kept_in_another_form(boot):
 
 def test_a_state_space_model_has_none_of_them(boot):
     with pytest.raises(
-        ValueError, match=r"W_in, W_out: no such .* it has none of those bwlens knows"
+        ValueError,
+        match=r"W_in, W_out: no such .* blocks are made of norm .*, mixer \(MambaMixer\)",
     ):
         bwlens.capture(boot("mamba"), TOKENS, 17)
+
+
+def test_where_no_matrix_is_named_and_no_mlp_can_be_read(boot):
+    with pytest.raises(
+        NotImplementedError, match=r"finds none .* it has none of those bwlens knows"
+    ):
+        bwlens.backward_lens(boot("mamba"), TOKENS[0], 17)
+    with pytest.raises(
+        NotImplementedError, match=r"finds none .* \(GptOssExperts keeps .* it has W_Q"
+    ):
+        bwlens.backward_lens(boot("gpt_oss"), TOKENS[0], 17)
+    with pytest.raises(NotImplementedError, match=r"W_in of layer 1 cannot be read: Llama4TextExp"):
+        bwlens.backward_lens(boot("llama4"), TOKENS[0], 17)
+    assert len(bwlens.capture(boot("llama4"), TOKENS, 17, layers=0)) == 2  # its dense layer
+
+
+def test_a_stream_that_is_projected_before_it_is_unembedded(boot):
+    model = boot("opt_350m")
+    assert len(bwlens.capture(model, TOKENS, 17)) == 2 * tiny.LAYERS
+    with pytest.raises(NotImplementedError, match=r"stream .* has 16 entries, but .* takes 8"):
+        bwlens.backward_lens(model, TOKENS[0], 17)
+
+
+# Matrices that share a projection, and experts that all tokens pass.
+
+
+def test_a_projection_that_is_too_wide(boot):
+    """What a projection gives is measured against what takes it."""
+    model = boot("llama")
+    model.blocks[1].attn.q.set_original_component(nn.Linear(16, 48, bias=False))
+    model.blocks[1].mlp.out.set_original_component(nn.Linear(12, 16, bias=False))
+    for matrix, reason in (
+        ("W_Q", r"W_Q of layer 1 cannot be read: Linear gives 48 columns, but the heads hand 16"),
+        ("W_in", "W_in of layer 1 cannot be read: Linear gives 24 columns, but W_out takes 12"),
+        ("W_gate", "W_gate of layer 1 cannot be read: Linear gives 24 columns"),
+    ):
+        with pytest.raises(NotImplementedError, match=reason):
+            find_taps(model, matrix)
+        assert len(find_taps(model, matrix, [0, 2])) == 2
+
+
+def test_two_mlps_in_one_block(boot):
+    model = boot("llama")
+    model.blocks[0].another = model.blocks[1].mlp
+    with pytest.raises(NotImplementedError, match="has more than one part for it: LlamaMLP"):
+        find_taps(model, "W_in")
+
+
+def test_queries_without_their_gates(bridge):
+    model = bridge("qwen3_5_full_attention")
+    wide = model.blocks[0].attn.q.original_component
+    grads = bwlens.capture(model, TOKENS, 17, ("W_Q", "W_O"))
+    assert wide.out_features == 2 * grads["W_O", 0].x.shape[1]
+    assert grads["W_Q", 0].delta.shape[1] == grads["W_O", 0].x.shape[1]
+    with pytest.raises(NotImplementedError, match="W_Q of layer 0 shares its projection with gat"):
+        plain_taps(model, "W_Q", None, "keys want one weight")
+
+
+def test_the_shared_expert_is_one_of_its_own(bridge):
+    grads = bwlens.capture(bridge("qwen2_moe"), TOKENS, 17, layers=1)
+    shared = grads["W_in", 1, "shared"]
+    assert shared.shape == (16, 20)
+    assert shared.pos is not None
+    assert shared.pos.tolist() == [0, 1, 2, 3]
+    assert next(site.expert for site in grads if site.matrix == "W_in") == "shared"
+    assert Site("W_in", 1, "shared") < Site("W_in", 1, 0) < Site("W_in", 1, 3)
+    assert str(Site("W_in", 1, "shared")) == "W_in of layer 1, shared expert"
+    numbers = [Site("W_in", 1, e).expert_number for e in (None, "shared", 0, 3)]
+    assert numbers == [-1, -2, 0, 3]
+    with pytest.raises(KeyError, match=r"the experts .*'shared'"):
+        grads["W_in", 1]
 
 
 # What is no model for bwlens.
@@ -169,6 +262,13 @@ def test_not_a_transformer_lens_model(bridge):
     assert_refused(tiny.hf_model("gpt2"), TypeError, message.format("GPT2LMHeadModel"))
     assert_refused("gpt2", TypeError, message.format("str"))
     assert_refused(None, TypeError, message.format("NoneType"))
+
+
+def test_a_peft_model():
+    model = Stub(peft_config={})
+    assert_refused(
+        model, TypeError, r"Stub is a PEFT model.*merge_and_unload\(\)\) and boot the re"
+    )
 
 
 def test_encoder_decoder(boot):

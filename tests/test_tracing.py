@@ -1,5 +1,9 @@
 """A pass leaves the model as it was found, and sees the tensors that really pass."""
 
+import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -150,6 +154,71 @@ def test_training_mode_gives_the_results_of_eval_mode(kind, lively):
     for site, gradient in evaluated.items():
         assert torch.equal(training[site].x, gradient.x)
         assert torch.equal(training[site].delta, gradient.delta)
+
+
+def test_modules_keep_nothing_of_a_pass(boot):
+    """Attention keeps its last pattern, with the whole graph behind it: what was there stays."""
+    for name in ("gpt2", "bloom", "falcon", "gpt_bigcode"):
+        model = boot(name)
+        bwlens.capture(model, TOKENS, 17)
+        copy.deepcopy(model)
+    with torch.no_grad():
+        model(TOKENS)
+    kept = {m: m._pattern for m in model.modules() if getattr(m, "_pattern", None) is not None}
+    assert kept
+    ENTRIES["capture"](model, 17)
+    bwlens.vjps(model, TOKENS, 17, "blocks.1.hook_resid_mid")
+    assert all(module._pattern is pattern for module, pattern in kept.items())
+
+
+def test_threads_take_turns(boot):
+    """Each capture on one model sees its own pass, also where a hook captures within a pass."""
+    model = boot("llama")
+    texts = [torch.tensor([[5, 9, 30, 41]]), torch.tensor([[7, 8, 13]])]
+    expected = [bwlens.capture(model, text, 17) for text in texts]
+    model.blocks[0].register_forward_hook(lambda *_: time.sleep(0.001))  # let others in
+
+    def capture(index):
+        return bwlens.capture(model, texts[index % 2], 17)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(capture, range(24)))
+        plain = pool.submit(lambda: [model(texts[0]) for _ in range(5)])
+        found.append(capture(0))
+        plain.result()
+    for index, grads in enumerate(found):
+        for site, gradient in expected[index % 2].items():
+            assert torch.equal(grads[site].x, gradient.x)
+            assert torch.equal(grads[site].delta, gradient.delta)
+    assert not any(m._forward_hooks for m in model.blocks[1].mlp.modules())
+
+
+def test_a_capture_within_a_pass_of_its_own_thread(boot):
+    model = boot("llama")
+    inner = []
+
+    def objective(logits, batch):
+        inner.append(bwlens.capture(model, TOKENS, 17, layers=2))
+        return bwlens.NLL(17)(logits, batch.__class__(**vars(batch) | {"targets": ((17,),) * 2}))
+
+    outer = bwlens.capture(model, TOKENS, objective, layers=2)
+    assert torch.equal(outer["W_in", 2].delta, inner[0]["W_in", 2].delta)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("part", ["mlp", "self_attn", "down_proj"])
+def test_dynamically_quantised_models_are_refused(part, tokenizer):
+    """Where only some weights are packed, the gradients of others would lack a part."""
+    hf = tiny.hf_model("llama")
+    names = {n for n, m in hf.named_modules() if isinstance(m, nn.Linear) and part in n}
+    torch.ao.quantization.quantize_dynamic(hf, names, dtype=torch.qint8, inplace=True)
+    model = tiny.bridge("llama", tokenizer, hf=hf)
+    for entry in ENTRIES.values():
+        with pytest.raises(
+            NotImplementedError, match=r"is quantised: .*Linear computes with packed"
+        ):
+            entry(model, 17)
 
 
 # What passes is what is seen.

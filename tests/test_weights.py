@@ -17,7 +17,7 @@ from bwlens.edit import WeightChange
 from bwlens.model.passes import as_rows, expert_calls, flows_of, recording
 from bwlens.model.prompts import make_batch
 from bwlens.model.sites import ExpertTap, Tap, available_matrices, find_taps
-from bwlens.model.weights import copy_of, weight_of
+from bwlens.model.weights import copy_of, weight_of, weights_of
 from tests import cases, oracle, tiny
 
 TOKENS, MASK = cases.padded(cases.PROMPTS)
@@ -122,9 +122,40 @@ def test_every_weight_of_a_hooked_transformer(name, processed):
     check_weights_of_a_layer(tiny.hooked_transformer(name, processed))
 
 
-@pytest.mark.parametrize("name", ["bloom", "qwen2_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name",
+    ["bloom", "qwen2_moe", "deepseek_v3", "qwen3_5_full_attention", "granite_moe_hybrid", "rwkv"],
+)
 def test_weights_of_further_architectures(name, boot):
     check_weights_of_a_layer(boot(name))
+
+
+def test_weights_of_opaque_blocks(boot):
+    check_weights_of_a_layer(boot("nemotron_h"), 2)
+    check_weights_of_a_layer(boot("recurrent_gemma"), 2)
+
+
+def test_several_weights_at_once(bridge):
+    model = bridge("qwen2_moe")
+    sites = [Site("W_out", -1, 2), Site("W_out", 1, "shared"), Site("W_Q", 0)]
+    weights = weights_of(model, sites)
+    assert list(weights) == sites
+    for site, weight in weights.items():
+        assert torch.equal(weight.read(), weight_of(model, site).read())
+        assert weight.site.layer == site.layer % 3
+
+
+def test_memory_of_a_model_is_walked_once(boot):
+    """The time for all sites of a model must not grow with their square."""
+    model = boot("llama")
+    walks = []
+    for block in model.blocks:
+        block.parameters = lambda *a, walk=block.parameters, **k: walks.append(1) or walk(*a, **k)
+    change = change_of(model, *(Site(m, n) for n in range(3) for m in ("W_in", "W_out")))
+    walks.clear()
+    with change.applied(model):
+        pass
+    assert len(walks) <= 2 * len(model.blocks)
 
 
 def test_grouped_heads_are_not_repeated(bridge):
@@ -156,8 +187,10 @@ def test_experts_a_mixture_lacks(bridge):
     model = bridge("mixtral")
     with pytest.raises(ValueError, match=r"W_in of layer 1 names no expert; .* experts 0 to 3"):
         weight_of(model, Site("W_in", 1))
-    with pytest.raises(ValueError, match=r"expert 4 does not exist; .* experts 0 to 3"):
+    with pytest.raises(ValueError, match=r"expert 4 does not exist; .* experts 0 to 3$"):
         weight_of(model, Site("W_out", 1, 4))
+    with pytest.raises(ValueError, match=r"expert 9 does not .* 0 to 3 and the shared one"):
+        weight_of(bridge("qwen2_moe"), Site("W_out", 1, 9))
 
 
 def linear_of(model, layer=1):
@@ -462,8 +495,8 @@ def test_an_edited_copy_of_a_hooked_transformer(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_saved_and_loaded_onto_another_copy(dtype, boot, tmp_path):
-    model, other = boot("mixtral"), boot("mixtral")
-    sites = (Site("W_in", 0, 3), Site("W_out", 1, 0), Site("W_K", 2))
+    model, other = boot("qwen2_moe"), boot("qwen2_moe")
+    sites = (Site("W_in", 0, "shared"), Site("W_out", 1, 0), Site("W_K", 2))
     change = change_of(model, *sites).to(dtype=dtype)
     change = WeightChange(change.parts, "a note", {"method": "by hand", "lr": 0.25})
     path = tmp_path / "change.safetensors"

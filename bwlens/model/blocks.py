@@ -89,7 +89,7 @@ def contents(block: nn.Module) -> str:
 
 def _parts(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     """MLPs and attentions: those that TransformerLens shows, else those of the block it wraps."""
-    shown = {n: m for n, m in block._modules.items() if m is not None and n != "original_component"}
+    shown = {n: m for n, m in block._modules.items() if m is not None and not n.startswith("_")}
     attentions = [shown["attn"]] if "attn" in shown else []
     mlps = [
         part

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from threading import get_ident
+from threading import local
 from typing import Any
 
 import torch
@@ -103,6 +103,14 @@ def forward(model: Any, batch: Batch, objective: Any) -> Run:
     return Run(logits, losses, _HALF_SCALE.get(logits.dtype, 1.0))
 
 
+_thread = local()
+
+
+def _recordings() -> list[Any]:
+    """What this thread records at present, the innermost last."""
+    return vars(_thread).setdefault("recordings", [])
+
+
 def _check_differentiable(model: nn.Module) -> None:
     """Refuse packed weights: what is computed with them cuts the graph, wholly or in part."""
     for module in all_modules(model):
@@ -120,12 +128,12 @@ def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list
     """Note the tensors that pass the points, with gradients on and the model in eval mode."""
     seen: dict[Point, list[Tensor]] = {}
     parted_from: dict[int, Tensor] = {}
-    thread = get_ident()
 
     def note(point: Point) -> Callable[..., Tensor | None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
-            if get_ident() != thread:  # somebody else runs the model in the meantime
-                return None
+            recordings = _recordings()
+            if not recordings or recordings[-1] is not seen:
+                return None  # another thread's pass, or one within this one
             tensor = point.take(args, kwargs, output)
             stream = parted_from.get(id(tensor), tensor)
             if not point.branch or not tensor.requires_grad:
@@ -140,6 +148,8 @@ def recording(model: nn.Module, points: set[Point]) -> Iterator[dict[Point, list
 
     with ExitStack() as stack:
         stack.enter_context(alone_with(model))
+        _recordings().append(seen)
+        stack.callback(_recordings().pop)
         stack.enter_context(_keeping_nothing(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(in_eval_mode(model))
@@ -175,7 +185,7 @@ def _keeping_nothing(model: nn.Module) -> Iterator[None]:
     """Modules keep what they kept before: a pass's attention patterns hold its whole graph."""
     modules = all_modules(model)
     before = [
-        {name: kept for name, kept in vars(module).items() if isinstance(kept, Tensor)}
+        {name: kept for name, kept in vars(module).items() if type(kept) is Tensor}
         for module in modules
     ]
     try:
@@ -183,7 +193,7 @@ def _keeping_nothing(model: nn.Module) -> Iterator[None]:
     finally:
         for module, kept in zip(modules, before, strict=True):
             for name, value in vars(module).items():
-                if isinstance(value, Tensor) and not value.is_leaf and value is not kept.get(name):
+                if type(value) is Tensor and not value.is_leaf and value is not kept.get(name):
                     vars(module)[name] = kept.get(name)
 
 

@@ -154,7 +154,7 @@ def resolve_layers(model: Any, layers: Layers) -> list[int]:
         try:
             asked: list[Any] = list(range(n_layers))[given]
         except TypeError:
-            raise TypeError(f"layers {given} asked for; {there}") from None
+            raise ValueError(f"layers {given} asked for; {there}") from None
     else:
         several = isinstance(given, Iterable) and not isinstance(given, str)
         asked = list(given) if several else [given]
@@ -196,7 +196,8 @@ def check_model(model: Any) -> None:
             f" (merged = model.merge_and_unload()) and boot the result:"
             f" TransformerBridge.boot_transformers(name, hf_model=merged, tokenizer=tokenizer)"
         )
-    if not hasattr(model, "hook_dict"):
+    # Looked for, not asked for: a bridge would build it anew.
+    if not (hasattr(type(model), "hook_dict") or "hook_dict" in getattr(model, "__dict__", ())):
         raise TypeError(
             f"expected a TransformerLens model (TransformerBridge or HookedTransformer), found"
             f" {name}; load one with bwlens.load_model(...) or"

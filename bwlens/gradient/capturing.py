@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bwlens.gradient.guard import check_first_use
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import as_objective
 from bwlens.model.passes import (
@@ -139,6 +140,10 @@ def capture(
     One forward pass and one `autograd.grad` that stops at the matrices' outputs. The model runs in
     eval mode and is left as it was: weights, `.grad`, `requires_grad`, train/eval mode, hooks.
 
+    The first time that a layer is read, six tokens go through the model to see that z = x W with
+    the weight that it holds, and that a small step along -delta does to the loss what ||delta||
+    says; `bwlens.checking.trusted()` leaves that out, `bwlens.check(model)` says more.
+
     Args:
         model: A TransformerBridge (TransformerLens 3.9-4) or HookedTransformer (3.9).
         prompts: A string, a list of strings, or token ids [pos] or [batch, pos].
@@ -156,7 +161,8 @@ def capture(
     Raises:
         ValueError: Malformed prompts, unknown matrices or layers, a loss of the wrong shape, that
             is not finite, that reads padding, or that does not depend on a matrix asked for.
-        NotImplementedError: A model or mode out of scope, named in the message.
+        NotImplementedError: A model or mode out of scope, named in the message; layers whose
+            x^T delta is not their gradient (quantised in passing, adapted), with figures.
         RuntimeError: Called inside `torch.inference_mode()`.
 
     Source: Backward Lens, section 4.1 and Lemma 4.1.
@@ -171,6 +177,7 @@ def capture(
     taps = find_taps(model, matrices, layers)
     objective = as_objective(objective)
     batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
+    check_first_use(model, taps)
     points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
     points |= {tap.routing for tap in taps if tap.routing is not None}
     expert_taps = [tap for tap in taps if isinstance(tap, ExpertTap)]

@@ -1,15 +1,33 @@
-"""The road from a residual vector to the vocabulary: the model's own final norm and unembedding."""
+"""The road from a residual vector to the vocabulary: the model's own final norm and unembedding.
+
+What a model does behind its unembedding (a scale, a soft cap) has a name of its own in every
+architecture's config, and some configs name what the model then does not do. So it is measured:
+one short forward pass gives the stream that leaves the last block and the logits that the model
+makes of it, and a `Head` is what reproduces them to rounding, or there is none.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+<<<<<<< HEAD
 from bwlens.model.sites import check_model, check_stream
+=======
+from bwlens.model.fitting import Reading, fit_reading, rounding_of
+from bwlens.model.probing import logits_and, probe_batch
+from bwlens.model.places import Point
+from bwlens.model.sites import check_model, check_stream
+from bwlens.model.unhooked import has_hooks, hooks_off
+
+_TILE = 4096
+"""Columns of W_U multiplied at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,8 +35,10 @@ class Head:
     """The road from a residual vector to the vocabulary: final norm, unembedding, soft cap.
 
     `logits = cap(scale * (norm(v) W_U + b_U))`, with `cap(s) = soft_cap tanh(s / soft_cap)`.
-    `norm` takes and gives [n, 1, d_model]; `eps` is the final norm's; `centred` says whether it
-    subtracts the mean (LayerNorm) or not (RMSNorm).
+    `norm` takes and gives [n, 1, d_model], and runs without its user's hooks; `eps` is the final
+    norm's; `centred` says whether it subtracts the mean (LayerNorm) or not (RMSNorm). `error` is
+    how far the model's own logits were from these where that was measured, as a share of their
+    spread over the vocabulary.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -28,29 +48,163 @@ class Head:
     scale: float
     eps: float
     centred: bool
+    error: float | None = None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What was found out about a model, and the parts that it holds for."""
+
+    parts: tuple[Any, ...]
+    uses_norm: bool = True
+    reading: Reading | None = None
+    error: float = 0.0
+    refusal: str = ""
+
+
+_known: WeakKeyDictionary[Any, _Measured] = WeakKeyDictionary()
 
 
 def head_of(model: Any) -> Head:
-    """The model's own final norm and unembedding."""
+    """The model's own final norm and unembedding, and the scale and soft cap that it is seen to use.
+
+    Measured by one forward pass of six tokens the first time, and again after the final norm or
+    the unembedding was replaced. The hooks that the user put on hook points, the final norm and
+    the unembedding are off, there and whenever the head is used.
+
+    Raises:
+        TypeError: Not a TransformerLens model.
+        NotImplementedError: The model's logits are not made of the last block's stream in this way
+            (a projection, a prediction head or another norm stands between), or no such model.
+    """
     check_model(model)
     check_stream(model)
+    W_U, b_U = model.unembed.W_U.detach(), model.unembed.b_U
+    if W_U.is_meta:
+        raise NotImplementedError(
+            "the unembedding is not in memory (offloaded, or never loaded); load the model whole,"
+            " without offloading to CPU or disk"
+        )
     norm = getattr(model, "ln_final", None)
-    cfg = model.cfg
-    hf_config = getattr(getattr(model, "original_model", None), "config", None)
-    cap = getattr(cfg, "output_logits_soft_cap", None)
-    if cap is None or cap <= 0:
-        cap = getattr(hf_config, "final_logit_softcapping", None)
-    scale = getattr(hf_config, "logit_scale", None) or 1.0
-    scale /= getattr(hf_config, "logits_scaling", None) or 1.0
+    parts = _parts(model, norm, W_U)
+    measured = _known.get(model)
+    if measured is None or measured.parts != parts:
+        measured = _known[model] = _measure(model, norm, W_U, b_U, parts)
+    if measured.reading is None:
+        raise NotImplementedError(measured.refusal)
+    if not measured.uses_norm:
+        norm = None
+    reading, call = measured.reading, _unhooked(norm)
     return Head(
-        norm=norm if norm is not None else lambda v: v,
-        W_U=model.unembed.W_U.detach(),
-        b_U=None if model.unembed.b_U is None else model.unembed.b_U.detach(),
-        soft_cap=float(cap) if cap is not None and cap > 0 else None,
-        scale=float(scale),
-        eps=_eps_of(norm, cfg),
-        centred=_is_centred(norm, cfg),
+        norm=call,
+        W_U=W_U,
+        b_U=None if b_U is None else reading.of_bias(b_U.detach()),
+        soft_cap=reading.soft_cap,
+        scale=reading.scale,
+        eps=_eps_of(norm, model.cfg),
+        centred=norm is not None and _is_centred(call, W_U),
+        error=measured.error,
     )
+
+
+def _parts(model: Any, norm: Any, W_U: Tensor) -> tuple[Any, ...]:
+    """What a measurement holds for: other parts than these are measured anew."""
+    modules = [norm, getattr(norm, "original_component", None), model.unembed]
+    found: list[Any] = [W_U.data_ptr(), tuple(W_U.shape), W_U.dtype, _declared(model)]
+    for module in modules:
+        if module is not None:
+            found += [ref(module), type(module), vars(module).get("forward")]
+    return tuple(found)
+
+
+def _declared(model: Any) -> Reading:
+    """What the configs say: exact where true, and tried first; not all of it is."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    cap = getattr(model.cfg, "output_logits_soft_cap", None)
+    if not isinstance(cap, int | float) or cap <= 0:
+        cap = getattr(config, "final_logit_softcapping", None)
+    return Reading(soft_cap=float(cap) if isinstance(cap, int | float) and cap > 0 else None)
+
+
+def _measure(model: Any, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any) -> _Measured:
+    """The reading that gives the model's own logits from the stream behind its last block."""
+    stream_at = Point(model.blocks[-1], "output")
+    norm_at = None if norm is None else Point(norm, "input")
+    points = {stream_at} if norm_at is None else {stream_at, norm_at}
+    logits, seen = logits_and(model, points, probe_batch(model).tokens)
+    logits = logits.detach().flatten(0, -2).to("cpu", torch.float64)
+    stream = seen[stream_at][-1] if seen.get(stream_at) else None
+    expected = (
+        "expected cap(scale * (norm(v) W_U + b_U)), v what leaves the last block; the vocabulary's"
+        " words cannot be read with this model's final norm and unembedding. bwlens.capture and the"
+        " gradients' own algebra work without them"
+    )
+    if stream is None:
+        return _Measured(parts, refusal=f"the last block ran out of bwlens' sight; {expected}")
+    if not torch.isfinite(stream).all():
+        return _Measured(
+            parts,
+            refusal=f"the stream of the last block is not finite in {stream.dtype}; load the model"
+            f" in float32 or bfloat16",
+        )
+    if stream.shape[-1] != W_U.shape[0] or logits.shape[-1] != W_U.shape[1]:
+        return _Measured(
+            parts,
+            refusal=f"the last block gives vectors of width {stream.shape[-1]} and the model"
+            f" {logits.shape[-1]} logits, but its unembedding takes {W_U.shape[0]} and gives"
+            f" {W_U.shape[1]}: a projection stands between; {expected}",
+        )
+    tolerance = rounding_of(logits, W_U.dtype)
+    bias = None if b_U is None else b_U.detach().to("cpu", torch.float64)
+
+    def fitted(norm: Any, vectors: Tensor) -> tuple[Reading, float]:
+        scores = _scores(_unhooked(norm), vectors, W_U)
+        return fit_reading(scores, bias, logits, _declared(model), tolerance)
+
+    errors, entering = [], None if norm_at is None else seen.get(norm_at)
+    for uses_norm in (True, False) if entering else (False,):
+        reading, error = fitted(norm if uses_norm else None, stream)
+        if error <= tolerance:
+            return _Measured(parts, uses_norm, reading, error)
+        errors.append(error)
+    between = (
+        " (something stands between the last block and the final norm)"
+        if entering and fitted(norm, entering[-1])[1] <= tolerance
+        else ""
+    )
+    return _Measured(
+        parts,
+        refusal=f"this model's logits are no scaled and capped unembedding of its last stream: the"
+        f" closest reading is off by {min(errors):.1%} of their spread, where rounding is"
+        f" {tolerance:.2%}{between}; {expected}",
+    )
+
+
+@torch.no_grad()
+def _scores(norm: Callable[[Tensor], Tensor], stream: Tensor, W_U: Tensor) -> Tensor:
+    """norm(v) W_U of each row, in float64 on the CPU: [n, d_vocab]."""
+    wide = torch.promote_types(W_U.dtype, torch.float32)
+    rows = stream.flatten(0, -2).to(W_U.dtype)
+    hidden = norm(rows[:, None])[:, 0].to(W_U.device, wide)
+    tiles = [hidden @ W_U[:, at : at + _TILE].to(wide) for at in range(0, W_U.shape[1], _TILE)]
+    return torch.cat(tiles, 1).to("cpu", torch.float64)
+
+
+def _unhooked(norm: Any) -> Callable[[Tensor], Tensor]:
+    """The norm as the model itself has it, wherever it lies, without its user's hooks."""
+    if norm is None:
+        return lambda v: v
+    modules = list(norm.modules())
+    home = next((p.device for p in norm.parameters()), None)
+
+    def call(v: Tensor) -> Tensor:
+        there = v if home is None else v.to(home)
+        if not any(map(has_hooks, modules)):
+            return norm(there).to(v.device)
+        with hooks_off(modules):
+            return norm(there).to(v.device)
+
+    return call
 
 
 def _eps_of(norm: Any, cfg: Any) -> float:
@@ -65,11 +219,11 @@ def _eps_of(norm: Any, cfg: Any) -> float:
     return 1e-5
 
 
-def _is_centred(norm: Any, cfg: Any) -> bool:
-    """Whether the final norm subtracts the mean."""
-    if norm is None or isinstance(norm, nn.Identity):
-        return False
-    uses_rms = getattr(norm, "uses_rms_norm", None)
-    if uses_rms is None:
-        uses_rms = str(getattr(cfg, "normalization_type", "LN")).startswith("RMS")
-    return not uses_rms
+@torch.no_grad()
+def _is_centred(norm: Callable[[Tensor], Tensor], W_U: Tensor) -> bool:
+    """Whether the final norm subtracts the mean: whether it takes a constant vector for none."""
+    rows = W_U.new_zeros(3, 1, W_U.shape[0])
+    rows[1] = 8.0
+    rows[2, :, ::2] = 8.0
+    nothing, flat, uneven = norm(rows).flatten(1).float()
+    return bool((flat - nothing).norm() < 1e-2 * (uneven - nothing).norm())

@@ -135,6 +135,15 @@ def weights_of(model: Any, sites: Iterable[Site]) -> dict[Site, Weight]:
     return weights
 
 
+def parameter_of(tap: Tap | ExpertTap, site: Site) -> tuple[Any, Tensor]:
+    """The parameter that holds a site's weight, and the weight in it as `Weight.live` has it.
+
+    Raises:
+        NotImplementedError: The module has no such parameter (packed, an adapter).
+    """
+    return _slice_of_experts(tap, site) if isinstance(tap, ExpertTap) else _own_parameter(tap)
+
+
 def copy_of(model: Any) -> Any:
     """A copy of a model that shares no storage with it and outlives it.
 

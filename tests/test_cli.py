@@ -51,8 +51,8 @@ def test_another_matrix(run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["", "--target", "t17"], "prompt 0 is empty"),
-        (["t5", "--target", ""], "target of prompt 0 is empty"),
+        (["", "--target", "t17"], "the prompt is empty; give it some text"),
+        (["t5", "--target", ""], "the target is empty"),
         (["t5", "--target", "t17", "--matrix", "W_gate"], "no such matrix"),
         (["t5", "--target", "t17", "--layers", "9"], "layers 0 to 2"),
         (["t5", "--target", "t17", "--layers", "a-b"], "expected layers such as"),

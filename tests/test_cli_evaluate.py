@@ -13,7 +13,7 @@ from bwlens.evaluation.before_after import before_after, demo_company, next_word
 from bwlens.model.loading import load_model
 from bwlens.model.prompts import Edit
 
-MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", "Paris")
+MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", " Paris")
 
 
 def run(*args):
@@ -52,7 +52,7 @@ def test_edit_with_settings_and_neighbours_of_ones_own():
         ((*MESSI, "--set", "speed=3"), "forward_pass_shift has no setting 'speed'"),
         ((*MESSI, "--set", "layer=99"), "layers 0 to 7"),
         ((*MESSI, "--set", "lr=fast"), "forward_pass_shift cannot take --set lr=fast"),
-        ((*MESSI, "--dtype", "int8"), "--dtype 'int8': expected float32, bfloat16 or float16"),
+        ((*MESSI, "--dtype", "int8"), "--dtype 'int8': expected one of float32, bfloat16, float16"),
         ((*MESSI, "--method", "nonsense"), "there is no editing method 'nonsense'"),
         (("edit", "plays for", "--subject", "Messi", "--target", "Paris"), "has 0 places {}"),
         (("edit", "{} {}", "--subject", "Messi", "--target", "Paris"), "has 2 places {}"),

@@ -45,6 +45,17 @@ def test_edit_with_settings_and_neighbours_of_ones_own():
     assert "W_out of layer 4" in result.output
 
 
+def test_a_target_is_taken_as_it_is_written():
+    """No blank is put before it; that one is missing is said."""
+    result = run(*MESSI[:-1], "Paris")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Note: the target 'Paris' begins without a blank")
+    assert line.endswith("write ' Paris'")
+    fact = result.output[result.output.index("fact") :].splitlines()[0]
+    assert " Paris" not in fact
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -44,7 +44,7 @@ def check_length(model: Any, rows: Sequence[Sequence[int]]) -> None:
     warnings.warn(
         f"a prompt is longer than the {n_ctx} tokens that the model was made for; it reads on, but"
         f" may not understand what it reads",
-        stacklevel=2,
+        stacklevel=1,
     )
 
 

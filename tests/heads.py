@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
 from transformers import (
     Cohere2Config,
     CohereConfig,

@@ -13,7 +13,7 @@ from bwlens.evaluation.before_after import before_after, demo_company, next_word
 from bwlens.model.loading import load_model
 from bwlens.model.prompts import Edit
 
-MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", "Paris")
+MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", " Paris")
 
 
 def run(*args):
@@ -45,6 +45,17 @@ def test_edit_with_settings_and_neighbours_of_ones_own():
     assert "W_out of layer 4" in result.output
 
 
+def test_a_target_is_taken_as_it_is_written():
+    """No blank is put before it; that one is missing is said."""
+    result = run(*MESSI[:-1], "Paris")
+    assert result.exit_code == 0, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("Note: the target 'Paris' begins without a blank")
+    assert line.endswith("write ' Paris'")
+    fact = result.output[result.output.index("fact") :].splitlines()[0]
+    assert " Paris" not in fact
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -52,7 +63,7 @@ def test_edit_with_settings_and_neighbours_of_ones_own():
         ((*MESSI, "--set", "speed=3"), "forward_pass_shift has no setting 'speed'"),
         ((*MESSI, "--set", "layer=99"), "layers 0 to 7"),
         ((*MESSI, "--set", "lr=fast"), "forward_pass_shift cannot take --set lr=fast"),
-        ((*MESSI, "--dtype", "int8"), "--dtype 'int8': expected float32, bfloat16 or float16"),
+        ((*MESSI, "--dtype", "int8"), "--dtype 'int8': expected one of float32, bfloat16, float16"),
         ((*MESSI, "--method", "nonsense"), "there is no editing method 'nonsense'"),
         (("edit", "plays for", "--subject", "Messi", "--target", "Paris"), "has 0 places {}"),
         (("edit", "{} {}", "--subject", "Messi", "--target", "Paris"), "has 2 places {}"),

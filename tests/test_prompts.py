@@ -1,14 +1,12 @@
 """Prompts and targets as tokens, and what is said of those that cannot be."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
 
 import bwlens
 from bwlens.model.prompts import make_batch, one_prompt
-from bwlens.model.targets import MissingBlank, blanks_checked
+from bwlens.model.targets import MissingBlank
 from tests import cases, tiny
 
 # Batches.
@@ -194,16 +192,17 @@ def test_a_tokenizer_without_blanks_is_not_warned_of(bridge):
     make_batch(bridge("gpt2"), "t5", "t17")
 
 
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
 def test_a_run_warns_once_of_all_blanks(bpe):
-    prompts, targets = ["Messi plays for", "Obama grew up in", "I"], ["Paris", "Rome", None]
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        with blanks_checked(bpe, prompts, targets):
-            for prompt, target in zip(prompts, targets, strict=True):
-                make_batch(bpe, prompt, target)
+    edits = [bwlens.Edit("{} is from", name, "Rome", "Paris") for name in ("Messi", "Obama")]
+    with pytest.warns(MissingBlank) as seen:
+        bwlens.experiments.gradient_rank(bpe, edits)
     (one,) = seen
-    assert "'Paris'" in str(one.message)
-    assert "1 more" in str(one.message)
+    assert "write ' Rome' (and 3 more targets so)" in str(one.message)
+    records = [bwlens.Record(0, edit) for edit in edits]
+    with pytest.warns(MissingBlank) as seen:
+        bwlens.evaluate(bpe, "none", records, perplexity_every=0, generation_every=0)
+    assert [one.category for one in seen].count(MissingBlank) == 1
 
 
 # Long prompts.

@@ -23,14 +23,20 @@ from bwlens.cli.shared import (
     readable_errors,
     records_of,
     writable,
+    writable_folder,
 )
+
+METHODS = "fine_tune, forward_pass_shift, gradient_step, memit, rome, whitened_shift"
+"""The editing methods there are, for `--help`, which waits for no library."""
 
 
 def edit(
     prompt: Annotated[str, typer.Argument(help="A template, e.g. 'The mother tongue of {} is'.")],
     subject: Annotated[str, typer.Option(help="What the fact is about.")],
-    target: Annotated[str, typer.Option(help="The answer to be written, e.g. ' French'.")],
-    method: Annotated[str, typer.Option(help="How to edit.")] = "forward_pass_shift",
+    target: Annotated[
+        str, typer.Option(help="The answer to be written, with its blank, e.g. ' French'.")
+    ],
+    method: Annotated[str, typer.Option(help=f"How to edit: {METHODS}.")] = "forward_pass_shift",
     model: Model = "demo",
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="The method's settings, e.g. layer=5.")
@@ -57,7 +63,8 @@ def edit(
             from bwlens.runs.parts import Process
 
         quiet()
-        fact = bwlens.Edit(prompt, subject, target if target[:1].isspace() else f" {target}")
+        fact = bwlens.Edit(prompt, subject, target)
+        methods_of(method)  # a wrong name or setting is told before anything is loaded
         with console.status(f"Loading {model}"):
             loaded = load(model, dtype, None, Process())
         (chosen,) = methods_of(preset(loaded, method), _settings(settings))
@@ -87,7 +94,7 @@ def evaluate(
         str | None, typer.Argument(help="'table1' for all methods there are.", show_default=False)
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Methods, e.g. 'none,rome,memit'.")
+        str, typer.Option(help=f"Methods with commas between: none, {METHODS}.")
     ] = "none,forward_pass_shift",
     data: Data = None,
     model: Model = "demo",
@@ -105,10 +112,10 @@ def evaluate(
         str | None, typer.Option(help="A text for perplexity: a file, or a data set.")
     ] = None,
     generation_every: Annotated[
-        int, typer.Option(help="Generate text for every so many records; 0 for none.")
+        int, typer.Option(min=0, help="Generate text for every so many records; 0 for none.")
     ] = 10,
     perplexity_every: Annotated[
-        int, typer.Option(help="Measure perplexity for every so many records; 0 for none.")
+        int, typer.Option(min=0, help="Measure perplexity for every so many records; 0 for none.")
     ] = 10,
     bos: Bos = None,
     dtype: Dtype = "float32",
@@ -130,6 +137,8 @@ def evaluate(
             raise ValueError(f"{what!r}: there is 'table1', or --methods with names")
         if process.count > 1 and out is None:
             raise ValueError("several processes share a folder; name one with --out")
+        if out is not None:
+            writable_folder(out)
         with importing(console):
             from bwlens.data.given import own_records
             from bwlens.evaluation.harness import Harness
@@ -139,6 +148,8 @@ def evaluate(
             from bwlens.evaluation.table import Table1
 
         quiet()
+        if what is None:
+            methods_of([name.strip() for name in methods.split(",")])
         if what == "table1" and limit is None and data in (None, "demo"):
             limit, seed = 100, seed or 0
         records = records_of(data, limit, seed)

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bwlens.cli.shared import Bos, Debug, Model, quiet, readable_errors, writable
+from bwlens.cli.shared import (
+    Bos,
+    Debug,
+    DeviceMap,
+    Dtype,
+    Model,
+    load,
+    quiet,
+    readable_errors,
+    writable,
+)
+
+MATRICES = "W_in, W_gate, W_out, W_Q, W_K, W_V, W_O"
+"""The matrices there are, for `--help`, which waits for no library."""
 
 
 def demo(
@@ -18,7 +31,7 @@ def demo(
     """Read a fact that the shipped model knows, and what one step towards another answer writes."""
     console = Console()
     with readable_errors(debug):
-        writable(html)
+        writable(html, [".html"])
         from bwlens.demo import EXAMPLES
 
         example = EXAMPLES[0]
@@ -33,26 +46,32 @@ def demo(
 
 def lens(
     prompt: Annotated[str, typer.Argument(help="The prompt, e.g. 'Lionel Messi plays for'.")],
-    target: Annotated[str, typer.Option(help="What the model is to say next, e.g. ' Paris'.")],
+    target: Annotated[
+        str, typer.Option(help="What the model is to say next, with its blank, e.g. ' Paris'.")
+    ],
     subject: Annotated[str | None, typer.Option(help="What the fact is about.")] = None,
     model: Model = "demo",
-    matrix: Annotated[str, typer.Option(help="The matrix to print.")] = "W_out",
+    matrix: Annotated[str, typer.Option(help=f"The matrix to print: {MATRICES}.")] = "W_out",
     layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
-    top_k: Annotated[int, typer.Option(help="Words kept at each end.")] = 10,
+    top_k: Annotated[int, typer.Option(min=1, help="Words kept at each end.")] = 10,
     normalize: Annotated[bool, typer.Option(help="Read vectors at unit length.")] = False,
     bos: Bos = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the lens as a page to this file.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the lens as JSON to this file.")] = None,
+    dtype: Dtype = "float32",
+    device_map: DeviceMap = None,
     debug: Debug = False,
 ) -> None:
     """Print what one gradient step towards a target would write, layer by token."""
     console = Console()
     with readable_errors(debug):
-        for path in (html, json):
+        for path, ending in ((html, ".html"), (json, ".json")):
             if path is not None:
-                writable(path)
+                writable(path, [ending])
+        wanted = _layers(layers)
+        _check(prompt, target, subject, matrix)
         from bwlens.show.terminal import text_table
 
         found = _lens(
@@ -61,7 +80,8 @@ def lens(
             prompt,
             target,
             subject,
-            layers=_layers(layers),
+            (dtype, device_map),
+            layers=wanted,
             matrices=None if matrix in ("W_in", "W_out") else ["W_in", "W_out", matrix],
             top_k=top_k,
             normalize=normalize,
@@ -73,8 +93,32 @@ def lens(
                 _save(console, found, path)
 
 
+def _check(prompt: str, target: str, subject: str | None, matrix: str) -> None:
+    """Refuse before anything is loaded what no model could take.
+
+    Raises:
+        ValueError: An empty prompt or target, a subject that is not in the prompt, or no such
+            matrix.
+    """
+    if not prompt or not target:
+        raise ValueError(
+            f"the {'target' if prompt else 'prompt'} is empty; give it some text, as in"
+            f" bwlens lens 'Lionel Messi plays for' --target ' Paris'"
+        )
+    if subject is not None and (not subject.strip() or subject not in prompt):
+        raise ValueError(f"the subject {subject!r} does not occur in the prompt {prompt!r}")
+    if matrix not in MATRICES.split(", "):
+        raise ValueError(f"--matrix {matrix!r}: there is no such matrix; there are {MATRICES}")
+
+
 def _lens(
-    console: Console, name: str, prompt: str, target: str, subject: str | None, **options: Any
+    console: Console,
+    name: str,
+    prompt: str,
+    target: str,
+    subject: str | None,
+    placed: tuple[str, str | None] = ("float32", None),
+    **options: Any,
 ) -> Any:
     """Load the model and read the lens, with a sign of life meanwhile."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -83,10 +127,11 @@ def _lens(
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("Importing", total=3)
         import bwlens
+        from bwlens.runs.parts import Process
 
         quiet()
         progress.update(task, advance=1, description=f"Loading {name}")
-        model = bwlens.load_model(name)
+        model = load(name, *placed, Process())
         progress.update(task, advance=1, description="Reading the gradients")
         found = bwlens.backward_lens(model, prompt, target, subject=subject, **options)
         progress.update(task, advance=1)

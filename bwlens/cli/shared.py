@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +13,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+# transformers' bar over a GGUF file's tensors heeds nothing else, and this only from the beginning.
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
-Model = Annotated[str, typer.Option(help="'demo', a folder, or a name on the hub.")]
+Model = Annotated[
+    str,
+    typer.Option(help="'demo', 'smollm2', a .gguf file, a folder, or a name on the hub."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -21,25 +28,57 @@ Data = Annotated[
         show_default="demo, for the demo model",
     ),
 ]
-Bos = Annotated[bool | None, typer.Option(help="Prepend a BOS token.")]
-Dtype = Annotated[str, typer.Option(help="The weights' dtype, e.g. 'bfloat16'.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        help="Prepend a BOS token. The demo has none, as the paper; other models as TransformerLens"
+        " has it for their architecture, mostly with one.",
+        show_default="the model's own",
+    ),
+]
+Dtype = Annotated[
+    str, typer.Option(help="The weights' dtype: float32, bfloat16, float16 or float64.")
+]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Spread one model over devices: 'auto', as TransformerLens does.")
 ]
 Seed = Annotated[int | None, typer.Option(help="Draw the --limit records at random, by this seed.")]
 
 
+_MENDABLE = (ValueError, TypeError, NotImplementedError, ImportError, OSError, RuntimeError)
+
+
 @contextmanager
 def readable_errors(debug: bool) -> Iterator[None]:
-    """What a user can mend as one line and exit code 1; with `debug` as it was raised."""
+    """What a user can mend as one line and exit code 1; with `debug` as it was raised.
+
+    What bwlens warns of is one line as well, and goes on.
+    """
     try:
-        yield
-    except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            _say_warnings()
+            yield
+    except _MENDABLE as error:
         if debug:
             raise
         message = f"[bold red]Error:[/] {escaped(error)}"
         Console(stderr=True).print(message, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _say_warnings() -> None:
+    """Show the warnings of bwlens as notes, each once; those of others as Python does."""
+    show, own, said = warnings.showwarning, str(Path(__file__).parents[1]), set[str]()
+
+    def note(message: Any, category: Any, filename: str, *rest: Any, **options: Any) -> None:
+        if not filename.startswith(own):
+            show(message, category, filename, *rest, **options)
+        elif (text := escaped(str(message))) not in said:
+            said.add(text)
+            Console(stderr=True).print(f"[bold]Note:[/] {text}", highlight=False, soft_wrap=True)
+
+    warnings.filterwarnings("always", module=r"bwlens\.")
+    warnings.showwarning = note
 
 
 @contextmanager
@@ -51,13 +90,12 @@ def importing(console: Console) -> Iterator[None]:
 
 def load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
     """The model, on a GPU of its own where several processes share the work."""
-    import torch
+    from bwlens.model.loading import as_dtype, load_model
 
-    from bwlens.model.loading import load_model
-
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ValueError(f"--dtype {dtype!r}: expected float32, bfloat16 or float16")
+    try:
+        kind = as_dtype(dtype)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from None
     if device_map is not None:
         if process.count > 1:
             raise ValueError("--device-map spreads one model over all devices; start one process")
@@ -87,11 +125,22 @@ def quiet() -> None:
     logging.getLogger().setLevel(logging.ERROR)
 
 
-def writable(path: Path) -> None:
+def writable(path: Path, endings: Sequence[str] = ()) -> None:
     """Say before the work, not after it, that a file cannot be written."""
     folder = path.parent
+    if endings and path.suffix not in endings:
+        raise ValueError(f"cannot write {str(path)!r}; name a file that ends in {endings[0]}")
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"cannot write {str(path)!r}; name a file in a folder that exists")
+
+
+def writable_folder(path: Path) -> None:
+    """The same of a folder that may not be there yet."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"cannot write into {str(path)!r}: {str(there)!r} is no folder to write in"
+        )
 
 
 def escaped(error: Exception | str) -> str:

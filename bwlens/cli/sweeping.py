@@ -23,13 +23,20 @@ from bwlens.cli.shared import (
     quiet,
     readable_errors,
     records_of,
+    writable_folder,
 )
+
+EXPERIMENTS = (
+    "gradient_rank, segment_norms, target_rank, layer_cosine, naive_reading, imprint_shift,"
+    " step_sizes"
+)
+"""The experiments there are, for `--help`, which waits for no library."""
 
 
 def sweep(
     experiment: Annotated[
         list[str],
-        typer.Argument(help="'paper' for all experiments, or names such as gradient_rank."),
+        typer.Argument(help=f"'paper' for all experiments, or names of some: {EXPERIMENTS}."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
     data: Data = None,
@@ -64,6 +71,7 @@ def sweep(
 
         resolve(experiment)  # a wrong name is told before anything is loaded
         memory = _bytes(max_memory)
+        writable_folder(out)
         quiet()
         if limit is None and "paper" in experiment:
             limit, seed = 100, seed or 0

@@ -21,6 +21,7 @@ from bwlens.evaluation.measuring import Gauge, Options
 from bwlens.evaluation.methods import Method, methods_of
 from bwlens.model.identity import is_demo, model_label
 from bwlens.model.sites import check_model
+from bwlens.model.targets import unwarned, warn_of_edits
 from bwlens.runs.parts import Failure, Part, Process, Run, progress_bar, read_failures, read_tables
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ class Harness:
         self._failed: Counter[str] = Counter()
         self._done: Counter[str] = Counter()
 
+    @unwarned()
     def estimate(self) -> float:
         """Seconds that `run` will take, by trying each method on a record.
 
@@ -149,6 +151,7 @@ class Harness:
         Raises:
             ValueError: A method fails on each of the first records, or `out` holds another run.
         """
+        warn_of_edits(self.model, (record.edit for record in self.records))
         n, size = len(self.records), self._part_size
         sizes = [min(size, n - start) for start in range(0, n, size)]
         if out is not None:
@@ -184,6 +187,7 @@ class Harness:
         """Few records come in two parts still, to be shared and carried on."""
         return min(PART_SIZE, -(-len(self.records) // 2))
 
+    @unwarned()
     def _part(self, part: int) -> Part:
         import pandas as pd
 

@@ -25,6 +25,7 @@ from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.segments import SEGMENTS, segment_codes
 from bwlens.model.sites import Site, available_matrices, check_model, resolve_layers
+from bwlens.model.targets import unwarned, warn_of_edits
 from bwlens.runs.parts import Failure, Part, progress_bar
 
 if TYPE_CHECKING:
@@ -278,6 +279,7 @@ class Batches:
         if not lengths:
             first = self.failures[0]
             raise ValueError(f"none of the {len(self._edits)} edits can be read; {first.message}")
+        warn_of_edits(model, self._edits)
         self.batches = _plan(lengths, max(1, max_memory // memory_per_token(model, self._matrices)))
 
     @property
@@ -285,6 +287,7 @@ class Batches:
         """Number of edits of each batch."""
         return [len(batch) for batch in self.batches]
 
+    @unwarned()
     def __call__(self, number: int) -> Part:
         """Measure one batch; where it fails as a whole, its edits one by one."""
         items = self.batches[number]
@@ -340,6 +343,7 @@ class Batches:
         message = str(error).replace("prompt 0", "the prompt")
         return Failure(item, f"edit {item} ({self._edits[item].text!r}): {message}")
 
+    @unwarned()
     def _lengths(self) -> tuple[dict[int, int], tuple[Failure, ...]]:
         """Number of tokens of each edit that can be read, and what is wrong with the others."""
         lengths: dict[int, int] = {}

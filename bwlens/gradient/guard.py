@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bwlens.model.passes import Flow, as_rows, expert_calls, flows_of, forward, recording
 from bwlens.model.probing import losses_after_steps, probe_batch, probe_loss, undisturbed
-from bwlens.model.sites import ExpertTap, Point, Site, Tap
+from bwlens.model.sites import ExpertTap, Site, Tap
 from bwlens.model.weights import parameter_of
 
 _ADVICE = "bwlens.check(model) shows all figures"

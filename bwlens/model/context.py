@@ -34,7 +34,7 @@ def check_length(model: Any, rows: Sequence[Sequence[int]]) -> None:
     has = f"prompt {longest} has {length} tokens, but"
     if has_table(model, n_ctx):
         raise ValueError(f"{has} the model's context holds {n_ctx}; shorten it")
-    if length > _RUNS.get(model, n_ctx):
+    if length > (_RUNS.get(model) or n_ctx):
         if (error := _failure(model, rows[longest])) is not None:
             raise ValueError(
                 f"{has} the model was made for {n_ctx} and cannot read so many ({error}); shorten"
@@ -44,7 +44,7 @@ def check_length(model: Any, rows: Sequence[Sequence[int]]) -> None:
     warnings.warn(
         f"a prompt is longer than the {n_ctx} tokens that the model was made for; it reads on, but"
         f" may not understand what it reads",
-        stacklevel=2,
+        stacklevel=1,
     )
 
 

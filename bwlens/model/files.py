@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _JSON = (
@@ -48,6 +49,8 @@ def check_folder(folder: Path) -> None:
             _check_parts(folder, name)
     for path in sorted(folder.glob("model*.safetensors")):
         _check_safetensors(path)
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        _check_zip(path)
 
 
 def _read_json(path: Path) -> Any:
@@ -102,3 +105,11 @@ def _check_safetensors(path: Path) -> None:
         raise ValueError(
             f"{str(path)!r} is no whole safetensors file: {size:,} bytes{more}; fetch it again"
         )
+
+
+def _check_zip(path: Path) -> None:
+    """torch writes zip files, whose table of contents stands at their end; long ago it did not."""
+    with path.open("rb") as opened:
+        zipped = opened.read(2) == b"PK"
+    if zipped and not is_zipfile(path):
+        raise ValueError(f"{str(path)!r} is cut short; fetch it again")

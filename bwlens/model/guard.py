@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -39,8 +39,8 @@ def watched() -> Iterator[Seen]:
     """
     from transformers import PreTrainedModel
 
-    seen = Seen()
-    start, load = subprocess.Popen, PreTrainedModel.__dict__["from_pretrained"]
+    seen, pretrained = Seen(), cast(Any, PreTrainedModel)
+    start, load = subprocess.Popen, pretrained.__dict__["from_pretrained"]
 
     class Popen(start):
         def __init__(self, args: Any, *rest: Any, **options: Any) -> None:
@@ -57,8 +57,8 @@ def watched() -> Iterator[Seen]:
         return (model, info) if wanted else model
 
     with _ONE_AT_A_TIME:
-        subprocess.Popen, PreTrainedModel.from_pretrained = Popen, classmethod(from_pretrained)
+        subprocess.Popen, pretrained.from_pretrained = Popen, classmethod(from_pretrained)
         try:
             yield seen
         finally:
-            subprocess.Popen, PreTrainedModel.from_pretrained = start, load
+            subprocess.Popen, pretrained.from_pretrained = start, load

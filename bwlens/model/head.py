@@ -17,9 +17,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-<<<<<<< HEAD
-from bwlens.model.sites import check_model, check_stream
-=======
 from bwlens.model.fitting import Reading, fit_reading, rounding_of
 from bwlens.model.probing import logits_and, probe_batch
 from bwlens.model.places import Point

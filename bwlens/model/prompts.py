@@ -262,7 +262,7 @@ def _check_words(tokenizer: Any, text: str, row: Sequence[int], index: int) -> N
         warnings.warn(
             f"the tokenizer does not know {', '.join(map(repr, lost[:3]))} in prompt {index},"
             f" {text[:60]!r}: the model reads {''.join(token_texts(tokenizer, row))[:60]!r}",
-            stacklevel=2,
+            stacklevel=1,
         )
 
 

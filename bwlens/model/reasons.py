@@ -29,6 +29,8 @@ def reason(error: Exception, source: str, folder: Path | None) -> str | None:
             f" (transformers {version('transformers')},"
             f" transformer_lens {version('transformer_lens')})"
         )
+    if "PytorchStreamReader" in text or "UnpicklingError" in text:
+        return f"a file of its weights is broken; fetch it again ({text})"
     if "backend tokenizer" in text:
         return "it has no tokenizer files; put its own beside its weights, or pass tokenizer="
     # Memory that runs out, devices that are not there, options that do not exist.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +36,15 @@ class MissingBlank(UserWarning):
     """A target begins without a blank where one is likely meant."""
 
 
+def warn_of_edits(model: Any, edits: Iterable[Any]) -> None:
+    """For runs over many records: one warning for all targets of edits that lack a blank."""
+    pairs = [(e.text, t) for e in edits for t in (e.target_new, e.target_true) if t is not None]
+    warn_of_blanks([pair for pair in pairs if lacks_blank(model, *pair)])
+
+
 @contextmanager
-def blanks_checked(
-    model: Any, prompts: Sequence[str], targets: Sequence[str | None]
-) -> Iterator[None]:
-    """For runs over many records: one warning of missing blanks for all, and none within."""
-    pairs = [(p, t) for p, t in zip(prompts, targets, strict=True) if t is not None]
-    warn_of_blanks([(p, t) for p, t in pairs if lacks_blank(model, p, t)])
+def unwarned() -> Iterator[None]:
+    """No warnings of missing blanks within, as `warn_of_edits` has given the one for all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingBlank)
         yield
@@ -126,14 +128,12 @@ class Targets:
 
     def _listed(self, target: Any, single: bool) -> list[Any]:
         """One target for each prompt."""
-        if isinstance(target, np.ndarray):
-            target = target.tolist()
-        one = isinstance(target, str | int) or (isinstance(target, Tensor) and target.ndim == 0)
-        if one or not single:
-            return [target] * len(self.rows) if one else list(target)
-        if isinstance(target, Tensor) and target.ndim == 2:
-            return list(target)
+        target = target.tolist() if isinstance(target, np.ndarray) else target
+        if isinstance(target, str | int) or (isinstance(target, Tensor) and target.ndim == 0):
+            return [target] * len(self.rows)
         listed = list(target)
+        if not single or (isinstance(target, Tensor) and target.ndim == 2):
+            return listed
         # A batch of one prompt may have its one target in a list.
         return listed if len(listed) == 1 and not isinstance(listed[0], int) else [target]
 

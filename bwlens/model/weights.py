@@ -141,7 +141,7 @@ def parameter_of(tap: Tap | ExpertTap, site: Site) -> tuple[Any, Tensor]:
     Raises:
         NotImplementedError: The module has no such parameter (packed, an adapter).
     """
-    return _slice_of_experts(tap, site) if isinstance(tap, ExpertTap) else _own_parameter(tap)
+    return _stored([tap], site)
 
 
 def copy_of(model: Any) -> Any:

@@ -41,7 +41,8 @@ print(json.dumps([swept, drawn]))
 def sweep(setting: Setting) -> list[Row | Note]:
     """Rank, norms and target ranks of the demo model's own records, 5 to 15 tokens each."""
     model = bwlens.load_model("demo")
-    edits = [edit for edit in bwlens.read_records("demo").edits if _fits(model, edit)][:N_PROMPTS]
+    n = N_PROMPTS if setting.repeats > 2 else N_PROMPTS // 12
+    edits = [edit for edit in bwlens.read_records("demo").edits if _fits(model, edit)][:n]
     experiments = [GradientRank(), SegmentNorms(), TargetRank()]
 
     def ours() -> Any:
@@ -62,7 +63,7 @@ def sweep(setting: Setting) -> list[Row | Note]:
     (least, least_drawn), (most, most_drawn) = (_peaks(n) for n in (few, many))
     return [
         race(
-            f"{N_PROMPTS} prompts swept / one by one, throughput",
+            f"{n} prompts swept / one by one, throughput",
             timed(ours),
             timed(one_by_one),
             setting.repeats,
@@ -70,7 +71,7 @@ def sweep(setting: Setting) -> list[Row | Note]:
             throughput=True,
         ),
         race(
-            f"{N_PROMPTS} prompts swept / loss.backward() of each alone, throughput",
+            f"{n} prompts swept / loss.backward() of each alone, throughput",
             timed(ours),
             timed(backward),
             setting.repeats,

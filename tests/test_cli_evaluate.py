@@ -2,12 +2,16 @@
 
 import csv
 import json
+import shutil
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bwlens.cli import app
 from bwlens.cli.editing import _duration, _settings
+from bwlens.cli.shared import records_of
+from bwlens.demo import MODEL_DIR
 from bwlens.edit import WeightChange
 from bwlens.evaluation.before_after import before_after, demo_company, next_words
 from bwlens.model.loading import load_model
@@ -80,6 +84,27 @@ def test_errors_are_one_line_and_exit_1(args, message):
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("Error: ")
     assert message in line
+
+
+def test_another_model_is_not_asked_the_demos_facts(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL_DIR, folder)
+    other = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    other.save_pretrained(folder)
+    out = str(tmp_path / "out")
+    for command in (("evaluate",), ("evaluate", "table1"), ("sweep", "gradient_rank")):
+        result = run(*command, "--model", str(folder), "--out", out)
+        assert result.exit_code == 1
+        assert "no records given for" in result.stderr
+    args = ("sweep", "gradient_rank", "--model", str(folder), "--data", "demo", "--limit", "1")
+    assert run(*args, "--out", out).exit_code == 0
+
+
+def test_a_limit_of_nothing_is_no_limit():
+    everything = records_of(None, None, None)
+    for limit, seed in ((0, None), (0, 3), (None, 3)):
+        assert records_of("demo", limit, seed) == everything
+    assert len(records_of("demo", 2, 3)) == 2
 
 
 def test_evaluate_prints_a_table_and_carries_on(tmp_path):

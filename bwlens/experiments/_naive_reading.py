@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +11,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.data.records import Record
+from bwlens.edit.given import Edits, as_edits
+from bwlens.experiments.base import (
+    Experiment,
+    Reading,
+    Result,
+    chosen_layers,
+    frame,
+    matrix_names,
+    run,
+)
 from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.low_rank import LowRankGradient
@@ -20,7 +30,7 @@ from bwlens.gradient.spectra import spectra
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import Head, head_of
 from bwlens.model.prompts import Edit
-from bwlens.model.sites import Site, resolve_layers
+from bwlens.model.sites import Site, resolve_layer
 from bwlens.model.tokens import token_texts
 from bwlens.reading.readouts import readout
 
@@ -98,7 +108,7 @@ class NaiveMap:
 
 def naive_map(
     model: Any,
-    edit: Edit,
+    edit: Edit | Record,
     layer: int,
     matrix: str = "W_out",
     top: int = 100,
@@ -129,7 +139,8 @@ def naive_map(
         >>> edit = Edit("{} plays for", "Lionel Messi", " Paris")
         >>> naive_map(model, edit, 3).figure()  # doctest: +SKIP
     """
-    (layer,) = resolve_layers(model, layer)
+    (edit,) = as_edits(edit)
+    layer = resolve_layer(model, layer)
     grads = capture(
         model, edit.text, NLL(edit.target_new), [matrix], layer, prepend_bos=prepend_bos
     )
@@ -242,9 +253,9 @@ class NaiveReading(Experiment):
 
 def naive_reading(
     model: Any,
-    edits: Sequence[Edit],
-    matrices: Sequence[str] = ("W_out", "W_in"),
-    layers: Sequence[int] | None = None,
+    edits: Edits,
+    matrices: str | Sequence[str] = ("W_out", "W_in"),
+    layers: Iterable[int] | int | None = None,
     top: int = 100,
     neurons: int | None = 64,
     normalize: bool = True,
@@ -264,8 +275,8 @@ def naive_reading(
 
     Source: Backward Lens, appendix C, figures 7-9.
     """
-    chosen = None if layers is None else tuple(layers)
-    experiment = NaiveReading(chosen, tuple(matrices), top, neurons, normalize)
+    chosen = chosen_layers(model, layers)
+    experiment = NaiveReading(chosen, matrix_names(matrices), top, neurons, normalize)
     return run(experiment, model, edits, **options)
 
 

@@ -9,7 +9,7 @@ memory does not grow with the number of prompts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bwlens.edit.given import Edits, as_edits
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
@@ -208,7 +209,7 @@ class Result:
 def run(
     experiment: Experiment,
     model: Any,
-    edits: Sequence[Edit],
+    edits: Edits,
     *,
     prepend_bos: bool | None = None,
     max_memory: int = MAX_MEMORY,
@@ -239,6 +240,20 @@ def run(
     return Result(experiment, joined(tables), tuple(sorted(failures, key=lambda f: f.item)))
 
 
+def chosen_layers(model: Any, layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
+    """The layers asked for, counted from 0; None for all.
+
+    Raises:
+        ValueError: A layer that the model does not have.
+    """
+    return None if layers is None else tuple(resolve_layers(model, layers))
+
+
+def matrix_names(matrices: str | Sequence[str]) -> tuple[str, ...]:
+    """One matrix or several."""
+    return (matrices,) if isinstance(matrices, str) else tuple(matrices)
+
+
 def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Rows of all parts, in the order of the data."""
     import pandas as pd
@@ -262,23 +277,25 @@ class Batches:
         self,
         experiments: Sequence[Experiment],
         model: Any,
-        edits: Sequence[Edit],
+        edits: Edits,
         prepend_bos: bool | None = None,
         max_memory: int = MAX_MEMORY,
     ) -> None:
         check_model(model)
-        self._experiments, self._model, self._edits = list(experiments), model, list(edits)
+        empty = isinstance(edits, Sized) and not len(edits)
+        listed = [] if empty else as_edits(edits)
+        self._experiments, self._model, self._edits = list(experiments), model, listed
         self._prepend_bos = prepend_bos
         wanted = {m for experiment in experiments for m in experiment.wanted(model)}
         self._matrices = [m for m in available_matrices(model) if m in wanted]
         asked = [resolve_layers(model, experiment.layers) for experiment in experiments]
         self._layers = sorted({layer for layers in asked for layer in layers})
-        if not edits:
+        if not listed:
             raise ValueError("no edits given; read_records('demo').edits has some")
         lengths, self.failures = self._lengths()
         if not lengths:
             first = self.failures[0]
-            raise ValueError(f"none of the {len(edits)} edits can be read; {first.message}")
+            raise ValueError(f"none of the {len(listed)} edits can be read; {first.message}")
         self.batches = _plan(lengths, max(1, max_memory // memory_per_token(model, self._matrices)))
 
     @property

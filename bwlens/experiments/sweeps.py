@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bwlens.edit.given import Edits, as_edits
 from bwlens.experiments.base import MAX_MEMORY, Batches, Experiment, Result, joined
 from bwlens.model.identity import fingerprint, model_label
 from bwlens.model.prompts import Edit
@@ -110,7 +111,7 @@ class Sweep:
 def sweep(
     experiments: str | Experiment | Sequence[str | Experiment],
     model: Any,
-    data: str | Path | Records | Sequence[Edit],
+    data: str | Path | Records | Edits,
     out: str | Path,
     *,
     prepend_bos: bool | None = None,
@@ -243,7 +244,7 @@ def _made(name: str, settings: dict[str, Any]) -> Experiment:
 
 def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]]:
     """The edits, where they come from, and the records that could not be read."""
-    from bwlens.data.records import Records, read_records
+    from bwlens.data.records import Record, Records, read_records
 
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least 1 edit, or None for all")
@@ -256,11 +257,11 @@ def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]
             for problem in data.problems
         ]
         return data.edits[:limit], data.source, problems
-    edits = list(data)
-    strangers = [type(edit).__name__ for edit in edits if not isinstance(edit, Edit)]
+    edits = [data] if isinstance(data, Edit | Record) else list(data)
+    strangers = [type(edit).__name__ for edit in edits if not isinstance(edit, Edit | Record)]
     if strangers:
         raise ValueError(f"expected edits, a file or records; found a list with {strangers[0]}")
-    return edits[:limit], "edits", []
+    return (as_edits(edits) if edits else [])[:limit], "edits", []
 
 
 def _fingerprint(edits: Iterable[Edit]) -> str:

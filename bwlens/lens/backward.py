@@ -448,7 +448,8 @@ def backward_lens(
                 + (", to be named as matrices=[...]" if available else "")
             )
     matrices = [matrices] if isinstance(matrices, str) else list(matrices)
-    wanted = resolve_layers(model, layers)
+    given: Any = layers
+    wanted = resolve_layers(model, given)
     marked = _subject(model, prompt, subject, prepend_bos, start)
     grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
     head = head_of(model)

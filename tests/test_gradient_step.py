@@ -102,7 +102,18 @@ def test_steps_that_explode(boot):
     assert torch.equal(weight_of(model, Site("W_out", 1)).read(), before)
 
 
-@pytest.mark.parametrize("settings", [{"lr": float("nan")}, {"lr": 0.1, "steps": 0}], ids=str)
-def test_bad_settings(settings, bridge):
-    with pytest.raises(ValueError, match="expected a finite lr and at least one step"):
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": float("nan")}, "lr is nan; expected a finite lr"),
+        ({"lr": "0.1"}, r"lr is '0\.1'; expected a finite lr"),
+        ({"lr": 0.1, "steps": 0}, "steps is 0; expected at least one step"),
+        ({"lr": 0.1, "steps": 1.5}, r"steps is 1\.5; expected at least one step"),
+        ({"lr": 0.1, "matrices": "W_out2"}, "W_out2"),
+    ],
+    ids=str,
+)
+def test_bad_settings(settings, message, bridge):
+    with pytest.raises(ValueError, match=message):
         gradient_step(bridge("gpt2"), EDITS, **settings)

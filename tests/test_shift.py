@@ -122,17 +122,25 @@ def test_several_edits_and_tokens(boot):
     W_U = model.unembed.W_U.detach()
     rows = [[5, 9, 30, 41], [12, 33, 7, 6, 21, 50, 23]]
     x = [bwlens.capture(model, torch.tensor([r]), 1, ("W_out",), 1)["W_out", 1].x for r in rows]
-    first = forward_pass_shift(model, TWO, layer=1, lr=0.3, prepend_bos=False)["W_out", 1]
+    with pytest.warns(UserWarning, match="only the first token"):
+        change = forward_pass_shift(model, TWO, layer=1, lr=0.3, tokens="first", prepend_bos=False)
+    assert change.note == "only the first token is written of 't23 t44'"
+    assert "only the first token" in repr(change)
+    first = change["W_out", 1]
     torch.testing.assert_close(first.x, torch.stack([x[0][3], x[1][5]]))
     torch.testing.assert_close(first.delta, 0.3 * W_U[:, [17, 23]].T)
-    every = forward_pass_shift(model, TWO, layer=1, lr=0.3, tokens="all", prepend_bos=False)
+    every = forward_pass_shift(model, TWO, layer=1, lr=0.3, prepend_bos=False)
+    assert (every.note, every.details["tokens"]) == ("", "all")
     torch.testing.assert_close(every["W_out", 1].x, torch.stack([x[0][3], x[1][5], x[1][6]]))
     torch.testing.assert_close(every["W_out", 1].delta, 0.3 * W_U[:, [17, 23, 44]].T)
 
 
 def test_at_the_subject(boot):
     model = boot("gpt2")
-    change = forward_pass_shift(model, TWO, layer=1, lr=0.3, position="subject", prepend_bos=False)
+    with pytest.warns(UserWarning, match="only the first token"):
+        change = forward_pass_shift(
+            model, TWO, layer=1, lr=0.3, position="subject", prepend_bos=False
+        )
     for i, (row, pos) in enumerate((([5, 9, 30, 41], 0), ([12, 33, 7, 6, 21, 50], 2))):
         x = bwlens.capture(model, torch.tensor([row]), 1, ("W_out",), 1)["W_out", 1].x
         torch.testing.assert_close(change["W_out", 1].x[i], x[pos])

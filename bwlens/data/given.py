@@ -29,7 +29,8 @@ def as_edits(edits: Any) -> list[Edit]:
         if not isinstance(one, Edit):
             raise TypeError(
                 f"expected an Edit or a list of them (records do as well), found {one!r:.60}"
-                f" ({type(one).__name__}{f', at {i}' if several else ''})"
+                f" ({type(one).__name__}{f', at {i}' if several else ''}); write"
+                f" bwlens.Edit('{{}} plays for', subject='Lionel Messi', target_new=' Paris')"
             )
     if not listed:
         raise ValueError("expected an Edit or a list of them, found an empty list")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
+from bwlens.edit.given import chosen_matrices, count, number
 from bwlens.edit.gradient import edit_gradients
 from bwlens.edit.known import open_edits
 from bwlens.edit.value import LARGEST_STEP
@@ -23,7 +24,7 @@ def fine_tune(
     edits: Edits,
     *,
     layers: Iterable[int] | int,
-    matrices: Sequence[str] = ("W_out",),
+    matrices: str | Sequence[str] = ("W_out",),
     lr: float = 5e-4,
     steps: int = 25,
     stop_loss: float = 1e-2,
@@ -42,7 +43,8 @@ def fine_tune(
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit, or several whose mean loss is descended.
-        layers: Which layers; the papers take one. (The Backward Lens' Table 1: 0 and 35 of 48.)
+        layers: Which layers, negative ones from the end; the papers take one. (The Backward Lens'
+            Table 1: 0 and 35 of 48.)
         matrices: Which weights; ROME's and MEMIT's baselines train W_out alone.
         lr: Adam's step size.
         steps: At most this many.
@@ -70,13 +72,14 @@ def fine_tune(
         WeightChange(W_out of layer 5; 192 rows, norm 1.236)
     """
     listed = as_edits(edits)
-    if not 0 < lr < LARGEST_STEP or steps < 1:
-        raise ValueError(
-            f"expected lr > 0 below {LARGEST_STEP:g} and at least one step, found lr={lr}, {steps=}"
-        )
-    if norm_bound is not None and not norm_bound > 0:
+    lr, steps = number(lr, "lr"), count(steps, "steps")
+    if not 0 < lr < LARGEST_STEP:
+        raise ValueError(f"expected lr > 0 below {LARGEST_STEP:g}, found lr={lr}")
+    stop_loss = number(stop_loss, "stop_loss")
+    if norm_bound is not None and not number(norm_bound, "norm_bound") > 0:
         raise ValueError(f"norm_bound is {norm_bound}; expected a size > 0, or None for no bound")
     chosen = resolve_layers(model, layers)
+    matrices = chosen_matrices(model, matrices, chosen)
     listed, known = open_edits(model, listed, prepend_bos)
     trained = _Trained(model, lr, norm_bound)
     losses: list[float] = []

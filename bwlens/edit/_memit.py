@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
-from bwlens.edit.keys import Token, contexts_of, run
+from bwlens.edit.given import number, texts_of
+from bwlens.edit.keys import Token, check_token, contexts_of, run
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.value import ValueSettings, find_value, prefixes_of, stream_after
@@ -89,7 +90,9 @@ def memit(
     """
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)
-    if weight is not None and not 0 < weight < float("inf"):
+    prefixes = None if prefixes is None else texts_of(prefixes, "prefixes")
+    check_token(token)
+    if weight is not None and not number(weight, "weight") > 0:
         raise ValueError(f"weight is {weight}; expected a number of tokens > 0")
     top = len(model.blocks) - 1
     default = range(int(_FIRST * top), int(_LAST * top) + 1)

@@ -8,7 +8,8 @@ from typing import Any
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
-from bwlens.edit.keys import Token
+from bwlens.edit.given import texts_of
+from bwlens.edit.keys import Token, check_token
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.value import ValueSettings, find_value, prefixes_of
@@ -56,7 +57,8 @@ def rome(
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit, or several to make in turn.
-        layer: Which W_out; None takes 17/47 of the depth (17 of GPT-2 xl's 48, 2 of 8).
+        layer: Which W_out, negative ones from the end; None takes 17/47 of the depth (17 of GPT-2
+            xl's 48, 2 of 8).
         steps: Steps of Adam at most; it ends earlier below a loss of 0.05.
         lr: Adam's step size.
         kl_factor: Weight of the KL divergence.
@@ -87,6 +89,8 @@ def rome(
     """
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)
+    prefixes = None if prefixes is None else texts_of(prefixes, "prefixes")
+    check_token(token)
     default = int(_DEPTH * (len(model.blocks) - 1))
     site = Site("W_out", default if layer is None else resolve_layer(model, layer))
     whitener = statistics_for(model, [site], statistics)[site]

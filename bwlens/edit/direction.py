@@ -35,6 +35,7 @@ def token_directions(
     Raises:
         ValueError: No such direction, or an id outside the vocabulary.
     """
+    check_direction(direction)
     head = head_of(model)
     d_vocab = head.W_U.shape[1]
     if bad := [i for i in ids if not 0 <= i < d_vocab]:
@@ -46,12 +47,20 @@ def token_directions(
     rows = _wide(head.W_U[:, index].T)
     if direction == "unembedding":
         return rows.contiguous()
-    if direction == "folded":
-        rows = rows * norm_gain(head.norm, rows)
-        return rows - rows.mean(-1, keepdim=True) if head.centred else rows
-    raise ValueError(
-        f"direction must be 'unembedding', 'embedding' or 'folded', found {direction!r}"
-    )
+    rows = rows * norm_gain(head.norm, rows)
+    return rows - rows.mean(-1, keepdim=True) if head.centred else rows
+
+
+def check_direction(direction: str) -> None:
+    """Refuse what is no `Direction`.
+
+    Raises:
+        ValueError: No such direction.
+    """
+    if direction not in ("unembedding", "embedding", "folded"):
+        raise ValueError(
+            f"direction must be 'unembedding', 'embedding' or 'folded', found {direction!r}"
+        )
 
 
 def before_norm(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
+from bwlens.edit.given import chosen_matrices, count, number
 from bwlens.edit.known import open_edits
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
@@ -21,7 +21,7 @@ def gradient_step(
     edits: Edits,
     *,
     lr: float,
-    matrices: Sequence[str] = ("W_out",),
+    matrices: str | Sequence[str] = ("W_out",),
     layers: Iterable[int] | int | None = None,
     steps: int = 1,
     prepend_bos: bool | None = None,
@@ -39,7 +39,7 @@ def gradient_step(
         edits: One edit, or several whose mean loss is descended.
         lr: The step size; no momentum, no decay.
         matrices: Which weights, names out of `bwlens.MATRICES`.
-        layers: Which layers; None for all.
+        layers: Which layers, negative ones from the end; None for all.
         steps: How many steps.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
 
@@ -59,9 +59,9 @@ def gradient_step(
         WeightChange(W_out of layer 5; 5 rows, norm 0.02104)
     """
     listed = as_edits(edits)
-    if not math.isfinite(lr) or steps < 1:
-        raise ValueError(f"expected a finite lr and at least one step, found lr={lr}, {steps=}")
+    lr, steps = number(lr, "lr", "a finite lr"), count(steps, "steps")
     layers = resolve_layers(model, layers)
+    matrices = chosen_matrices(model, matrices, layers)
     listed, note = open_edits(model, listed, prepend_bos)
     change, losses = WeightChange(), []
     for _ in range(steps if listed else 0):

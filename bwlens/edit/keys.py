@@ -130,10 +130,19 @@ class Contexts:
         n_pos = self.batch.tokens.shape[1]
         return torch.tensor([i * n_pos + p for i, p in enumerate(self.positions)])
 
-    def at(self, values: Float[Tensor, "batch pos d"]) -> Float[Tensor, "edits n d"]:
-        """The values at the keys' positions, by edit and context."""
-        held = values.flatten(0, 1)[self.rows.to(values.device)]
-        return held.unflatten(0, (-1, self.n))
+    def at(
+        self, values: Float[Tensor, "batch pos d"], after: Sequence[tuple[int, int]] | None = None
+    ) -> Float[Tensor, "edits n d"]:
+        """The values at the keys' positions, by edit and context.
+
+        With `after`, pairs of an edit and how many tokens further on: those positions instead.
+        """
+        kept = values.flatten(0, 1)[self.rows.to(values.device)].unflatten(0, (-1, self.n))
+        if after is None:
+            return kept
+        rows = self.rows.unflatten(0, (-1, self.n))
+        further = torch.stack([rows[edit] + steps for edit, steps in after])
+        return values.flatten(0, 1)[further.to(values.device)]
 
 
 def contexts_of(
@@ -145,8 +154,7 @@ def contexts_of(
     targets: bool = True,
 ) -> Contexts:
     """Each edit's prompt by itself and behind each of the prefixes, which end it with a space."""
-    if token not in ("subject_last", "last"):
-        raise ValueError(f"token must be 'subject_last' or 'last', found {token!r}")
+    check_token(token)
     texts = [joined(prefix, edit.text) for edit in edits for prefix in ("", *prefixes)]
     owners = [edit for edit in edits for _ in ("", *prefixes)]
     wanted = [edit.target_new for edit in owners] if targets else None
@@ -159,6 +167,16 @@ def contexts_of(
             for text, edit in zip(texts, owners, strict=True)
         ]
     return Contexts(batch, tuple(positions), 1 + len(prefixes))
+
+
+def check_token(token: str) -> None:
+    """Refuse what is no `Token`.
+
+    Raises:
+        ValueError: Neither "subject_last" nor "last".
+    """
+    if token not in ("subject_last", "last"):
+        raise ValueError(f"token must be 'subject_last' or 'last', found {token!r}")
 
 
 def positions_in(

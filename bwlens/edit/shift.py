@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
-from bwlens.edit.direction import Direction, before_norm, token_directions
+from bwlens.edit.direction import Direction, before_norm, check_direction, token_directions
+from bwlens.edit.given import first_only_note, number
 from bwlens.edit.known import answered, known_note
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.passes import as_rows, expert_calls, flows_of, recording
@@ -39,7 +40,7 @@ def forward_pass_shift(
     lr: float | None = None,
     margin: float = 1.0,
     position: Literal["last", "subject"] = "last",
-    tokens: Literal["first", "all"] = "first",
+    tokens: Literal["first", "all"] | None = None,
     direction: Direction = "unembedding",
     prepend_bos: bool | None = None,
 ) -> WeightChange:
@@ -63,8 +64,10 @@ def forward_pass_shift(
         margin: What a step that was found is multiplied with. 1 writes no more than the prompt
             itself needs; 1.2 carries over to far more paraphrases, at the cost of some neighbours.
         position: Write at the key of the prompt's "last" token, or of the "subject"'s last.
-        tokens: Of a target of several tokens write the "first" alone, as the paper, or "all",
-            each at the position that predicts it, with the target teacher forced.
+        tokens: Of a target of several tokens write "all", each at the position that predicts it,
+            with the target teacher forced, or the "first" alone, as the paper, which a warning and
+            the change's note say. None writes all at position "last" and the first at "subject",
+            which has one key only.
         direction: Which vector stands for a token, see `token_directions`.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
 
@@ -88,11 +91,12 @@ def forward_pass_shift(
         ' Paris'
     """
     listed = as_edits(edits)
-    _check_settings(lr, position, tokens)
-    if not 1 <= margin < math.inf:
+    tokens = tokens or ("all" if position == "last" else "first")
+    _check_settings(lr, position, tokens, direction)
+    if not number(margin, "margin") >= 1:
         raise ValueError(f"margin is {margin}; expected 1 or more")
     layer = default_layer(model) if layer is None else resolve_layer(model, layer)
-    batch = _batch(model, listed, tokens, prepend_bos)
+    batch, more = _batch(model, listed, tokens, prepend_bos)
     keys = _keys(model, listed, batch, position, prepend_bos)
     seen = _pass(model, batch, layer, keys)
     ids = [token for targets in batch.targets for token in targets]
@@ -119,7 +123,9 @@ def forward_pass_shift(
     }
     lost = [i for i in open_ if i not in found]
     change = plan.change([found.get(key.edit, 0.0) for key in keys])
-    return replace(change, note=_note(listed, known, lost, failing), details=details)
+    cut = [is_cut and not is_known for is_cut, is_known in zip(more, known, strict=True)]
+    notes = [_note(listed, known, lost, failing), first_only_note(listed, cut)]
+    return replace(change, note="; ".join(filter(None, notes)), details=details)
 
 
 def default_layer(model: Any) -> int:
@@ -171,13 +177,15 @@ class _Plan:
         return WeightChange(parts)
 
 
-def _check_settings(lr: float | None, position: str, tokens: str) -> None:
-    if lr is not None and not (math.isfinite(lr) and lr != 0):
-        raise ValueError(f"lr is {lr}; expected a finite step other than 0, or None to find one")
+def _check_settings(lr: float | None, position: str, tokens: str, direction: str) -> None:
+    wanted = "a finite step other than 0, or None to find one"
+    if lr is not None and number(lr, "lr", wanted) == 0:
+        raise ValueError(f"lr is {lr}; expected {wanted}")
     if position not in ("last", "subject"):
         raise ValueError(f"position must be 'last' or 'subject', found {position!r}")
     if tokens not in ("first", "all"):
         raise ValueError(f"tokens must be 'first' or 'all', found {tokens!r}")
+    check_direction(direction)
     if tokens == "all" and position != "last":
         raise ValueError(
             "tokens='all' writes at the positions that predict the target's tokens; it goes with"
@@ -185,13 +193,17 @@ def _check_settings(lr: float | None, position: str, tokens: str) -> None:
         )
 
 
-def _batch(model: Any, edits: list[Edit], tokens: str, prepend_bos: bool | None) -> Batch:
+def _batch(
+    model: Any, edits: list[Edit], tokens: str, prepend_bos: bool | None
+) -> tuple[Batch, list[bool]]:
+    """The prompts with the tokens that are written, and of which edits there are more."""
     prompts = [edit.text for edit in edits]
     batch = make_batch(model, prompts, [edit.target_new for edit in edits], prepend_bos=prepend_bos)
-    if tokens == "first" and any(len(ids) > 1 for ids in batch.targets):
+    more = [tokens == "first" and len(ids) > 1 for ids in batch.targets]
+    if any(more):
         first = [ids[:1] for ids in batch.targets]
         batch = make_batch(model, prompts, first, prepend_bos=prepend_bos)
-    return batch
+    return batch, more
 
 
 def _keys(

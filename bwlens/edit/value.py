@@ -5,6 +5,7 @@ Also the prefixes behind which both read keys and values, drawn from the model i
 
 from __future__ import annotations
 
+import numbers
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bwlens.edit.given import count
 from bwlens.edit.keys import Token, contexts_of, joined, moved, positions_in, run
 from bwlens.gradient.objectives import NLL
 from bwlens.model.passes import in_eval_mode, recording
@@ -47,11 +49,20 @@ class ValueSettings:
     stop_loss: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.lr < LARGEST_STEP or not self.clamp > 0:
+        for name in ("kl_factor", "weight_decay"):
+            _real(getattr(self, name), name)
+        lr, clamp = _real(self.lr, "lr"), _real(self.clamp, "clamp")
+        if count(self.steps, "steps") and not (0 < lr < LARGEST_STEP and clamp > 0):
             raise ValueError(
                 f"expected at least one step, 0 < lr < {LARGEST_STEP:g} and clamp > 0, found"
                 f" steps={self.steps}, lr={self.lr}, clamp={self.clamp}"
             )
+
+
+def _real(value: Any, name: str) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected a number")
+    return float(value)
 
 
 @dataclass(frozen=True, eq=False)

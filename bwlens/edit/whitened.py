@@ -8,11 +8,10 @@ step solved for, and the place is where attention hands over what it read of the
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -22,6 +21,7 @@ from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
 from bwlens.edit._memit import normal_rows
 from bwlens.edit.direction import before_norm, token_directions
+from bwlens.edit.given import first_only_note, number, texts_of
 from bwlens.edit.keys import Contexts, Passed, contexts_of, run
 from bwlens.edit.known import known_note
 from bwlens.edit.statistics import Statistics, statistics_for
@@ -43,6 +43,7 @@ def whitened_shift(
     layers: Iterable[int] | int | None = None,
     matrix: str = "W_O",
     margin: float = 8.0,
+    tokens: Literal["first", "all"] = "all",
     prefixes: Sequence[str] = PREFIXES,
     statistics: Statistics | str | os.PathLike[str] | None = None,
     prepend_bos: bool | None = None,
@@ -69,18 +70,22 @@ def whitened_shift(
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit or several. The old answer is `target_true` or, without it, what the model
-            says. Of targets of several tokens the first is written.
+            says.
         layers: Which layers; None takes the top quarter (6 and 7 of 8).
         matrix: "W_O", or "W_out" for the MLP's (on the demo model worse: more neighbours change).
         margin: What the logit difference shall be, in nats; more carries over to more paraphrases
             and to more neighbours.
+        tokens: Of a target of several tokens write "all", each with a key of its own where it is
+            predicted, the target teacher forced, over what the model says there; or the "first"
+            alone, which a warning and the change's note say.
         prefixes: Contexts to average over; () takes the prompt alone, which loses paraphrases.
         statistics: Of the matrix' keys in these layers (`key_statistics(..., matrix="W_O")`), or
             their file. None takes the demo model's.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
 
     Returns:
-        The change. `details` hold gaps and steps; `note` the edits left out as known already.
+        The change. `details` hold gaps and steps, of every token in turn; `note` the edits left
+        out as known already.
 
     Raises:
         ValueError: A malformed edit or setting, a new and old answer that begin with the same
@@ -96,23 +101,25 @@ def whitened_shift(
     listed = as_edits(edits)
     if matrix not in ("W_O", "W_out"):
         raise ValueError(f"matrix must write to the stream, 'W_O' or 'W_out', found {matrix!r}")
-    if not math.isfinite(margin):
-        raise ValueError(f"margin is {margin}; expected a finite number of nats")
+    if tokens not in ("first", "all"):
+        raise ValueError(f"tokens must be 'first' or 'all', found {tokens!r}")
+    margin = number(margin, "margin", "a finite number of nats")
+    prefixes = texts_of(prefixes, "prefixes")
     n_layers = len(model.blocks)
     top = range(n_layers - max(1, round(_SHARE * n_layers)), n_layers)
     chosen = resolve_layers(model, top if layers is None else layers)
     sites = [Site(matrix, layer) for layer in chosen]
     whiteners = statistics_for(model, sites, statistics)
-    contexts = contexts_of(model, listed, tuple(prefixes), "last", prepend_bos)
+    contexts = contexts_of(model, listed, prefixes, "last", prepend_bos)
     passed = run(model, contexts.batch, [matrix], chosen)
-    found = _Answers.of(model, listed, contexts, passed)
+    found = _Answers.of(model, listed, contexts, passed, tokens)
     kept = [i for i, known in enumerate(found.known) if not known]
     steps = (found.gap + margin) / (len(sites) * found.rows.square().sum(-1))
     values = (steps[:, None] * found.rows)[kept] / _residual_scale(model)
     parts, centred = {}, head_of(model).centred
     for site in sites if kept else ():
-        keys = contexts.at(passed.x[site]).mean(1)[kept]
-        sizes = contexts.at(passed.z[site]).mean(1)[kept]
+        keys = contexts.at(passed.x[site], found.places).mean(1)[kept]
+        sizes = contexts.at(passed.z[site], found.places).mean(1)[kept]
         delta = _written(passed.norms.get(site), values, sizes, centred)
         x = normal_rows(whiteners[site], keys, weight=0.0)
         parts[site] = LowRankGradient(x.to(delta), delta.to(x.device))
@@ -120,38 +127,65 @@ def whitened_shift(
         "method": "whitened_shift",
         "layers": chosen,
         "matrix": matrix,
+        "tokens": tokens,
         "gap": found.gap.tolist(),
         "step": steps.tolist(),
         "forward_passes": 1,
         "prompts": len(contexts.batch),
     }
-    return WeightChange(parts, known_note(listed, found.known), details)
+    several = [len(contexts.batch.targets[i * contexts.n]) > 1 for i in range(len(listed))]
+    whole = found.whole(len(listed))
+    cut = [tokens == "first" and more and not w for more, w in zip(several, whole, strict=True)]
+    notes = [known_note(listed, whole), first_only_note(listed, cut)]
+    return WeightChange(parts, "; ".join(filter(None, notes)), details)
 
 
 @dataclass(frozen=True, eq=False)
 class _Answers:
-    """The old answers, how far the new ones are behind, and along which direction they gain."""
+    """What is written over what, token by token: the first of each target, and those after it.
 
+    Attributes:
+        places: Of each token the edit, and its place in the target.
+        known: Which of them the model says already.
+        gap: How far each is behind the old answer.
+        rows: The direction in which the difference grows.
+    """
+
+    places: list[tuple[int, int]]
     known: list[bool]
-    gap: Float[Tensor, " edits"]
-    rows: Float[Tensor, "edits d_model"]
+    gap: Float[Tensor, " tokens"]
+    rows: Float[Tensor, "tokens d_model"]
+
+    def whole(self, n_edits: int) -> list[bool]:
+        """Which edits have nothing left to be written."""
+        left = {edit for (edit, _), known in zip(self.places, self.known, strict=True) if not known}
+        return [edit not in left for edit in range(n_edits)]
 
     @staticmethod
-    def of(model: Any, edits: list[Edit], contexts: Contexts, passed: Passed) -> _Answers:
-        logits, head = contexts.at(passed.logits), head_of(model)
-        new = [contexts.batch.targets[i * contexts.n][0] for i in range(len(edits))]
-        answers = logits[:, 0].argmax(-1).tolist()
-        old = [_old(model, edit, answer) for edit, answer in zip(edits, answers, strict=True)]
+    def of(
+        model: Any, edits: list[Edit], contexts: Contexts, passed: Passed, tokens: str
+    ) -> _Answers:
+        head = head_of(model)
+        targets = [contexts.batch.targets[i * contexts.n] for i in range(len(edits))]
+        written = [ids[:1] if tokens == "first" else ids for ids in targets]
+        places = [(i, k) for i, ids in enumerate(written) for k in range(len(ids))]
+        new = [written[i][k] for i, k in places]
+        answers = contexts.at(passed.logits, places)[:, 0].argmax(-1).tolist()
+        old = [
+            answer if k else _old(model, edits[i], answer)
+            for (i, k), answer in zip(places, answers, strict=True)
+        ]
         known = [answer == target for answer, target in zip(answers, new, strict=True)]
-        for edit, known_, a, b in zip(edits, known, new, old, strict=True):
+        for (i, _), known_, a, b in zip(places, known, new, old, strict=True):
             if a == b and not known_:
                 raise ValueError(
-                    f"{edit.target_new!r} and {edit.target_true!r} begin with the same token, so"
-                    f" writing the first token of the one over that of the other changes nothing"
+                    f"{edits[i].target_new!r} and {edits[i].target_true!r} begin with the same"
+                    f" token, so writing the first token of the one over that of the other changes"
+                    f" nothing"
                 )
         if passed.final is None:
             raise NotImplementedError("this model has no final norm to take the stream before")
-        stream = contexts.at(passed.final)
+        stream = contexts.at(passed.final, places)
         read = head.scale * head.W_U.to(stream)
         normed = head.norm(stream.flatten(0, 1)[:, None].to(head.W_U.dtype))[:, 0].to(stream)
         difference = read[:, old].T - read[:, new].T
@@ -159,7 +193,9 @@ class _Answers:
         if head.b_U is not None:
             gap = gap + head.scale * (head.b_U[old] - head.b_U[new]).to(gap)
         rows = token_directions(model, new, "folded") - token_directions(model, old, "folded")
-        return _Answers(known, gap.detach(), head.scale * rows / _scale(head, stream)[:, None])
+        return _Answers(
+            places, known, gap.detach(), head.scale * rows / _scale(head, stream)[:, None]
+        )
 
 
 def _old(model: Any, edit: Edit, answer: int) -> int:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import (
+    Experiment,
+    Reading,
+    Result,
+    chosen_layers,
+    frame,
+    matrix_names,
+    run,
+)
 from bwlens.experiments.intervals import summarize
 from bwlens.gradient.spectra import spectra
 
@@ -86,8 +94,8 @@ class GradientRank(Experiment):
 def gradient_rank(
     model: Any,
     edits: Edits,
-    matrices: Sequence[str] = ("W_in", "W_out"),
-    layers: Sequence[int] | None = None,
+    matrices: str | Sequence[str] = ("W_in", "W_out"),
+    layers: Iterable[int] | int | None = None,
     **options: Any,
 ) -> Result:
     """Rank of each prompt's gradient of each matrix, against the number of its tokens.
@@ -101,8 +109,8 @@ def gradient_rank(
 
     Source: Backward Lens, Lemma 4.1 and figure 3.
     """
-    layers = None if layers is None else tuple(layers)
-    return run(GradientRank(layers, tuple(matrices)), model, edits, **options)
+    experiment = GradientRank(chosen_layers(model, layers), matrix_names(matrices))
+    return run(experiment, model, edits, **options)
 
 
 def _columns(reading: Reading, matrices: Sequence[str]) -> list[dict[str, Any]]:

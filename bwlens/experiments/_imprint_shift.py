@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
 from bwlens.experiments.intervals import summarize
 from bwlens.experiments.own_steps import dense_taps, stepped
 from bwlens.experiments.stepped_layer import WHICH, SteppedLayer, TargetLogit
@@ -158,7 +158,7 @@ class ImprintShift(Experiment):
 def imprint_shift(
     model: Any,
     edits: Edits,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | int | None = None,
     etas: Sequence[float] = ETAS,
     **options: Any,
 ) -> Result:
@@ -181,7 +181,7 @@ def imprint_shift(
         >>> found = imprint_shift(model, edits, layers=[5])  # doctest: +SKIP
         >>> found.summary.query("quantity == 'loss_reach'")  # doctest: +SKIP
     """
-    chosen = None if layers is None else tuple(layers)
+    chosen = chosen_layers(model, layers)
     return run(ImprintShift(chosen, tuple(map(float, etas))), model, edits, **options)
 
 

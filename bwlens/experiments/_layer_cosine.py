@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,7 +10,15 @@ import numpy as np
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import (
+    Experiment,
+    Reading,
+    Result,
+    chosen_layers,
+    frame,
+    matrix_names,
+    run,
+)
 from bwlens.experiments.intervals import summarize
 from bwlens.model.segments import SEGMENTS
 
@@ -99,8 +107,8 @@ class LayerCosine(Experiment):
 def layer_cosine(
     model: Any,
     edits: Edits,
-    matrices: Sequence[str] = ("W_out",),
-    layers: Sequence[int] | None = None,
+    matrices: str | Sequence[str] = ("W_out",),
+    layers: Iterable[int] | int | None = None,
     segment: str = "last",
     **options: Any,
 ) -> Result:
@@ -121,5 +129,5 @@ def layer_cosine(
     """
     if segment not in SEGMENTS:
         raise ValueError(f"no segment {segment!r}; expected one of {', '.join(SEGMENTS)}")
-    chosen = None if layers is None else tuple(layers)
-    return run(LayerCosine(chosen, tuple(matrices), segment), model, edits, **options)
+    chosen = chosen_layers(model, layers)
+    return run(LayerCosine(chosen, matrix_names(matrices), segment), model, edits, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits
 from bwlens.data.records import Record
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import (
+    Experiment,
+    Reading,
+    Result,
+    chosen_layers,
+    frame,
+    matrix_names,
+    run,
+)
 from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.low_rank import LowRankGradient
@@ -22,7 +30,7 @@ from bwlens.gradient.spectra import spectra
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import Head, head_of
 from bwlens.model.prompts import Edit
-from bwlens.model.sites import Site, resolve_layers
+from bwlens.model.sites import Site, resolve_layer
 from bwlens.model.tokens import token_texts
 from bwlens.reading.readouts import readout
 
@@ -132,7 +140,7 @@ def naive_map(
         >>> naive_map(model, edit, 3).figure()  # doctest: +SKIP
     """
     (edit,) = as_edits(edit)
-    (layer,) = resolve_layers(model, layer)
+    layer = resolve_layer(model, layer)
     grads = capture(
         model, edit.text, NLL(edit.target_new), [matrix], layer, prepend_bos=prepend_bos
     )
@@ -246,8 +254,8 @@ class NaiveReading(Experiment):
 def naive_reading(
     model: Any,
     edits: Edits,
-    matrices: Sequence[str] = ("W_out", "W_in"),
-    layers: Sequence[int] | None = None,
+    matrices: str | Sequence[str] = ("W_out", "W_in"),
+    layers: Iterable[int] | int | None = None,
     top: int = 100,
     neurons: int | None = 64,
     normalize: bool = True,
@@ -267,8 +275,8 @@ def naive_reading(
 
     Source: Backward Lens, appendix C, figures 7-9.
     """
-    chosen = None if layers is None else tuple(layers)
-    experiment = NaiveReading(chosen, tuple(matrices), top, neurons, normalize)
+    chosen = chosen_layers(model, layers)
+    experiment = NaiveReading(chosen, matrix_names(matrices), top, neurons, normalize)
     return run(experiment, model, edits, **options)
 
 

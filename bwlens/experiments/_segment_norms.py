@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
+from bwlens.experiments.base import (
+    Experiment,
+    Reading,
+    Result,
+    chosen_layers,
+    frame,
+    matrix_names,
+    run,
+    segment_columns,
+)
 from bwlens.experiments.intervals import summarize
 from bwlens.model.segments import SEGMENTS
 
@@ -79,8 +88,8 @@ class SegmentNorms(Experiment):
 def segment_norms(
     model: Any,
     edits: Edits,
-    matrices: Sequence[str] | None = None,
-    layers: Sequence[int] | None = None,
+    matrices: str | Sequence[str] | None = None,
+    layers: Iterable[int] | int | None = None,
     **options: Any,
 ) -> Result:
     """Mean norms of delta and x by layer and prompt segment.
@@ -94,6 +103,6 @@ def segment_norms(
 
     Source: Backward Lens, figures 5, 16 and 17.
     """
-    chosen = None if matrices is None else tuple(matrices)
-    experiment = SegmentNorms(None if layers is None else tuple(layers), chosen)
+    chosen = None if matrices is None else matrix_names(matrices)
+    experiment = SegmentNorms(chosen_layers(model, layers), chosen)
     return run(experiment, model, edits, **options)

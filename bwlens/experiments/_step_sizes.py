@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,8 +14,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bwlens.data.given import Edits
+from bwlens.edit.given import FIRST_ONLY
 from bwlens.edit.shift import forward_pass_shift
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
 from bwlens.experiments.intervals import summarize
 from bwlens.experiments.own_steps import (
     Change,
@@ -45,8 +47,8 @@ class StepSizes(Experiment):
 
     One step of each method, from the same model, each prompt by itself: SGD adds -step dL/dW, Adam
     (its first step, where both moments are the gradient's own) -step g / (|g| + 1e-8) entry by
-    entry, the forward pass shift step outer(x, v). Steps are found within `within`, by raising or
-    lowering and then bisecting, in forward passes that a whole batch shares.
+    entry, the forward pass shift step outer(x, v), of the first token alone. Steps are found within
+    `within`, by raising or lowering and then bisecting, in forward passes that a batch shares.
 
     Rows: `item`, `layer`, `method`, `flipped` (whether any step that was tried made the target the
     answer), `step` (nan where none did), `norm` (of the change, Frobenius, so that methods can be
@@ -143,7 +145,7 @@ class StepSizes(Experiment):
 def step_sizes(
     model: Any,
     edits: Edits,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | int | None = None,
     within: float = 1.1,
     text: str | None = "demo",
     sentences: int = 5,
@@ -167,7 +169,7 @@ def step_sizes(
 
     Source: Backward Lens, figure 26.
     """
-    chosen = None if layers is None else tuple(layers)
+    chosen = chosen_layers(model, layers)
     return run(StepSizes(chosen, within, text, sentences), model, edits, **options)
 
 
@@ -195,13 +197,16 @@ def _directions(reading: Reading, site: Site) -> dict[str, _Direction]:
     gradient = x.mT @ delta
     adam = gradient / (gradient.abs() + _ADAM_EPS)
     # Zero rows for prompts that are answered already.
-    shift = forward_pass_shift(
-        reading.model,
-        list(reading.edits),
-        layer=site.layer,
-        lr=1.0,
-        prepend_bos=reading.prepend_bos,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", FIRST_ONLY, UserWarning)  # as the figure does it
+        shift = forward_pass_shift(
+            reading.model,
+            list(reading.edits),
+            layer=site.layer,
+            lr=1.0,
+            tokens="first",
+            prepend_bos=reading.prepend_bos,
+        )
     kept = [item for item, lr in enumerate(shift.details["lr"]) if lr]
     key, value = (rows.new_zeros(len(x), 1, rows.shape[2]) for rows in (x, delta))
     if kept:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
+from bwlens.experiments.base import (
+    Experiment,
+    Reading,
+    Result,
+    chosen_layers,
+    frame,
+    matrix_names,
+    run,
+    segment_columns,
+)
 from bwlens.experiments.intervals import summarize
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import head_of
@@ -43,8 +52,9 @@ class TargetRank(Experiment):
     source: ClassVar[str] = "Figures 6, 18-21"
     reading: ClassVar[str] = (
         "Rank 0 is the most probable word. A target at the bottom of delta is what a descent"
-        " step promotes most; an answer at the top of x is what the layer already reads. Zero"
-        " vectors are left out."
+        " step promotes most in this reading, which in deep models says what a step does near the"
+        " top only; an answer at the top of x is what the layer already reads. Zero vectors are"
+        " left out."
     )
     published: ClassVar[str] = (
         "at the last token the target is at the bottom of delta in every layer; in the last"
@@ -101,8 +111,8 @@ class TargetRank(Experiment):
 def target_rank(
     model: Any,
     edits: Edits,
-    matrices: Sequence[str] = ("W_out", "W_in"),
-    layers: Sequence[int] | None = None,
+    matrices: str | Sequence[str] = ("W_out", "W_in"),
+    layers: Iterable[int] | int | None = None,
     normalize: bool = False,
     **options: Any,
 ) -> Result:
@@ -119,5 +129,5 @@ def target_rank(
 
     Source: Backward Lens, figures 6 and 18-21.
     """
-    chosen = None if layers is None else tuple(layers)
-    return run(TargetRank(chosen, tuple(matrices), normalize), model, edits, **options)
+    chosen = chosen_layers(model, layers)
+    return run(TargetRank(chosen, matrix_names(matrices), normalize), model, edits, **options)

@@ -241,6 +241,20 @@ def run(
     return Result(experiment, joined(tables), tuple(sorted(failures, key=lambda f: f.item)))
 
 
+def chosen_layers(model: Any, layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
+    """The layers asked for, counted from 0; None for all.
+
+    Raises:
+        ValueError: A layer that the model does not have.
+    """
+    return None if layers is None else tuple(resolve_layers(model, layers))
+
+
+def matrix_names(matrices: str | Sequence[str]) -> tuple[str, ...]:
+    """One matrix or several."""
+    return (matrices,) if isinstance(matrices, str) else tuple(matrices)
+
+
 def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Rows of all parts, in the order of the data."""
     import pandas as pd

@@ -290,7 +290,9 @@ def _affinity_error(tap: Tap | ExpertTap, flow: Flow, wide: torch.dtype) -> floa
     if layer is None or not callable(getattr(layer, "forward", None)):
         return None
     x = as_rows(flow.x.detach())
-    mixing = torch.rand(len(x), len(x), generator=torch.Generator().manual_seed(0)).to(x.device, wide)
+    mixing = torch.rand(len(x), len(x), generator=torch.Generator().manual_seed(0)).to(
+        x.device, wide
+    )
     mixing = mixing / mixing.sum(1, keepdim=True)
     together, apart = layer((mixing @ x.to(wide)).to(x.dtype)[None]), layer(x[None])
     if not isinstance(together, Tensor) or not isinstance(apart, Tensor):

@@ -272,7 +272,7 @@ class BackwardLens:
         except KeyError as error:
             raise ValueError(error.args[0]) from None
 
-    def gradients_of(self, matrix: str, layer: int) -> dict[int | None, LowRankGradient]:
+    def gradients_of(self, matrix: str, layer: int) -> dict[int | str | None, LowRankGradient]:
         """The gradient of a matrix of a layer by expert; under None where there are no experts.
 
         Raises:

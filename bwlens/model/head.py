@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bwlens.model.fitting import Reading, fit_reading, rounding_of
-from bwlens.model.probing import logits_and, probe_batch
 from bwlens.model.places import Point
+from bwlens.model.probing import logits_and, probe_batch
 from bwlens.model.sites import check_model, check_stream
 from bwlens.model.unhooked import has_hooks, hooks_off
 

@@ -44,7 +44,7 @@ class Edit:
         target_true: The answer the fact has, if known.
 
     Raises:
-        ValueError: The template has not exactly one `{}`, or a field is empty.
+        ValueError: The template has not exactly one `{}`, or a field is empty or no text.
 
     Example:
         >>> Edit("{} plays for", subject="Lionel Messi", target_new=" Paris").text
@@ -57,6 +57,10 @@ class Edit:
     target_true: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "subject", "target_new", "target_true"):
+            text = getattr(self, name)
+            if not (isinstance(text, str) or (text is None and name == "target_true")):
+                raise ValueError(f"{name} is {text!r}; an edit needs text there")
         if (found := self.prompt.count("{}")) != 1:
             raise ValueError(
                 f"the template {self.prompt!r} has {found} places {{}} for the subject; write"

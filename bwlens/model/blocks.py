@@ -63,11 +63,14 @@ def block_taps(block: nn.Module, layer: int) -> BlockTaps:
     """The taps of every matrix of a block."""
     found = BlockTaps()
     mlps, attentions = _parts(block)
+    own = _experts_of(block)
+    if own is not None and all(_experts_of(part) is not own for part in mlps):
+        mlps.append(block)  # Gemma 4: experts beside an MLP, not shown by TransformerLens 3
     mixture = any(_experts_of(part) is not None for part in mlps)
     plain = [part for part in mlps if _experts_of(part) is None]
     for part in mlps:
         if part not in plain:
-            _add_mixture(found, part, layer)
+            _add_mixture(found, part, layer, within=part is not block)
     for part in plain[:1]:
         _add_mlp(found, part, layer, SHARED if mixture else None)
     for names, extra in ((MLP, plain[1:]), (ATTENTION, attentions[1:])):
@@ -156,8 +159,8 @@ def _add_mlp(found: BlockTaps, part: nn.Module, layer: int, expert: Any = None) 
     found.taps += taps.values()
 
 
-def _add_mixture(found: BlockTaps, part: nn.Module, layer: int) -> None:
-    """The experts that tokens are sent to, and the one that all of them pass."""
+def _add_mixture(found: BlockTaps, part: nn.Module, layer: int, within: bool) -> None:
+    """The experts that tokens are sent to, and the one `within` the part that all of them pass."""
     experts = _experts_of(part)
     assert experts is not None
     routing = getattr(part, "hook_expert_indices", None)
@@ -172,7 +175,7 @@ def _add_mixture(found: BlockTaps, part: nn.Module, layer: int) -> None:
             found.refused |= dict.fromkeys(MLP, weights)
         else:
             found.taps.append(ExpertTap(layer, experts, weights))
-    for child in _unwrapped(part).children():
+    for child in _unwrapped(part).children() if within else ():
         if _unwrapped(child) is not experts and _is_mlp(child):
             _add_mlp(found, child, layer, SHARED)
 

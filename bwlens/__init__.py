@@ -4,6 +4,8 @@ from bwlens import edit as edit
 from bwlens import experiments as experiments
 from bwlens import show as show
 from bwlens.changes.change import WeightChange as WeightChange
+from bwlens.checking import CheckReport as CheckReport
+from bwlens.checking import check as check
 from bwlens.data.records import Record as Record
 from bwlens.data.records import Records as Records
 from bwlens.data.records import read_records as read_records

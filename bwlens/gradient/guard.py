@@ -1,10 +1,10 @@
-"""Whether x^T delta is the gradient of what the model computes: asked once, before the first capture.
+"""Whether x^T delta is the gradient of what the model computes: asked before the first capture.
 
 `capture` rests on two things that a layer can break without a sign: that z = x W (+ b) with the
 weight that the model holds, and that autograd's delta is what the loss does when z moves. Layers
 that quantise in passing (BitNet, quantisation-aware training), rescale or adapt break the first;
 gradients that pass roundings as if they were not there break the second. Both are measured on a
-prompt of six tokens, for every layer once.
+prompt of four tokens, for every layer once.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bwlens.model.passes import Flow, as_rows, expert_calls, flows_of, forward, recording
 from bwlens.model.probing import losses_after_steps, probe_batch, probe_loss, undisturbed
+from bwlens.model.prompts import Batch
 from bwlens.model.sites import ExpertTap, Site, Tap
 from bwlens.model.weights import parameter_of
 
@@ -89,8 +90,10 @@ def _key(tap: Tap | ExpertTap) -> Any:
 class Probe:
     """One pass of a short prompt through a model without its user's hooks: x, z and delta."""
 
-    def __init__(self, model: Any, taps: Sequence[Tap | ExpertTap]) -> None:
-        self.model, self.batch = model, probe_batch(model)
+    def __init__(
+        self, model: Any, taps: Sequence[Tap | ExpertTap], batch: Batch | None = None
+    ) -> None:
+        self.model, self.batch = model, probe_batch(model) if batch is None else batch
         points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
         points |= {tap.routing for tap in taps if tap.routing is not None}
         experts = [tap for tap in taps if isinstance(tap, ExpertTap)]
@@ -105,29 +108,56 @@ class Probe:
             ]
         self.flows = [flow for _, flow in pairs]
         self.tap_of = {site: tap for tap, flow in pairs for site, _ in flow.parts}
-        self._flow_of = {site: flow for _, flow in pairs for site, _ in flow.parts}
+        self._flow_of = {site: (flow, part) for _, flow in pairs for site, part in flow.parts}
+        self._deltas: dict[int, Tensor] = {}
+
+    @property
+    def sites(self) -> list[Site]:
+        """The sites that tokens passed, in order."""
+        return list(self._flow_of)
+
+    def flow_of(self, site: Site) -> tuple[Flow, Any]:
+        """What passed a site, and which columns of z are its own."""
+        return self._flow_of[site]
 
     def lowest(self) -> Site | None:
-        """The first site whose step can be taken: of an expert's, the layer's routing could turn."""
-        plain = [site for site in self._flow_of if site.expert is None]
+        """The lowest site where a step can be taken: an expert's could turn the layer's routing."""
+        plain = [site for site in self._flow_of if not isinstance(site.expert, int)]
         return min(plain, key=lambda site: site.layer, default=None)
+
+    def gradients_of(self, tensors: list[Tensor]) -> list[Tensor | None]:
+        """dL/dtensor of each; None where the loss does not hang on it."""
+        total = self.run.losses.sum() * self.run.scale
+        found = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
+        scale = self.run.scale
+        return [d if d is None or scale == 1 else d.float() / scale for d in found]
+
+    def deltas(self, *sites: Site) -> dict[Site, Tensor]:
+        """dL/dz of some sites or of all, over all columns of z: [n, d_out], float32 at least."""
+        wanted = sites or tuple(self._flow_of)
+        flows = {id(flow): flow for flow, _ in (self._flow_of[site] for site in wanted)}
+        fresh = [flow for key, flow in flows.items() if key not in self._deltas]
+        if fresh:
+            found = self.gradients_of([flow.z for flow in fresh])
+            for flow, delta in zip(fresh, found, strict=True):
+                delta = torch.zeros_like(flow.z) if delta is None else delta
+                wide = torch.promote_types(delta.dtype, torch.float32)
+                self._deltas[id(flow)] = as_rows(delta.detach()).to(wide)
+        return {site: self._deltas[id(self._flow_of[site][0])] for site in wanted}
 
     def step(self, site: Site) -> StepFigures:
         """What a small step along -delta does to the loss, beside what ||delta|| says."""
-        flow, tap = self._flow_of[site], self.tap_of[site]
+        flow, tap = self._flow_of[site][0], self.tap_of[site]
         assert isinstance(tap, Tap)
         if not flow.z.requires_grad:
             raise UntrueGradientError(
-                f"{site} has no gradient: {_kind(tap)} computes off the autograd graph (quantised"
-                f" for inference?), so neither it nor what lies below can be read; load the model"
-                f" in float32, bfloat16 or float16"
+                f"{site} has no gradient: {_kind(tap, site)} computes off the autograd graph"
+                f" (quantised for inference?), so neither it nor what lies below can be read; load"
+                f" the model in float32, bfloat16 or float16"
             )
-        total = self.run.losses.sum() * self.run.scale
-        (delta,) = torch.autograd.grad(total, flow.z, retain_graph=True)
+        rows = self.deltas(site)[site]
         logits = self.run.logits.detach()
         rounding = torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
-        rows = as_rows(delta.detach().to(torch.promote_types(delta.dtype, torch.float32)))
-        rows = rows / self.run.scale
         length = float(rows.norm())
         longest = 0.1 * float(as_rows(flow.z.detach()).to(rows).norm())
         largest = min(_NATS / max(length, 1e-30), longest)
@@ -135,21 +165,23 @@ class Probe:
         sizes = [largest / part for part in _PARTS if largest / part * length > 20 * rounding]
         if len(sizes) < len(_PARTS):
             return StepFigures(site, length)
-        both = [sign * size for size in sizes for sign in (1, -1)]
         for point in (p for p in tap.z if p in self._seen):
-            losses = losses_after_steps(
-                self.model, point, -rows / length, both, self.batch.tokens
-            ).unflatten(0, (-1, 2))
-            slopes = [
-                float(up - down) / (2 * size)
-                for (up, down), size in zip(losses, sizes, strict=True)
-            ]
-            if any(slopes):  # a point that only shows its tensor changes nothing
-                noise = tuple(rounding / size / length for size in sizes)
-                return StepFigures(site, length, tuple(-s / length for s in slopes), noise)
+            ratios: list[float] = []
+            for size in sizes:
+                up, down = losses_after_steps(
+                    self.model, point, -rows / length, [size, -size], self.batch.tokens
+                ).tolist()
+                ratios.append((down - up) / (2 * size * length))
+                if abs(ratios[-1] - 1) <= _RIGHT:
+                    break  # the other sizes are for what is not right at once
+            if any(ratios):  # a point that only shows its tensor changes nothing
+                noise = rounding / sizes[len(ratios) - 1] / length
+                return StepFigures(site, length, tuple(ratios), noise)
         return StepFigures(site, length)
 
 
+_RIGHT = 0.02
+"""How far from 1 a ratio may be: what is cubic in the step."""
 _NATS = 0.02
 """How much a step at a site is to change the probe's loss."""
 _PARTS = (1, 4, 16)
@@ -161,13 +193,14 @@ class StepFigures:
     """How the loss changes along -delta at a site: measured, over what ||delta|| says.
 
     `ratios` are central differences over steps of several sizes, the largest first; empty where
-    none could be taken. `noise` is what the logits' rounding may do to each.
+    none could be taken, and no smaller ones where one was right. `noise` is what the logits'
+    rounding may do to the last.
     """
 
     site: Site
     length: float
     ratios: tuple[float, ...] = ()
-    noise: tuple[float, ...] = ()
+    noise: float = 0.0
 
     @property
     def ratio(self) -> float | None:
@@ -179,10 +212,10 @@ class StepFigures:
         if not self.ratios:
             return None
         best = min(self.ratios, key=lambda ratio: abs(ratio - 1))
-        if abs(best - 1) <= 0.02 + 2 * max(self.noise):
+        if abs(best - 1) <= _RIGHT + 2 * self.noise:
             return best
         spread = max(self.ratios) - min(self.ratios)
-        agree = spread <= 0.1 * abs(best) + 4 * max(self.noise)
+        agree = spread <= 0.1 * abs(best) + 4 * self.noise
         return best if agree and abs(best - 1) > 0.1 + spread else None
 
     @property

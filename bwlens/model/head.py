@@ -63,9 +63,9 @@ _known: WeakKeyDictionary[Any, _Measured] = WeakKeyDictionary()
 
 
 def head_of(model: Any) -> Head:
-    """The model's own final norm and unembedding, and the scale and soft cap that it is seen to use.
+    """The model's own final norm and unembedding, and the scale and soft cap that it uses.
 
-    Measured by one forward pass of six tokens the first time, and again after the final norm or
+    Measured by one forward pass of four tokens the first time, and again after the final norm or
     the unembedding was replaced. The hooks that the user put on hook points, the final norm and
     the unembedding are off, there and whenever the head is used.
 

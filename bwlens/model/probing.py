@@ -18,12 +18,12 @@ from bwlens.model.prompts import Batch
 from bwlens.model.sites import Point
 from bwlens.model.unhooked import hooks_off, open_to_users
 
-_SPREAD = (0.11, 0.23, 0.37, 0.53, 0.71, 0.87)
+_SPREAD = (0.11, 0.31, 0.53, 0.71)
 """Where in the vocabulary the probe's tokens stand; no text, as a model may have no tokenizer."""
 
 
 def probe_batch(model: Any) -> Batch:
-    """One prompt of six tokens from all over the vocabulary."""
+    """One prompt of four tokens from all over the vocabulary."""
     weight = next(model.embed.parameters())
     d_vocab = int(getattr(model.cfg, "d_vocab", 0)) or len(weight)
     ids = [int(part * d_vocab) for part in _SPREAD]

@@ -13,9 +13,6 @@ from bwlens.model.prompts import make_batch
 from bwlens.model.weights import weight_of
 from tests import oracle, tiny
 
-# ROME's prompt "... is a" has words that the tiny tokenizer lacks.
-pytestmark = pytest.mark.filterwarnings("ignore:the tokenizer does not know 'is', 'a'")
-
 EDIT = Edit("{} t9 t30 t41", subject="t5 t6", target_new=" t17")
 PREFIXES = ("t20 t21", "t50 t40 t8 t11")
 TEXTS = [" ".join(f"t{4 + (7 * i + 3 * j * j) % 57}" for j in range(40)) for i in range(12)]

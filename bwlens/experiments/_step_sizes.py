@@ -46,8 +46,9 @@ class StepSizes(Experiment):
 
     One step of each method, from the same model, each prompt by itself: SGD adds -step dL/dW, Adam
     (its first step, where both moments are the gradient's own) -step g / (|g| + 1e-8) entry by
-    entry, the forward pass shift step outer(x, v), of the first token alone. Steps are found within `within`, by raising or
-    lowering and then bisecting, in forward passes that a whole batch shares.
+    entry, the forward pass shift step outer(x, v), of the first token alone. Steps are found within
+    `within`, by raising or lowering and then bisecting, in forward passes that a whole batch
+    shares.
 
     Rows: `item`, `layer`, `method`, `flipped` (whether any step that was tried made the target the
     answer), `step` (nan where none did), `norm` (of the change, Frobenius, so that methods can be

@@ -54,7 +54,7 @@ def check(model, change, folder, tolerance=1e-5):
         found = (hugging_face(IDS).logits, reloaded(IDS))
     assert hugging_face.dtype == expected.dtype
     size = expected.abs().max()
-    assert (expected - plain).abs().max() > 100 * tolerance * size
+    assert (expected - plain).abs().max() > 3 * tolerance * size
     for logits in found:
         assert (logits - expected).abs().max() <= tolerance * size
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
@@ -141,4 +141,6 @@ def test_smollm2_from_a_gguf_file(tmp_path):
     inner = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     model = TransformerBridge.boot_transformers("smollm2", hf_model=inner, tokenizer=tokenizer)
-    check(model, change_of(model, ["W_out", "W_O", "W_V"], layer=20), tmp_path / "out")
+    check(
+        model, change_of(model, ["W_out", "W_O", "W_V"], layer=20), tmp_path / "out", tolerance=1e-4
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
 from transformers import (
     Cohere2Config,
     CohereConfig,
@@ -115,8 +113,18 @@ READABLE = {
         5.0,
         False,
     ),
-    "nemotron": (lambda: NemotronConfig(**_LLAMA, architectures=["NemotronForCausalLM"]), 1.0, None, True),
-    "glm": (lambda: GlmConfig(**_LLAMA, head_dim=4, architectures=["GlmForCausalLM"]), 1.0, None, False),
+    "nemotron": (
+        lambda: NemotronConfig(**_LLAMA, architectures=["NemotronForCausalLM"]),
+        1.0,
+        None,
+        True,
+    ),
+    "glm": (
+        lambda: GlmConfig(**_LLAMA, head_dim=4, architectures=["GlmForCausalLM"]),
+        1.0,
+        None,
+        False,
+    ),
     "stablelm": (
         lambda: StableLmConfig(**_LLAMA, architectures=["StableLmForCausalLM"]),
         1.0,

@@ -31,7 +31,9 @@ def check(
         list[str] | None, typer.Option(help="A matrix to check; all that there are otherwise.")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the report as JSON to this file.")
+    ] = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
     debug: Debug = False,

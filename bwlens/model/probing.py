@@ -36,9 +36,7 @@ def batch_of(tokens: Int[Tensor, "batch pos"]) -> Batch:
     return Batch(tokens, lengths, lengths)
 
 
-def probe_loss(
-    logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
-) -> Float[Tensor, " batch"]:
+def probe_loss(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
     """NLL of the tokens in reverse: some loss that every position has a share in, in nats."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     scores = logits.to(wide).log_softmax(-1)
@@ -104,4 +102,3 @@ def losses_after_steps(
         finally:
             handle.remove()
     return probe_loss(logits.double(), batch)
-

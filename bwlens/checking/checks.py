@@ -13,7 +13,8 @@ from bwlens.checking.report import CheckReport, Finding
 from bwlens.checking.state import State
 from bwlens.checking.texts import tokenizer
 from bwlens.checking.twin import same_as_hugging_face
-from bwlens.gradient.guard import UntrueGradientError, trusted
+from bwlens.gradient.guard import trusted
+from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.identity import model_label
 from bwlens.model.probing import batch_of, logits_and, probe_batch
 from bwlens.model.prompts import Batch, Prompts, make_batch

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bwlens.checking.report import Finding
 from bwlens.gradient.capturing import Gradients, capture
-from bwlens.gradient.guard import Probe, linearity
 from bwlens.gradient.objectives import NLL
+from bwlens.gradient.probe import Probe, UntrueGradientError, linearity
 from bwlens.model.head import head_of
 from bwlens.model.passes import as_rows
 from bwlens.model.probing import logits_and, undisturbed
@@ -66,12 +66,12 @@ def gradients(
             Finding("gradient", "not checked", "-", "the model has no matrix that bwlens reads")
         ]
     taps = find_taps(model, matrices, layers)
-    parameters, before = {}, []
-    for tap in taps:
-        for site, parameter in _parameters(tap):
-            if _floats(parameter):
-                parameters[id(parameter)] = parameter
-            del site
+    parameters = {
+        id(parameter): parameter
+        for tap in taps
+        for parameter in _parameters(tap)
+        if _floats(parameter)
+    }
     before = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
     try:
         for parameter, _ in before:
@@ -85,11 +85,11 @@ def gradients(
     return [_of_gradient(m, errors.get(m, {}), notes.get(m), limit) for m in matrices]
 
 
-def _parameters(tap: Any) -> list[tuple[Site | None, Any]]:
+def _parameters(tap: Any) -> list[Any]:
     if hasattr(tap, "weights"):
-        return [(None, getattr(tap.experts, name)) for name in tap.weights]
+        return [getattr(tap.experts, name) for name in tap.weights]
     try:
-        return [(tap.site, parameter_of(tap, tap.site)[0])]
+        return [parameter_of(tap, tap.site)[0]]
     except NotImplementedError:
         return []
 
@@ -184,30 +184,41 @@ def _of_gradient(matrix: str, errors: dict[Site, float], note: str | None, limit
 
 def steps(model: Any, batch: Batch, matrices: Sequence[str], layers: list[int]) -> list[Finding]:
     """Small steps along -delta at three layers of each matrix; and z against x W there."""
-    if not matrices:
-        return []
-    findings = []
+    taps, faults = {}, {}
     for matrix in matrices:
         try:
-            findings.append(_step(model, batch, matrix, layers))
+            every = find_taps(model, [matrix], layers)
+            some = {_layer(every[0]), _layer(every[len(every) // 2]), _layer(every[-1])}
+            taps[matrix] = [tap for tap in every if _layer(tap) in some]
         except (NotImplementedError, ValueError) as error:
-            findings.append(Finding(f"step at {matrix}", "not checked", "-", str(error)))
-    return findings
+            faults[matrix] = Finding(f"step at {matrix}", "not checked", "-", str(error))
+    try:
+        probe = Probe(model, [tap for several in taps.values() for tap in several], batch)
+        probes = dict.fromkeys(taps, probe)
+    except (NotImplementedError, ValueError):  # one of them cannot be read: each by itself
+        probes = {}
+        for matrix, several in taps.items():
+            try:
+                probes[matrix] = Probe(model, several, batch)
+            except (NotImplementedError, ValueError) as error:
+                faults[matrix] = Finding(f"step at {matrix}", "not checked", "-", str(error))
+    return [faults[m] if m in faults else _step(probes[m], m) for m in matrices]
 
 
-def _step(model: Any, batch: Batch, matrix: str, layers: list[int]) -> Finding:
+def _step(probe: Probe, matrix: str) -> Finding:
     name = f"step at {matrix}"
-    every = [_layer(tap) for tap in find_taps(model, [matrix], layers)]
-    some = sorted({every[0], every[len(every) // 2], every[-1]})
-    probe = Probe(model, find_taps(model, [matrix], some), batch)
-    sites = [site for site in probe.sites if site.matrix == matrix and _plain(site)]
-    straight = [linearity(probe.tap_of[site], site, *probe.flow_of(site)) for site in probe.sites]
+    own = [site for site in probe.sites if site.matrix == matrix]
+    sites = [site for site in own if _plain(site)]
+    straight = [linearity(probe.tap_of[site], site, *probe.flow_of(site)) for site in own]
     if fault := next((figures.fault for figures in straight if figures.fault), None):
         return Finding(name, "fails", "z is not x times the weight", fault)
     if not sites:
         why = "experts are checked by their gradients alone: a step may change the routing"
         return Finding(name, "not checked", "-", why)
-    found = [probe.step(site) for site in sites]
+    try:
+        found = [probe.step(site) for site in sites]
+    except UntrueGradientError as error:
+        return Finding(name, "fails", "no gradient", str(error))
     ratios = [figures.ratio for figures in found]
     shown = ", ".join("?" if ratio is None else f"{ratio:+.4f}" for ratio in ratios)
     where = ", ".join(str(site.layer) for site in sites)

@@ -17,7 +17,7 @@ _NAME = "Hugging Face"
 
 def same_as_hugging_face(model: Any, batch: Batch) -> Finding:
     """The bridge's logits against those of a plain model of the same class, config and weights."""
-    wrapped = getattr(model, "original_model", None)
+    wrapped: Any = getattr(model, "original_model", None)
     if not hasattr(type(wrapped), "_from_config"):
         why = "the model wraps no Hugging Face model to compare with"
         return Finding(_NAME, "not checked", "-", why)

@@ -63,7 +63,7 @@ _known: WeakKeyDictionary[Any, _Measured] = WeakKeyDictionary()
 
 
 def head_of(model: Any) -> Head:
-    """The model's own final norm and unembedding, and the scale and soft cap that it uses.
+    """The model's own final norm and unembedding, and the scale and cap that it is seen to use.
 
     Measured by one forward pass of four tokens the first time, and again after the final norm or
     the unembedding was replaced. The hooks that the user put on hook points, the final norm and

@@ -33,7 +33,7 @@ def test_the_template_s_own_tokens(model):
     [
         ([], "expected messages such as .* found \\[\\]"),
         ([{"role": "user"}], "expected messages .* found {'role': 'user'}"),
-        (["t5"], "expected messages .* found t5"),
+        (["t5"], "expected messages .* found 't5'"),
         ([{"role": "tool", "content": "t5"}], "does not take these messages: no tools"),
     ],
 )

@@ -283,6 +283,7 @@ def test_memory_is_no_matter(bridge):
     assert much["item"].is_monotonic_increasing
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_one_layer_one_matrix_one_record(bridge):
     from bwlens.data.records import Record
 

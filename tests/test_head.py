@@ -84,7 +84,7 @@ def test_a_multiplier_a_bias_and_a_cap_that_no_config_names(tokenizer):
 
 def test_a_projection_behind_the_blocks(tokenizer):
     model = model_of(heads.opt(), tokenizer)
-    with pytest.raises(NotImplementedError, match=r"width 16 .* takes 8 .* projection"):
+    with pytest.raises(NotImplementedError, match=r"16 entries, .* takes 8: a projection"):
         head_of(model)
     assert len(bwlens.capture(model, TOKENS, 17)) == 2 * 2
 

@@ -144,19 +144,11 @@ def _measure(model: Any, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any)
             refusal=f"the stream of the last block is not finite in {stream.dtype}; load the model"
             f" in float32 or bfloat16",
         )
-<<<<<<< HEAD
-    if stream.shape[:-1].numel() != len(logits):
-        return _Measured(
-            parts,
-            refusal=f"the last block gives {list(stream.shape)} where one stream a token is"
-            f" expected (several streams, merged behind it?); {expected}",
-=======
     if stream.numel() // stream.shape[-1] != len(logits):
         return _Measured(
             parts,
             refusal=f"the last block gives {list(stream.shape)} for {len(logits)} tokens: several"
             f" residual streams, or another layout than one vector a token; {expected}",
->>>>>>> truth
         )
     if stream.shape[-1] != W_U.shape[0] or logits.shape[-1] != W_U.shape[1]:
         return _Measured(

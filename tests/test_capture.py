@@ -60,8 +60,9 @@ def test_under_no_grad(bridge):
 
 
 def test_inference_mode_is_refused(bridge):
+    model = bridge("gpt2")  # shared, and not to be made in this mode
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.no_grad.* is fine"):
-        bwlens.capture(bridge("gpt2"), TOKENS, 17)
+        bwlens.capture(model, TOKENS, 17)
 
 
 # Parts of a model.

@@ -328,6 +328,10 @@ def _tiles(head: Head, rows: Tensor, out: Tensor, width: int) -> Iterator[Tensor
             torch.mm(W_U, hidden, out=tile)
         else:
             torch.addmm(b_U[columns, None], W_U, hidden, out=tile)
+        if head.centre is not None:
+            tile -= head.centre.to(out.dtype) @ hidden
+        if head.lengths is not None:
+            tile /= head.lengths[columns, None].to(out.dtype)
         out[:, columns] = tile.T
         yield tile
 

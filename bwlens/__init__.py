@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bwlens import experiments as experiments
     from bwlens import show as show
     from bwlens.changes.change import WeightChange as WeightChange
+    from bwlens.checking import CheckReport as CheckReport
+    from bwlens.checking import check as check
     from bwlens.data.records import Record as Record
     from bwlens.data.records import Records as Records
     from bwlens.data.records import read_records as read_records
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 _ROOMS = ("demo", "edit", "experiments", "show")
 _HOMES = {
     "changes.change": ("WeightChange",),
+    "checking": ("CheckReport", "check"),
     "data.records": ("Record", "Records", "read_records"),
     "evaluation.evaluation": ("Evaluation",),
     "evaluation.harness": ("evaluate",),

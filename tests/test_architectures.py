@@ -37,6 +37,34 @@ def test_every_matrix_against_hugging_face(name, dtype, boot):
             bwlens.capture(model, TOKENS, 17, matrix)
 
 
+NO_LENS = {
+    "modernbert_decoder": "no scaled and capped unembedding of its last stream",
+    "opt_350m": "a projection stands between them",
+    "deepseek_v4": "where one stream a token is expected",
+    "gemma4_moe": "the experts of a token are given other x",
+    "gpt_oss": "finds none that it can read",
+    "llama4": "transposed or interleaved",
+    "zamba2": "finds none that it can read",
+}
+"""Why some models cannot be read in the vocabulary, or not with the matrices of the default."""
+
+
+@pytest.mark.filterwarnings("ignore:Hook alias .* did not resolve:UserWarning")
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_lens_or_the_reason(name, boot):
+    for line, why in ARCHITECTURES[name].not_on.items():
+        if version("transformer_lens").startswith(line):
+            pytest.skip(f"not on TransformerLens {line}: {why}")
+    model, why = boot(name), NO_LENS.get(name)
+    refusal = nullcontext() if why is None else pytest.raises(NotImplementedError, match=why)
+    with refusal:
+        lens = bwlens.backward_lens(model, TOKENS[0], 17)
+        assert any(row[-1] for row in lens.words("promoted", lens.matrices[-1]))
+        assert repr(lens)
+        assert lens._repr_html_()
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_models_without_a_known_matrix(name, boot):
     model = boot(name)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from bwlens import Edit, Site, edit, load_model
+from bwlens.data.records import Record, Records
 from bwlens.edit.statistics import demo_statistics, key_statistics
+from bwlens.model.prompts import make_batch
 from bwlens.model.weights import weight_of
 
 METHODS = {
@@ -97,6 +99,78 @@ def test_what_is_no_edit(name, demo):
 def test_steps_that_explode(name, settings, message, demo):
     with pytest.raises(ValueError, match=message):
         METHODS[name](demo, MESSI, **settings)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("forward_pass_shift", {"lr": "0.2"}, r"lr is '0\.2'; expected a finite step"),
+        ("forward_pass_shift", {"margin": None}, "margin is None"),
+        ("forward_pass_shift", {"direction": "up"}, "direction must be"),
+        ("forward_pass_shift", {"tokens": "some"}, "tokens must be"),
+        ("gradient_step", {"matrices": "W_up"}, "W_up"),
+        ("fine_tune", {"steps": 2.5}, r"steps is 2\.5"),
+        ("fine_tune", {"stop_loss": None}, "stop_loss is None"),
+        ("fine_tune", {"matrices": ["W_up"]}, "W_up"),
+        ("rome", {"prefixes": "People say"}, "prefixes is 'People say'; expected a list of texts"),
+        ("rome", {"token": "first"}, "token must be"),
+        ("rome", {"steps": "20"}, "steps is '20'"),
+        ("rome", {"clamp": "4"}, "clamp is '4'"),
+        ("memit", {"weight": "much"}, "weight is 'much'"),
+        ("memit", {"token": "first"}, "token must be"),
+        ("whitened_shift", {"prefixes": "So"}, "prefixes is 'So'; expected a list of texts"),
+        ("whitened_shift", {"prefixes": (1, 2)}, r"prefixes is \(1, 2\); expected a list of texts"),
+        ("whitened_shift", {"tokens": None}, "tokens must be"),
+    ],
+)
+def test_settings_are_refused_before_the_work(name, settings, message, demo, monkeypatch):
+    monkeypatch.setattr(type(demo), "forward", lambda *a, **k: pytest.fail("the model was run"))
+    with pytest.raises(ValueError, match=message):
+        METHODS[name](demo, MESSI, **settings)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_record_stands_for_its_edit(name, demo):
+    alone = METHODS[name](demo, MESSI)
+    for given in (Record(0, MESSI), [Record(0, MESSI)], Records((Record(0, MESSI),))):
+        change = METHODS[name](demo, given)
+        assert list(change) == list(alone)
+        for site in alone:
+            torch.testing.assert_close(change[site].dense(), alone[site].dense())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_stands_where_an_edit_belongs(demo):
+    for stranger in ("text", ["text"], None, 5, [MESSI, "text"], {"prompt": "x"}):
+        with pytest.raises(
+            ValueError, match=r"expected an Edit or a list of them, found .*; write"
+        ):
+            METHODS["given shift"](demo, stranger)
+    with pytest.raises(ValueError, match="target_new is 5; an edit needs text"):
+        Edit("{} plays for", "Lionel Messi", 5)
+
+
+@pytest.mark.parametrize("name", ["forward_pass_shift", "whitened_shift"])
+def test_every_token_of_a_target_is_written(name, demo):
+    edit_ = Edit("{} plays for", "Lionel Messi", " New York")
+    change = METHODS[name](demo, edit_)
+    assert (change.note, change.details["tokens"]) == ("", "all")
+    assert _said(demo, edit_, change) == [True] * 4
+    with pytest.warns(UserWarning, match="only the first token"):
+        first = METHODS[name](demo, edit_, tokens="first")
+    assert first.note == "only the first token is written of ' New York'"
+    assert _said(demo, edit_, first)[:2] == [True, False]
+    # What is written already by its first token alone is not taken for known.
+    edited = first.edited(demo)
+    assert len(METHODS["forward_pass_shift"](edited, edit_)) == 1
+
+
+def _said(model, edit_, change):
+    batch = make_batch(model, [edit_.text], [edit_.target_new])
+    with change.applied(model), torch.no_grad():
+        answers = model(batch.tokens)[0, int(batch.last[0]) :].argmax(-1).tolist()
+    return [a == b for a, b in zip(answers, batch.targets[0], strict=True)]
 
 
 @pytest.mark.parametrize(("name", "matrix"), [("rome", "W_out"), ("whitened_shift", "W_O")])

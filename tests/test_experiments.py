@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bwlens
-from bwlens import Edit, Site
+from bwlens import Edit, Site, experiments
 from bwlens.experiments import (
     EXPERIMENTS,
     gradient_rank,
@@ -281,3 +281,20 @@ def test_memory_is_no_matter(bridge):
     a, b = (rows.sort_values(keys, ignore_index=True) for rows in (much, little))
     pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-6)
     assert much["item"].is_monotonic_increasing
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_one_layer_one_matrix_one_record(bridge):
+    from bwlens.data.records import Record
+
+    model = bridge("llama")
+    edit = bwlens.Edit("{} t30 t41", subject="t5 t9", target_new="t17")
+    options = {"prepend_bos": False, "progress": False}
+    one = experiments.segment_norms(model, edit, "W_out", -1, **options)
+    several = experiments.segment_norms(model, [Record(0, edit)], ["W_out"], [2], **options)
+    assert one.experiment.settings == {"layers": [2], "matrices": ["W_out"]}
+    assert one.rows.equals(several.rows)
+    with pytest.raises(ValueError, match="layer 3 asked for"):
+        experiments.gradient_rank(model, edit, layers=3)
+    with pytest.raises(ValueError, match="expected an Edit or a list of them"):
+        experiments.gradient_rank(model, [edit, 5])

@@ -740,3 +740,22 @@ def test_files_keep_every_bit(
     stored = (a / 3).to(dtype=dtype)
     stored.save(path)
     assert same_bits(LowRankGradient.load(path), stored)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_vectors_of_numpy() -> None:
+    gradient = LowRankGradient(torch.randn(3, 8), torch.randn(3, 7))
+    right, left = torch.randn(7), torch.randn(2, 8)
+    torch.testing.assert_close(gradient @ right.numpy(), gradient @ right)
+    torch.testing.assert_close(left.numpy() @ gradient, left @ gradient)
+    with pytest.raises(ValueError, match=r"expected v \[7\]"):
+        _ = gradient @ right.numpy()[:3]
+    with pytest.raises(ValueError, match=r"x is a ndarray; expected a tensor"):
+        LowRankGradient(left.numpy(), left.numpy())  # type: ignore[arg-type]
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    gradient = LowRankGradient(torch.randn(3, 8), torch.randn(3, 7))
+    with pytest.raises(ValueError, match="there is no folder"):
+        gradient.save(tmp_path / "no" / "gradient.safetensors")
+    assert gradient.save(tmp_path / "g.safetensors") == tmp_path / "g.safetensors"

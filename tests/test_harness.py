@@ -164,7 +164,7 @@ def test_what_is_not_known_is_nan(model):
 
 def test_prompts_longer_than_the_context_are_refused(model):
     long = " ".join(["t7"] * 70)
-    asked = Record(0, Edit("{} is", long, " t17"))
+    asked = Record(0, Edit("{} t9", long, " t17"))
     with pytest.raises(ValueError, match="context holds 64"):
         evaluate(model, "none", [asked], **QUICK)
 

@@ -59,6 +59,7 @@ def test_the_demo_model_in_any_dtype(dtype):
     assert is_demo(bwlens.load_model("demo", dtype=dtype))
 
 
+@pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated:DeprecationWarning")
 def test_the_demo_model_in_any_wrapping(demo):
     folded = bwlens.load_model("demo")
     folded.enable_compatibility_mode(disable_warnings=True)

@@ -311,7 +311,7 @@ def test_a_path_is_checked_before_the_work(lens, write, tmp_path, monkeypatch):
 def test_bad_input(model, lens):
     edit = bwlens.Edit("t5 {} t41 t8", subject="t9 t30", target_new="t17")
     for several in ([PROMPT, PROMPT], [edit, edit], torch.ones(2, 3).long(), [], 3.0, None):
-        with pytest.raises(ValueError, match="reads one prompt"):
+        with pytest.raises(ValueError, match="expected one prompt"):
             bwlens.backward_lens(model, several, "t17")
     with pytest.raises(ValueError, match="no target"):
         bwlens.backward_lens(model, PROMPT)

@@ -329,6 +329,17 @@ def test_a_gguf_file(place, file):
     assert getattr(model.original_model.config, "quantization_config", None) is None
 
 
+def test_the_tokenizer_is_the_gguf_file_s_own(file, tmp_path):
+    """Whatever lies beside it, as the config does in many repositories on the hub."""
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(file[0].read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for place in (path, tmp_path):
+        model = bwlens.load_model(place)
+        assert model.tokenizer.decode(model.to_tokens(" in", prepend_bos=False)[0]) == " in"
+        assert not model.tokenizer.init_kwargs.get("add_bos_token")
+
+
 def test_a_gguf_file_in_another_dtype_and_place(file, tmp_path):
     model = bwlens.load_model(file[0], dtype="bfloat16", device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

@@ -124,7 +124,7 @@ def test_several_edits_and_tokens(boot):
     x = [bwlens.capture(model, torch.tensor([r]), 1, ("W_out",), 1)["W_out", 1].x for r in rows]
     with pytest.warns(UserWarning, match="only the first token"):
         change = forward_pass_shift(model, TWO, layer=1, lr=0.3, tokens="first", prepend_bos=False)
-    assert change.note == "only the first token is written of 't23 t44'"
+    assert change.note == "only the first token is written of ' t23 t44'"
     assert "only the first token" in repr(change)
     first = change["W_out", 1]
     torch.testing.assert_close(first.x, torch.stack([x[0][3], x[1][5]]))

@@ -13,7 +13,7 @@ from bwlens.cli import app
 from bwlens.model import loading
 from bwlens.model.targets import MissingBlank
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.xdist_group("smollm2")]
 
 FRANCE = "The capital of France is"
 
@@ -67,6 +67,9 @@ def test_a_conversation(smollm2):
         {"role": "user", "content": "What is the capital of France?"},
         {"role": "assistant", "content": "Paris"},
     ]
+    begun = [*messages[1:2], {"role": "assistant", "content": FRANCE}]
+    tokens = bwlens.chat(smollm2, begun, add_generation_prompt=False, continue_final_message=True)
+    assert next_word(smollm2, tokens[None]) == " Paris"
     whole = bwlens.chat(smollm2, messages, add_generation_prompt=False)
     assert smollm2.tokenizer.decode(whole).endswith("assistant\nParis<|im_end|>\n")
 

@@ -23,6 +23,9 @@ WITHIN = 1.1
 HOOKED = pytest.mark.skipif(not tiny.HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has none")
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:only the first token")  # asked for in here
+
+
 @pytest.fixture
 def text(tmp_path):
     lines = ["t4 t5 t6 t7 t8 t9 t10 t11 t12 t13 t14", "t30 t31 t32 t33 t34 t35 t36 t37 t38"]
@@ -36,7 +39,7 @@ def change_of(method, model, edit, layer, step):
         return gradient_step(model, edit, lr=step, layers=layer)
     if method == "Adam":
         return fine_tune(model, edit, layers=layer, lr=step, steps=1)
-    return forward_pass_shift(model, edit, layer=layer, lr=step)
+    return forward_pass_shift(model, edit, layer=layer, lr=step, tokens="first")
 
 
 def answers_target(model, edit):

@@ -193,6 +193,20 @@ def test_threads_take_turns(boot):
     assert not any(m._forward_hooks for m in model.blocks[1].mlp.modules())
 
 
+def test_threads_share_the_modes_of_a_model(lively):
+    """One thread's end must not bring dropout back into the pass of another."""
+    model, _ = lively("gpt2")
+    expected = bwlens.capture(model, TOKENS, 17)
+    model.blocks[0].register_forward_pre_hook(lambda *_: time.sleep(0.001))
+    before = snapshot(model)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: bwlens.capture(model, TOKENS, 17), range(24)))
+    for grads in found:
+        assert torch.equal(grads["W_out", 2].x, expected["W_out", 2].x)
+        assert torch.equal(grads["W_in", 0].delta, expected["W_in", 0].delta)
+    assert_unchanged(model, before)
+
+
 def test_a_capture_within_a_pass_of_its_own_thread(boot):
     model = boot("llama")
     inner = []

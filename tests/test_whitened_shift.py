@@ -150,7 +150,7 @@ def test_bad_input(boot):
     with pytest.raises(ValueError, match="margin is nan"):
         whitened_shift(model, EDIT, margin=float("nan"), statistics=held)
     with pytest.raises(ValueError, match="begin with the same token"):
-        whitened_shift(model, Edit("{} t9", "t5", " t17 t3", " t17 t4"), statistics=held)
+        whitened_shift(model, Edit("{} t9", "t5", " t17 t5", " t17 t4"), statistics=held)
     with pytest.raises(NotImplementedError, match="mixture"):
         whitened_shift(boot("mixtral"), EDIT, matrix="W_out", statistics=held)
 

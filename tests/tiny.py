@@ -159,8 +159,12 @@ OUT_OF_SCOPE: dict[str, Callable[[], PretrainedConfig]] = {
 
 def hf_model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random Hugging Face model whose norms and biases are not the identity."""
+    return hf_of((CONFIGS | FURTHER | OUT_OF_SCOPE)[name](), dtype, seed)
+
+
+def hf_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """The same of any config."""
     torch.manual_seed(seed)
-    config = (CONFIGS | FURTHER | OUT_OF_SCOPE)[name]()
     config._attn_implementation = "eager"
     architecture = getattr(transformers, config.architectures[0])
     model = architecture._from_config(config, dtype=torch.float32)

@@ -26,6 +26,7 @@ from bwlens.model.places import SHARED
 from bwlens.model.sites import Site, as_site
 from bwlens.model.weights import Weight, copy_of, weights_of
 from bwlens.runs.parts import whole
+from bwlens.runs.paths import writable
 
 _FORMAT = {"format": "bwlens.WeightChange", "version": "1"}
 
@@ -268,8 +269,13 @@ class WeightChange(Mapping[Site, LowRankGradient]):
 
     # On disk.
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the change to a safetensors file; replaced whole or not at all."""
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the change to a safetensors file; replaced whole or not at all.
+
+        Raises:
+            ValueError: There is no such folder.
+        """
+        path = writable(path)
         tensors: dict[str, Tensor] = {}
         for site, part in self.parts.items():
             for name in ("x", "delta", "prompt", "pos"):
@@ -277,8 +283,42 @@ class WeightChange(Mapping[Site, LowRankGradient]):
                     copied = rows.clone(memory_format=torch.contiguous_format)
                     tensors[f"{_key(site)}.{name}"] = copied
         told = {"note": self.note, "details": json.dumps(self.details, default=str)}
-        with whole(Path(path)) as draft:
+        with whole(path) as draft:
             save_file(tensors, draft, metadata=_FORMAT | told)
+        return path
+
+    def save_pretrained(self, model: Any, folder: str | os.PathLike[str]) -> Path:
+        """Write the model with this change as a folder that Hugging Face's `from_pretrained` reads.
+
+        Weights, configuration and tokenizer; `bwlens.load_model(folder)` gives a model with the
+        logits of the edited one. The model itself is left as it was. Changes that are applied to
+        it already are in the folder too. Queries, keys and values that the bridge splits land in
+        the one parameter that they come from; a model read from a GGUF file is written as plain
+        numbers. Takes as much memory as a model of that class.
+
+        Args:
+            model: A raw TransformerBridge.
+            folder: A new or empty folder, in one that exists.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ValueError: As `apply` does, or the folder holds something already.
+            NotImplementedError: A HookedTransformer or a bridge with processed weights, or one
+                whose weights do not make the same model without it: said with nothing written.
+
+        Example:
+            >>> folder = change.save_pretrained(model, "edited")  # doctest: +SKIP
+            >>> AutoModelForCausalLM.from_pretrained(folder)  # doctest: +SKIP
+        """
+        from bwlens.changes import export
+
+        folder = export.check_exportable(model, folder)
+        made = export.Export(model, self._weights_in(model))
+        with self.applied(model):
+            made.write(folder)
+        return folder
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> WeightChange:

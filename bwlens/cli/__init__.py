@@ -1,4 +1,4 @@
-"""The `bwlens` command: `bwlens demo`, `lens`, `sweep`, `edit` and `evaluate`.
+"""The `bwlens` command: `bwlens demo`, `lens`, `check`, `sweep`, `edit` and `evaluate`.
 
 Errors that a user can mend are one readable line and exit code 1; `--debug` shows the traceback.
 Wrong usage exits with 2, as every command does.
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bwlens.cli.checking import check
 from bwlens.cli.editing import edit, evaluate
 from bwlens.cli.reading import demo, lens
 from bwlens.cli.sweeping import sweep
@@ -41,7 +42,7 @@ def _options(
     """Read what a language model learns: the Backward Lens for TransformerLens."""
 
 
-for _command in (demo, lens, sweep, edit, evaluate):
+for _command in (demo, lens, check, sweep, edit, evaluate):
     app.command()(_command)
 
 

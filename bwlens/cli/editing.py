@@ -22,9 +22,8 @@ from bwlens.cli.shared import (
     quiet,
     readable_errors,
     records_of,
-    writable,
-    writable_folder,
 )
+from bwlens.runs.paths import writable, writable_folder
 
 METHODS = "fine_tune, forward_pass_shift, gradient_step, memit, rome, whitened_shift"
 """The editing methods there are, for `--help`, which waits for no library."""

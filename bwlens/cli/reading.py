@@ -17,8 +17,8 @@ from bwlens.cli.shared import (
     load,
     quiet,
     readable_errors,
-    writable,
 )
+from bwlens.runs.paths import writable
 
 MATRICES = "W_in, W_gate, W_out, W_Q, W_K, W_V, W_O"
 """The matrices there are, for `--help`, which waits for no library."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -123,24 +123,6 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger().setLevel(logging.ERROR)
-
-
-def writable(path: Path, endings: Sequence[str] = ()) -> None:
-    """Say before the work, not after it, that a file cannot be written."""
-    folder = path.parent
-    if endings and path.suffix not in endings:
-        raise ValueError(f"cannot write {str(path)!r}; name a file that ends in {endings[0]}")
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"cannot write {str(path)!r}; name a file in a folder that exists")
-
-
-def writable_folder(path: Path) -> None:
-    """The same of a folder that may not be there yet."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(
-            f"cannot write into {str(path)!r}: {str(there)!r} is no folder to write in"
-        )
 
 
 def escaped(error: Exception | str) -> str:

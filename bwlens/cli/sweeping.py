@@ -23,8 +23,8 @@ from bwlens.cli.shared import (
     quiet,
     readable_errors,
     records_of,
-    writable_folder,
 )
+from bwlens.runs.paths import writable_folder
 
 EXPERIMENTS = (
     "gradient_rank, segment_norms, target_rank, layer_cosine, naive_reading, imprint_shift,"

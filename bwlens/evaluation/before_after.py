@@ -55,6 +55,8 @@ class BeforeAfter:
             said = [self._said(words) for words in (before, after)]
             table.add_row(Text(kind, "dim"), Text(prompt), *said)
         yield table
+        # Only its first token is among the words: their probabilities are of one token.
+        yield Text(f'The target is "{self.target}"; green is its first token.', "dim")
         if self.note:
             yield Text(f"Note: {self.note}")
 

@@ -140,7 +140,7 @@ def capture(
     One forward pass and one `autograd.grad` that stops at the matrices' outputs. The model runs in
     eval mode and is left as it was: weights, `.grad`, `requires_grad`, train/eval mode, hooks.
 
-    The first time that a layer is read, six tokens go through the model to see that z = x W with
+    The first time that a layer is read, four tokens go through the model to see that z = x W with
     the weight that it holds, and that a small step along -delta does to the loss what ||delta||
     says; `bwlens.checking.trusted()` leaves that out, `bwlens.check(model)` says more.
 

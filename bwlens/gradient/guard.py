@@ -1,10 +1,10 @@
-"""Whether x^T delta is the gradient of what the model computes: asked once, before the first capture.
+"""Is x^T delta the gradient of what the model computes? Asked once, before the first capture.
 
 `capture` rests on two things that a layer can break without a sign: that z = x W (+ b) with the
 weight that the model holds, and that autograd's delta is what the loss does when z moves. Layers
 that quantise in passing (BitNet, quantisation-aware training), rescale or adapt break the first;
 gradients that pass roundings as if they were not there break the second. Both are measured on a
-prompt of six tokens, for every layer once.
+prompt of four tokens, for every layer once.
 """
 
 from __future__ import annotations
@@ -12,26 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bwlens.model.passes import Flow, as_rows, expert_calls, flows_of, forward, recording
-from bwlens.model.probing import losses_after_steps, probe_batch, probe_loss, undisturbed
-from bwlens.model.sites import ExpertTap, Site, Tap
-from bwlens.model.weights import parameter_of
+from bwlens.gradient.probe import Probe, UntrueGradientError, holder_of, linearity
+from bwlens.model.sites import ExpertTap, Tap
 
 _ADVICE = "bwlens.check(model) shows all figures"
 _trusting: ContextVar[bool] = ContextVar("trusting", default=False)
 _straight: WeakKeyDictionary[nn.Module, set[Any]] = WeakKeyDictionary()
 _stepped: WeakSet[Any] = WeakSet()
-
-
-class UntrueGradientError(NotImplementedError):
-    """What bwlens would say of this model is not so; the message has the figures."""
 
 
 @contextmanager
@@ -58,7 +50,7 @@ def check_first_use(model: Any, taps: Sequence[Tap | ExpertTap]) -> None:
     """
     if _trusting.get():
         return
-    fresh = [tap for tap in taps if _key(tap) not in _straight.get(_holder(tap), ())]
+    fresh = [tap for tap in taps if _key(tap) not in _straight.get(holder_of(tap), ())]
     if not fresh:
         return
     probe = Probe(model, fresh)
@@ -72,239 +64,11 @@ def check_first_use(model: Any, taps: Sequence[Tap | ExpertTap]) -> None:
             raise UntrueGradientError(f"{step.fault}; {_ADVICE}")
         _stepped.add(model)
     for tap in fresh:
-        _straight.setdefault(_holder(tap), set()).add(_key(tap))
-
-
-def _holder(tap: Tap | ExpertTap) -> nn.Module:
-    return tap.experts if isinstance(tap, ExpertTap) else tap.holder
+        _straight.setdefault(holder_of(tap), set()).add(_key(tap))
 
 
 def _key(tap: Tap | ExpertTap) -> Any:
     """What a verdict holds for: another class or forward of the same module is asked anew."""
-    holder = _holder(tap)
+    holder = holder_of(tap)
     names = tuple(tap.weights) if isinstance(tap, ExpertTap) else (tap.site.matrix,)
-    return (names, type(holder), vars(holder).get("forward"))
-
-
-class Probe:
-    """One pass of a short prompt through a model without its user's hooks: x, z and delta."""
-
-    def __init__(self, model: Any, taps: Sequence[Tap | ExpertTap]) -> None:
-        self.model, self.batch = model, probe_batch(model)
-        points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
-        points |= {tap.routing for tap in taps if tap.routing is not None}
-        experts = [tap for tap in taps if isinstance(tap, ExpertTap)]
-        with (
-            undisturbed(model),
-            recording(model, points) as self._seen,
-            expert_calls(experts) as calls,
-        ):
-            self.run = forward(model, self.batch, probe_loss)
-            pairs = [
-                (tap, flow) for tap in taps for flow in flows_of(tap, self._seen, calls, self.batch)
-            ]
-        self.flows = [flow for _, flow in pairs]
-        self.tap_of = {site: tap for tap, flow in pairs for site, _ in flow.parts}
-        self._flow_of = {site: flow for _, flow in pairs for site, _ in flow.parts}
-
-    def lowest(self) -> Site | None:
-        """The first site whose step can be taken: of an expert's, the layer's routing could turn."""
-        plain = [site for site in self._flow_of if site.expert is None]
-        return min(plain, key=lambda site: site.layer, default=None)
-
-    def step(self, site: Site) -> StepFigures:
-        """What a small step along -delta does to the loss, beside what ||delta|| says."""
-        flow, tap = self._flow_of[site], self.tap_of[site]
-        assert isinstance(tap, Tap)
-        if not flow.z.requires_grad:
-            raise UntrueGradientError(
-                f"{site} has no gradient: {_kind(tap)} computes off the autograd graph (quantised"
-                f" for inference?), so neither it nor what lies below can be read; load the model"
-                f" in float32, bfloat16 or float16"
-            )
-        total = self.run.losses.sum() * self.run.scale
-        (delta,) = torch.autograd.grad(total, flow.z, retain_graph=True)
-        logits = self.run.logits.detach()
-        rounding = torch.finfo(logits.dtype).eps * float(logits.float().abs().max())
-        rows = as_rows(delta.detach().to(torch.promote_types(delta.dtype, torch.float32)))
-        rows = rows / self.run.scale
-        length = float(rows.norm())
-        longest = 0.1 * float(as_rows(flow.z.detach()).to(rows).norm())
-        largest = min(_NATS / max(length, 1e-30), longest)
-        # Far above what the logits are rounded to, or it says nothing.
-        sizes = [largest / part for part in _PARTS if largest / part * length > 20 * rounding]
-        if len(sizes) < len(_PARTS):
-            return StepFigures(site, length)
-        both = [sign * size for size in sizes for sign in (1, -1)]
-        for point in (p for p in tap.z if p in self._seen):
-            losses = losses_after_steps(
-                self.model, point, -rows / length, both, self.batch.tokens
-            ).unflatten(0, (-1, 2))
-            slopes = [
-                float(up - down) / (2 * size)
-                for (up, down), size in zip(losses, sizes, strict=True)
-            ]
-            if any(slopes):  # a point that only shows its tensor changes nothing
-                noise = tuple(rounding / size / length for size in sizes)
-                return StepFigures(site, length, tuple(-s / length for s in slopes), noise)
-        return StepFigures(site, length)
-
-
-_NATS = 0.02
-"""How much a step at a site is to change the probe's loss."""
-_PARTS = (1, 4, 16)
-"""Steps of the largest size over these: a kink (ReLU, a router) matters less in each."""
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """How the loss changes along -delta at a site: measured, over what ||delta|| says.
-
-    `ratios` are central differences over steps of several sizes, the largest first; empty where
-    none could be taken. `noise` is what the logits' rounding may do to each.
-    """
-
-    site: Site
-    length: float
-    ratios: tuple[float, ...] = ()
-    noise: tuple[float, ...] = ()
-
-    @property
-    def ratio(self) -> float | None:
-        """The ratio closest to 1, which is right; None where the sizes do not agree on another.
-
-        A step across a kink of the model (a ReLU, a router's choice) is off in one size and right
-        in a smaller one; what is wrong is wrong in all.
-        """
-        if not self.ratios:
-            return None
-        best = min(self.ratios, key=lambda ratio: abs(ratio - 1))
-        if abs(best - 1) <= 0.02 + 2 * max(self.noise):
-            return best
-        spread = max(self.ratios) - min(self.ratios)
-        agree = spread <= 0.1 * abs(best) + 4 * max(self.noise)
-        return best if agree and abs(best - 1) > 0.1 + spread else None
-
-    @property
-    def fault(self) -> str | None:
-        """What is wrong, with figures."""
-        ratio = self.ratio
-        if ratio is None or abs(ratio - 1) <= 0.1:
-            return None
-        return (
-            f"a small step along -delta at {self.site} changes the loss by {ratio:+.3f} times what"
-            f" ||delta|| = {self.length:.3g} says (expected +1.000): autograd's delta is not the"
-            f" derivative of what the model computes above it (roundings that gradients pass"
-            f" through unseen, as in quantisation-aware training, or hooks that change gradients);"
-            f" load or convert the model without them"
-        )
-
-
-@dataclass(frozen=True)
-class LinearFigures:
-    """How far z is from x times the weight, as a share of how much z varies over tokens."""
-
-    site: Site
-    kind: str
-    error: float | None
-    tolerance: float
-    packed: bool = False
-    ratio: float = 1.0
-    adapter: bool = False
-
-    @property
-    def fault(self) -> str | None:
-        """What is wrong, with figures."""
-        if self.adapter:
-            return (
-                f"{self.site}: {self.kind} adds an adapter to the weight below it, and a gradient of"
-                f" which of them is meant is not clear; merge it first (PEFT:"
-                f" model = model.merge_and_unload(), then boot the bridge from that)"
-            )
-        if self.error is None or self.error <= self.tolerance:
-            return None
-        if self.packed:
-            return (
-                f"{self.site}: {self.kind} keeps its weight packed and is not linear in what enters"
-                f" it: z is off by {self.error:.2%}, where rounding is {self.tolerance:.2%} (it"
-                f" rounds activations in passing?), so x^T delta is not its gradient; load the model"
-                f" in float32, bfloat16 or float16"
-            )
-        return (
-            f"{self.site}: what leaves {self.kind} is not x times its weight: z is off by"
-            f" {self.error:.2%} of its variation, where rounding is {self.tolerance:.2%}, and"
-            f" {self.ratio:.3g} times as long (the layer quantises, rescales or adapts its weight in"
-            f" passing), so x^T delta is not the weight's gradient; load or convert the model to"
-            f" plain linear layers"
-        )
-
-
-@torch.no_grad()
-def linearity(
-    tap: Tap | ExpertTap, site: Site, flow: Flow, columns: slice | Tensor
-) -> LinearFigures:
-    """Compare z with x times the stored weight; where that is packed, with the layer's own affinity.
-
-    Differences over tokens are compared, as a bias may be added.
-    """
-    x, z = as_rows(flow.x.detach()), as_rows(flow.z.detach())[:, columns]
-    wide = torch.promote_types(z.dtype, torch.float32)
-    kind, adapter = _kind(tap, site), hasattr(_linear(tap, site), "base_layer")
-    if adapter or len(x) < 2:
-        return LinearFigures(site, kind, None, 0.0, adapter=adapter)
-    tolerance = _tolerance(z.to(wide), z.dtype)
-    if tolerance > 0.1:  # z hardly varies beside its length: rounding hides all
-        return LinearFigures(site, kind, None, tolerance)
-    try:
-        parameter, live = parameter_of(tap, site)
-        if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
-            raise NotImplementedError
-    except NotImplementedError:
-        error = _affinity_error(tap, flow, wide)
-        return LinearFigures(site, kind, error, tolerance, packed=True)
-    if parameter.is_meta:
-        return LinearFigures(site, kind, None, tolerance)
-    weight = live.detach().reshape(x.shape[1], -1).to(wide)
-    if weight.shape[1] != z.shape[1]:
-        return LinearFigures(site, kind, None, tolerance)
-    said = _centred(x.to(weight.device, wide)) @ weight
-    is_so = _centred(z.to(weight.device, wide))
-    length = is_so.norm().clamp_min(1e-30)
-    ratio = float(length / said.norm().clamp_min(1e-30))
-    return LinearFigures(site, kind, float((said - is_so).norm() / length), tolerance, ratio=ratio)
-
-
-def _centred(rows: Tensor) -> Tensor:
-    return rows - rows.mean(0, keepdim=True)
-
-
-def _tolerance(z: Tensor, dtype: torch.dtype) -> float:
-    """What rounding z to its dtype may do, as a share of its variation over tokens."""
-    length = _centred(z).norm().clamp_min(1e-30)
-    return max(1e-3, 0.5 * torch.finfo(dtype).eps * float(z.norm() / length))
-
-
-def _affinity_error(tap: Tap | ExpertTap, flow: Flow, wide: torch.dtype) -> float | None:
-    """How far a layer's answer to mixtures of tokens is from the mixtures of its answers."""
-    layer = tap.holder if isinstance(tap, Tap) else None
-    if layer is None or not callable(getattr(layer, "forward", None)):
-        return None
-    x = as_rows(flow.x.detach())
-    mixing = torch.rand(len(x), len(x), generator=torch.Generator().manual_seed(0)).to(
-        x.device, wide
-    )
-    mixing = mixing / mixing.sum(1, keepdim=True)
-    together, apart = layer((mixing @ x.to(wide)).to(x.dtype)[None]), layer(x[None])
-    if not isinstance(together, Tensor) or not isinstance(apart, Tensor):
-        return None
-    said, is_so = mixing @ apart[0].to(wide), together[0].to(wide)
-    return float((said - is_so).norm() / _centred(apart[0].to(wide)).norm().clamp_min(1e-30))
-
-
-def _linear(tap: Tap | ExpertTap, site: Site | None = None) -> nn.Module:
-    holder = _holder(tap)
-    return holder._modules.get(site.matrix if site else "", None) or holder
-
-
-def _kind(tap: Tap | ExpertTap, site: Site | None = None) -> str:
-    return type(_linear(tap, site)).__name__
+    return (names, type(holder), id(vars(holder).get("forward")))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias, overload
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bwlens.runs.parts import whole
+from bwlens.runs.paths import writable
 
 Many: TypeAlias = slice | Sequence[int] | Tensor
 """Several rows or columns of W: a slice, a list, or a 1-D tensor of numbers or a mask."""
@@ -71,6 +73,11 @@ class LowRankGradient:
     def __post_init__(self) -> None:
         x, delta = self.x, self.delta
         for name, rows in (("x", x), ("delta", delta)):
+            if not isinstance(rows, Tensor):
+                raise ValueError(
+                    f"{name} is a {type(rows).__name__}; expected a tensor [n, d]. Convert it:"
+                    f" torch.as_tensor({name})."
+                )
             if rows.ndim != 2 or not rows.is_floating_point():
                 raise ValueError(
                     f"{name} is {_told(rows)}; expected floating-point rows [n, d], one per "
@@ -286,8 +293,13 @@ class LowRankGradient:
         """
         return replace(self, x=self.delta, delta=self.x)
 
-    def __matmul__(self, v: Float[Tensor, " d_out *k"]) -> Float[Tensor, " {self.d_in} *k"]:
-        """x^T (delta v) for v [d_out] or [d_out, k]. Raises ValueError for other shapes."""
+    __array_ufunc__ = None  # numpy leaves `array @ gradient` to __rmatmul__
+
+    def __matmul__(
+        self, v: Float[Tensor, " d_out *k"] | Float[np.ndarray, " d_out *k"]
+    ) -> Float[Tensor, " {self.d_in} *k"]:
+        """x^T (delta v) for v [d_out] or [d_out, k], also of numpy; ValueError for other shapes."""
+        v = _tensor(v, self.device)
         if not isinstance(v, Tensor):
             return NotImplemented
         if v.ndim not in (1, 2) or len(v) != self.d_out:
@@ -298,8 +310,11 @@ class LowRankGradient:
         x, delta, v, dtype = self._widened(v)
         return (x.T @ (delta @ v)).to(dtype)
 
-    def __rmatmul__(self, v: Float[Tensor, "*k d_in"]) -> Float[Tensor, " *k {self.d_out}"]:
-        """(v x^T) delta for v [..., d_in]. Raises ValueError for other shapes."""
+    def __rmatmul__(
+        self, v: Float[Tensor, "*k d_in"] | Float[np.ndarray, "*k d_in"]
+    ) -> Float[Tensor, " *k {self.d_out}"]:
+        """(v x^T) delta for v [..., d_in], also of numpy; ValueError for other shapes."""
+        v = _tensor(v, self.device)
         if not isinstance(v, Tensor):
             return NotImplemented
         if v.ndim == 0 or v.shape[-1] != self.d_in:
@@ -427,9 +442,12 @@ class LowRankGradient:
         place, kind = device or self.device, dtype or self.dtype
         return replace(self, x=self.x.to(place, kind), delta=self.delta.to(place, kind))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the rows, bit for bit, to a safetensors file; replaced whole or not at all."""
-        path = Path(path)
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the rows, bit for bit, to a safetensors file; replaced whole or not at all.
+
+        Raises ValueError where there is no such folder.
+        """
+        path = writable(path)
         tensors = {name: getattr(self, name) for name in ("x", "delta", "prompt", "pos")}
         # Copies, because the file wants every tensor contiguous and in memory of its own.
         copies = {
@@ -439,6 +457,7 @@ class LowRankGradient:
         }
         with whole(path) as part:
             save_file(copies, part, metadata=_FORMAT)
+        return path
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> "LowRankGradient":
@@ -528,6 +547,11 @@ class LowRankGradient:
 
 def _told(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _tensor(v: Any, device: torch.device) -> Any:
+    """An array of numpy as a tensor; anything else as it is."""
+    return torch.as_tensor(v, device=device) if isinstance(v, np.ndarray) else v
 
 
 def _double(tensor: Tensor) -> Float64[Tensor, "..."]:

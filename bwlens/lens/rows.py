@@ -37,6 +37,8 @@ def stream_rows(
 ) -> Float[Tensor, "pos d_model"]:
     """The stream-wide factor's row for each position of the (one) prompt, see the module.
 
+    Zeros in a layer without that matrix, as hybrids have them.
+
     Raises:
         NotImplementedError: A mixture whose experts do not share that vector, so that a token has
             no one row to be read.
@@ -44,11 +46,14 @@ def stream_rows(
     parts = parts_of(grads, matrix, layer)
     if all(site.expert is None for site in parts) and len(parts) == 1:
         return getattr(next(iter(parts.values())), factor)
+    n_pos = grads.batch.tokens.shape[1]
+    if not parts:
+        other = next(getattr(grads[site], factor) for site in grads if site.matrix == matrix)
+        return other.new_zeros(n_pos, other.shape[1])
     rows, lengths = None, None
     for part in parts.values():
         values, pos = getattr(part, factor), _positions(part)
         if rows is None or lengths is None:
-            n_pos = grads.batch.tokens.shape[1]
             rows = values.new_zeros(n_pos, values.shape[1])
             lengths = values.new_zeros(n_pos)
         if factor == "delta":
@@ -71,6 +76,8 @@ def neuron_norms(
 ) -> Float[Tensor, " pos"]:
     """Norms of the neuron-wide factor for each position, over all its experts' neurons."""
     parts = parts_of(grads, matrix, layer)
+    if not parts:
+        return grads.next_logits.new_zeros(grads.batch.tokens.shape[1])
     first = getattr(next(iter(parts.values())), factor)
     if all(site.expert is None for site in parts) and len(parts) == 1:
         return first.norm(dim=1)

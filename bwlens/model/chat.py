@@ -19,15 +19,18 @@ def chat(
 ) -> Int[Tensor, " pos"]:
     """Token ids of a conversation, by the tokenizer's own chat template.
 
-    `backward_lens`, `capture` and the rest take them as they are, without a second BOS; the next
-    word is the first of the model's reply, which begins without a blank ("Paris", not " Paris").
+    `backward_lens`, `capture` and the rest take them as they are, without a second BOS. What comes
+    next is the model's reply, whose first word has no blank before it ("Paris", not " Paris"). To
+    ask for one word of it, begin the reply: give its beginning as the assistant's message, with
+    `add_generation_prompt=False, continue_final_message=True`.
 
     Args:
         model: A TransformerBridge or HookedTransformer whose tokenizer has a chat template.
         messages: `{"role": "user", "content": "..."}` and the like, or the user's text alone.
         add_generation_prompt: Whether to end with the beginning of a reply. False for a
             conversation whose last message is already one.
-        **options: Passed on to `tokenizer.apply_chat_template`, such as `tools`.
+        **options: Passed on to `tokenizer.apply_chat_template`, such as `tools` or
+            `continue_final_message`.
 
     Returns:
         Token ids [pos].
@@ -36,8 +39,12 @@ def chat(
         ValueError: The tokenizer has no chat template, or the template does not take this.
 
     Example:
-        >>> prompt = chat(model, "What is the capital of France?")  # doctest: +SKIP
-        >>> lens = backward_lens(model, prompt, "Rome")  # doctest: +SKIP
+        >>> asked = {"role": "user", "content": "What is the capital of France?"}
+        >>> begun = {"role": "assistant", "content": "The capital of France is"}
+        >>> prompt = chat(  # doctest: +SKIP
+        ...     model, [asked, begun], add_generation_prompt=False, continue_final_message=True
+        ... )
+        >>> lens = backward_lens(model, prompt, " Rome")  # doctest: +SKIP
     """
     tokenizer = model.tokenizer
     if getattr(tokenizer, "chat_template", None) is None:

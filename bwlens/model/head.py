@@ -66,9 +66,9 @@ _known: WeakKeyDictionary[Any, _Measured] = WeakKeyDictionary()
 
 
 def head_of(model: Any) -> Head:
-    """The model's own final norm and unembedding, and the scale and soft cap that it is seen to use.
+    """The model's own final norm and unembedding, and the scale and cap that it is seen to use.
 
-    Measured by one forward pass of six tokens the first time, and again after the final norm or
+    Measured by one forward pass of four tokens the first time, and again after the final norm or
     the unembedding was replaced. The hooks that the user put on hook points, the final norm and
     the unembedding are off, there and whenever the head is used.
 
@@ -113,7 +113,7 @@ def _parts(model: Any, norm: Any, W_U: Tensor) -> tuple[Any, ...]:
     found: list[Any] = [W_U.data_ptr(), tuple(W_U.shape), W_U.dtype, _declared(model)]
     for module in modules:
         if module is not None:
-            found += [ref(module), type(module), vars(module).get("forward")]
+            found += [ref(module), type(module), id(vars(module).get("forward"))]
     return tuple(found)
 
 
@@ -146,6 +146,12 @@ def _measure(model: Any, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any)
             parts,
             refusal=f"the stream of the last block is not finite in {stream.dtype}; load the model"
             f" in float32 or bfloat16",
+        )
+    if stream.shape[:-1].numel() != len(logits):
+        return _Measured(
+            parts,
+            refusal=f"the last block gives {list(stream.shape)} where one stream a token is"
+            f" expected (several streams, merged behind it?); {expected}",
         )
     if stream.shape[-1] != W_U.shape[0] or logits.shape[-1] != W_U.shape[1]:
         return _Measured(

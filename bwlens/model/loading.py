@@ -17,6 +17,7 @@ from bwlens.demo import MODEL_DIR
 from bwlens.model import gguf
 from bwlens.model.files import check_folder, ggufs_of, has_weights
 from bwlens.model.guard import watched
+from bwlens.model.identity import is_demo
 from bwlens.model.reasons import one_line, reason
 from bwlens.model.tokenizers import check_tokenizer
 
@@ -108,7 +109,7 @@ def load_model(
             f" torch, if you need it",
             stacklevel=2,
         )
-    if name == "demo":
+    if is_demo(model):
         model.cfg.default_prepend_bos = False  # as the paper reads GPT-2
     return model.eval()
 

@@ -86,7 +86,7 @@ class Point:
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         """The tensor itself, out of a forward call's arguments and result."""
         if self.side == "output":
-            return output[0] if isinstance(output, tuple) else output
+            return output[0] if isinstance(output, tuple | list) else output
         if self.keyword is not None and self.keyword in kwargs:
             return kwargs[self.keyword]
         return args[self.index]

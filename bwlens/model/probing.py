@@ -16,14 +16,14 @@ from torch import Tensor
 from bwlens.model.passes import recording
 from bwlens.model.prompts import Batch
 from bwlens.model.sites import Point
-from bwlens.model.unhooked import hooks_off, open_to_users
+from bwlens.model.unhooked import users_hooks_off
 
-_SPREAD = (0.11, 0.23, 0.37, 0.53, 0.71, 0.87)
+_SPREAD = (0.11, 0.31, 0.53, 0.71)
 """Where in the vocabulary the probe's tokens stand; no text, as a model may have no tokenizer."""
 
 
 def probe_batch(model: Any) -> Batch:
-    """One prompt of six tokens from all over the vocabulary."""
+    """One prompt of four tokens from all over the vocabulary."""
     weight = next(model.embed.parameters())
     d_vocab = int(getattr(model.cfg, "d_vocab", 0)) or len(weight)
     ids = [int(part * d_vocab) for part in _SPREAD]
@@ -55,7 +55,7 @@ def undisturbed(model: Any) -> Iterator[None]:
         if getattr(config := vars(module).get("config"), "_experts_implementation", None)
     }
     before = {key: config._experts_implementation for key, config in configs.items()}
-    with hooks_off(open_to_users(model)):
+    with users_hooks_off(model):
         try:
             for config in configs.values():
                 config._experts_implementation = "eager"

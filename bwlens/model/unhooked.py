@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,15 +16,22 @@ _LISTS = ("fwd_hooks", "bwd_hooks")
 
 
 @contextmanager
-def hooks_off(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """No hook of these modules runs within; all are back, in their order, after."""
+def hooks_off(
+    modules: Iterable[nn.Module], stays: Callable[[Any], bool] = lambda hook: False
+) -> Iterator[None]:
+    """No hook of these modules runs within but those that stay; all are back, in order, after."""
     hooked = [module for module in modules if has_hooks(module)]
     before = [
         {name: vars(module)[name] for name in (*_DICTS, *_LISTS) if name in vars(module)}
         for module in hooked
     ]
     for module, kept in zip(hooked, before, strict=True):
-        vars(module).update({name: OrderedDict() if name in _DICTS else [] for name in kept})
+        for name, hooks in kept.items():
+            vars(module)[name] = (
+                OrderedDict((key, hook) for key, hook in hooks.items() if stays(hook))
+                if name in _DICTS
+                else []
+            )
     try:
         yield
     finally:
@@ -37,19 +45,38 @@ def has_hooks(module: nn.Module) -> bool:
     return any(held.get(name) for name in (*_DICTS, *_LISTS))
 
 
-def open_to_users(model: Any) -> list[nn.Module]:
-    """Where a user's hooks hang: every hook point, and the whole of the final norm and unembedding.
+@contextmanager
+def users_hooks_off(model: Any) -> Iterator[None]:
+    """Run the model without its user's hooks.
 
-    Other modules may carry hooks of the model's own (pruning computes a weight in one), which
-    belong to it.
+    On hook points, the final norm and the unembedding every hook is the user's. Elsewhere those
+    that come with the code of torch or of the model's own modules stay: pruning computes a weight
+    in one, and a bridge passes values on in others.
     """
     wrapped = getattr(model, "original_model", None)
-    everything = {
+    modules = {
         id(module): module
         for tree in (model, wrapped)
         if tree is not None
         for module in tree.modules()
     }
-    points = [module for module in everything.values() if hasattr(module, "fwd_hooks")]
     ends = (getattr(model, "ln_final", None), getattr(model, "unembed", None))
-    return [*points, *(module for end in ends if end is not None for module in end.modules())]
+    open_to_users = {
+        id(module): module for end in ends if end is not None for module in end.modules()
+    }
+    open_to_users |= {key: m for key, m in modules.items() if hasattr(m, "fwd_hooks")}
+    others = [module for key, module in modules.items() if key not in open_to_users]
+    origins = {_origin(type(module)) for module in modules.values()} | {"torch"}
+    with (
+        hooks_off(open_to_users.values()),
+        hooks_off(others, lambda hook: _origin(hook) in origins),
+    ):
+        yield
+
+
+def _origin(thing: Any) -> str:
+    """The package that a hook or class comes from."""
+    while isinstance(thing, partial):
+        thing = thing.func
+    name = getattr(thing, "__module__", None) or type(thing).__module__
+    return name.partition(".")[0]

@@ -22,4 +22,21 @@ def writable(path: str | os.PathLike[str], endings: Sequence[str] = ()) -> Path:
         raise ValueError(f"cannot write {str(path)!r}: there is no folder {str(path.parent)!r}")
     if path.is_dir():
         raise ValueError(f"cannot write {str(path)!r}: it is a folder; name a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {str(path)!r}: the folder may not be written to")
+    return path
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """The same of a folder that may not be there yet.
+
+    Raises:
+        ValueError: It cannot be made there, or not be written to.
+    """
+    path = Path(path)
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"cannot write into {str(path)!r}: {str(there)!r} is no folder to write in"
+        )
     return path

@@ -195,7 +195,8 @@ function detail({ state }, lens) {
       if (!lens.has(state, who)) continue;
       const rank = lens.rank(state, who, at);
       const place = `promoted #${whole(1 + fromEnd(lens, state, rank, "promoted"))}`;
-      fact(`${who} rank`, rank < 0 ? "none" : whole(rank), rank < 0 ? "" : place);
+      const title = who === "target" && several(lens) ? "first token\u2019s rank" : `${who} rank`;
+      fact(title, rank < 0 ? "none" : whole(rank), rank < 0 ? "" : place);
     }
     ENDS.forEach((end, which) => {
       const found = norm ? lens.list(state, end, at) : [];

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
 
+    from bwlens import checking as checking
     from bwlens import demo as demo
     from bwlens import edit as edit
     from bwlens import experiments as experiments
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from bwlens.reading.readouts import readout as readout
 
 # Where each name above is; a test holds the two lists against each other.
-_ROOMS = ("demo", "edit", "experiments", "show")
+_ROOMS = ("checking", "demo", "edit", "experiments", "show")
 _HOMES = {
     "changes.change": ("WeightChange",),
     "checking": ("CheckReport", "check"),

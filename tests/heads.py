@@ -12,6 +12,7 @@ from transformers import (
     MiniCPM3Config,
     MptConfig,
     NemotronConfig,
+    OpenAIGPTConfig,
     OPTConfig,
     PhiConfig,
     RecurrentGemmaConfig,
@@ -136,6 +137,20 @@ READABLE = {
         1.0,
         None,
         True,
+    ),
+    # Its blocks hand over a list, and no norm follows them.
+    "openai_gpt": (
+        lambda: OpenAIGPTConfig(
+            vocab_size=tiny.VOCAB,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_positions=64,
+            architectures=["OpenAIGPTLMHeadModel"],
+        ),
+        1.0,
+        None,
+        False,
     ),
     "falcon": (
         lambda: FalconConfig(**_SMALL, num_attention_heads=4, architectures=["FalconForCausalLM"]),

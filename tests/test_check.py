@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import bwlens
 from bwlens.cli import app
 from tests import tiny
-from tests.test_guard import Lying, Quantised, kept, swapped
+from tests.test_guard import Lying, Quantised, Rescaled, kept, swapped
 
 WORDS = "t5 t9 t30 t41"
 
@@ -63,6 +63,12 @@ def test_layers_that_quantise_in_passing(tokenizer):
     assert report["gradient of W_O"].verdict == "ok"
 
 
+def test_layers_that_rescale(tokenizer):
+    found = checked(swapped(tokenizer, kept(Rescaled)))["gradient of W_out"]
+    assert found.verdict == "fails"
+    assert found.error == pytest.approx(30 / 31, rel=1e-3)  # x^T delta is the 31st part
+
+
 def test_gradients_that_are_no_derivatives(tokenizer):
     report = checked(swapped(tokenizer, kept(Lying), ("down_proj",)))
     assert report["step at W_in"].verdict == "fails"
@@ -105,8 +111,9 @@ def test_gemma_3_with_an_attention_soft_cap(tokenizer):
 def test_the_model_is_left_as_it_was(boot):
     model = boot("qwen2")
     model.train()
-    first = next(model.parameters())
-    first.requires_grad_(False)
+    frozen = list(model.blocks[1].mlp.parameters())
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     calls = []
     model.ln_final.hook_out.add_hook(lambda value, hook: calls.append(1))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -114,7 +121,7 @@ def test_the_model_is_left_as_it_was(boot):
     assert checked(model)["left as it was"].verdict == "ok"
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert not first.requires_grad
+    assert not any(parameter.requires_grad for parameter in frozen)
     assert not calls
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())

@@ -25,7 +25,7 @@ def says_its_own_logits(model, tolerance=1e-4):
     with torch.no_grad():
         logits = model(TOKENS)[0].float()
     hook.remove()
-    stream = kept["out"][0] if isinstance(kept["out"], tuple) else kept["out"]
+    stream = kept["out"][0] if isinstance(kept["out"], tuple | list) else kept["out"]
     read = bwlens.readout(model, stream[0], top_k=tiny.VOCAB)
     expected = logits.gather(1, read.top_ids)
     return float((read.top_scores - expected).norm() / logits.std()) <= tolerance
@@ -84,7 +84,7 @@ def test_a_multiplier_a_bias_and_a_cap_that_no_config_names(tokenizer):
 
 def test_a_projection_behind_the_blocks(tokenizer):
     model = model_of(heads.opt(), tokenizer)
-    with pytest.raises(NotImplementedError, match=r"width 16 .* takes 8 .* projection"):
+    with pytest.raises(NotImplementedError, match=r"16 entries, .* takes 8: a projection"):
         head_of(model)
     assert len(bwlens.capture(model, TOKENS, 17)) == 2 * 2
 

@@ -44,6 +44,15 @@ def unbridged(name):
         return total
 
     experts.forward = slow
+    # The expert that every token passes, where there is one: what leaves each of its matrices.
+    shared = getattr(hf.model.layers[1].mlp, "shared_expert", None)
+    for name in ("gate_proj", "up_proj", "down_proj") if shared is not None else ():
+
+        def keep(module, args, output, name=name):
+            output.retain_grad()
+            seen[name] = (args[0].detach(), output)
+
+        getattr(shared, name).register_forward_hook(keep)
     return hf, seen
 
 
@@ -60,22 +69,33 @@ def both(request, tokenizer):
     return lens, seen
 
 
-def norms_by_hand(seen, pick):
+def norms_by_hand(seen, pick, shared):
     """The norm of all the rows that a token has in its experts, side by side."""
     n_tokens, n_choices = seen["weights"].shape
     rows = [[pick(*seen[t, c]) for c in range(n_choices)] for t in range(n_tokens)]
+    if "up_proj" in seen:
+        rows = [[*row, own] for row, own in zip(rows, shared(seen), strict=True)]
     return torch.stack([torch.cat(row).norm() for row in rows])
 
 
 def test_neurons_of_different_experts_stand_side_by_side(both):
     lens, seen = both
     by_hand = {
-        ("W_in", "delta"): lambda x, gate, up, post, out: up.grad,
-        ("W_gate", "delta"): lambda x, gate, up, post, out: gate.grad,
-        ("W_out", "x"): lambda x, gate, up, post, out: post.detach(),
+        ("W_in", "delta"): (
+            lambda x, gate, up, post, out: up.grad,
+            lambda seen: seen["up_proj"][1].grad,
+        ),
+        ("W_gate", "delta"): (
+            lambda x, gate, up, post, out: gate.grad,
+            lambda seen: seen["gate_proj"][1].grad,
+        ),
+        ("W_out", "x"): (
+            lambda x, gate, up, post, out: post.detach(),
+            lambda seen: seen["down_proj"][0],
+        ),
     }
-    for (matrix, of), pick in by_hand.items():
-        expected = norms_by_hand(seen, pick)
+    for (matrix, of), (pick, shared) in by_hand.items():
+        expected = norms_by_hand(seen, pick, shared)
         torch.testing.assert_close(lens.norms(matrix, of)[1], expected, rtol=1e-4, atol=1e-7)
 
 
@@ -98,6 +118,8 @@ def test_the_vector_that_is_read_is_one_for_all_experts(both):
     weights = seen["weights"].sum(1)
     g = seen["total"].grad
     expected = weights * g.norm(dim=1)
+    if "down_proj" in seen:  # another multiple of the same vector
+        expected = expected + seen["down_proj"][1].grad.norm(dim=1)
     torch.testing.assert_close(lens.norms("W_out")[1], expected, rtol=1e-4, atol=1e-7)
     assert weights.allclose(torch.ones(6)) == seen["sums to one"]
     # Lengths aside, the words are those of dL/d(what the experts add up to).

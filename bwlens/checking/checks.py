@@ -19,6 +19,7 @@ from bwlens.model.identity import model_label
 from bwlens.model.probing import batch_of, logits_and, probe_batch
 from bwlens.model.prompts import Batch, Prompts, make_batch
 from bwlens.model.sites import MATRICES, available_matrices, check_model, resolve_layers
+from bwlens.model.tokens import text_to_ids
 
 _REFUSALS = (NotImplementedError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)
 """What a check may meet in a model that it cannot run on; told, not raised."""
@@ -110,6 +111,8 @@ def _names(model: Any, matrices: Sequence[str] | str | None) -> tuple[str, ...]:
 def _batch(model: Any, prompt: Prompts | None) -> Batch:
     if prompt is None:
         return probe_batch(model)
+    if isinstance(prompt, str):  # as it is read, also where the tokenizer does not know it
+        prompt = torch.tensor(text_to_ids(model, prompt, None), dtype=torch.long)
     batch = make_batch(model, prompt)
     if len(batch) != 1 or batch.tokens.shape[1] < 2:
         raise ValueError(

@@ -12,7 +12,7 @@ from bwlens.checking.report import Finding
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import Probe, UntrueGradientError, linearity
-from bwlens.model.head import head_of
+from bwlens.model.head import head_of, stream_of
 from bwlens.model.passes import as_rows
 from bwlens.model.probing import logits_and, undisturbed
 from bwlens.model.prompts import Batch
@@ -30,7 +30,9 @@ def head(model: Any, batch: Batch) -> Finding:
     point = Point(model.blocks[-1], "output")
     logits, seen = logits_and(model, {point}, batch.tokens)
     own = logits.flatten(0, -2).to(found.W_U.device, torch.float64)
-    read = readout(found, seen[point][-1].flatten(0, -2), top_k=min(50, own.shape[1]))
+    stream = stream_of(seen[point])
+    assert stream is not None
+    read = readout(found, stream.flatten(0, -2), top_k=min(50, own.shape[1]))
     spread = (own - own.mean(1, keepdim=True)).square().mean(1).sqrt()
     rounding = torch.finfo(logits.dtype).eps * float((own.abs().amax(1) / spread).max())
     limit = max(1e-4, 4 * rounding)

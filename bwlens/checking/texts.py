@@ -19,7 +19,9 @@ def tokenizer(model: Any, text: str | None) -> Finding:
     words, rows = model.tokenizer, int(model.unembed.W_U.shape[1])
     ids = text_to_ids(model, text, False)
     again = words.decode(ids, skip_special_tokens=True)
-    highest = max(words.get_vocab().values(), default=0)
+    # Tokens added for images and the like may lie beyond what text needs.
+    own = words.get_vocab().keys() - words.get_added_vocab().keys()
+    highest = max((words.get_vocab()[word] for word in own), default=0)
     figures = f"{len(ids)} tokens; ids up to {highest}, the vocabulary has {rows}"
     if highest >= rows:
         why = "the tokenizer is not this model's: it gives ids that the model has no vector for"

@@ -459,6 +459,7 @@ def backward_lens(
     matrices = default_matrices(model) if matrices is None else resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
     marked = _subject(model, prompt, subject, prepend_bos, start)
+    head = head_of(model)  # before the work: without one there is nothing to read
     grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
     ids = grads.batch.tokens[0].tolist()
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)

@@ -8,7 +8,7 @@ makes of it, and a `Head` is what reproduces them to rounding, or there is none.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -133,7 +133,7 @@ def _measure(model: Any, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any)
     points = {stream_at} if norm_at is None else {stream_at, norm_at}
     logits, seen = logits_and(model, points, probe_batch(model).tokens)
     logits = logits.detach().flatten(0, -2).to("cpu", torch.float64)
-    stream = seen[stream_at][-1] if seen.get(stream_at) else None
+    stream = stream_of(seen.get(stream_at))
     expected = (
         "expected cap(scale * (norm(v) W_U + b_U)), v what leaves the last block; the vocabulary's"
         " words cannot be read with this model's final norm and unembedding. bwlens.capture and the"
@@ -147,11 +147,11 @@ def _measure(model: Any, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any)
             refusal=f"the stream of the last block is not finite in {stream.dtype}; load the model"
             f" in float32 or bfloat16",
         )
-    if stream.shape[:-1].numel() != len(logits):
+    if stream.numel() // stream.shape[-1] != len(logits):
         return _Measured(
             parts,
-            refusal=f"the last block gives {list(stream.shape)} where one stream a token is"
-            f" expected (several streams, merged behind it?); {expected}",
+            refusal=f"the last block gives {list(stream.shape)} for {len(logits)} tokens: several"
+            f" residual streams, or another layout than one vector a token; {expected}",
         )
     if stream.shape[-1] != W_U.shape[0] or logits.shape[-1] != W_U.shape[1]:
         return _Measured(
@@ -184,6 +184,14 @@ def _measure(model: Any, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any)
         f" closest reading is off by {min(errors):.1%} of their spread, where rounding is"
         f" {tolerance:.2%}{between}; {expected}",
     )
+
+
+def stream_of(passed: Sequence[Any] | None) -> Tensor | None:
+    """The stream out of what left a block the last time that it ran: it may stand in a list."""
+    last: Any = passed[-1] if passed else None
+    while isinstance(last, list | tuple) and last:
+        last = last[0]
+    return last if isinstance(last, Tensor) else None
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ The user's hooks are off meanwhile: what is asked is the model's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +55,12 @@ def undisturbed(model: Any) -> Iterator[None]:
         if getattr(config := vars(module).get("config"), "_experts_implementation", None)
     }
     before = {key: config._experts_implementation for key, config in configs.items()}
-    with users_hooks_off(model):
+    with ExitStack() as stack:
+        stack.enter_context(users_hooks_off(model))
+        if torch.is_inference_mode_enabled():
+            # What modules keep of such a pass could have no gradient in a later one.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         try:
             for config in configs.values():
                 config._experts_implementation = "eager"

@@ -39,6 +39,7 @@ from bwlens.lens.asking import prompt_of, whole_number
 from bwlens.lens.reading import READINGS, Positions, Reading, resolve_positions
 from bwlens.lens.rows import READ_THROUGH as READ_THROUGH
 from bwlens.lens.rows import neuron_norms, parts_of, stream_rows
+from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Edit, Prompts
 from bwlens.model.sites import default_matrices, resolve_layers, resolve_matrices
@@ -410,6 +411,7 @@ def backward_lens(
     prepend_bos: bool | None = None,
     reading: str = "plain",
     positions: Positions = None,
+    temper: float = 0.0,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -434,11 +436,14 @@ def backward_lens(
             for every matrix (`bwlens.reading.effect`), and takes two forward passes a cell or more.
         positions: Positions to read: "last", "subject", one, several, a slice; None for all. Others
             have no words. "effect" reads at most 512 cells: beyond, the subject's and the last.
+        temper: For "effect": words are ordered by p^temper times the change of their
+            log-probability. 0 lets words lead that nobody would say; .1 reads better on SmolLM2,
+            and worse where the target is all but impossible beforehand (the demo).
 
     Raises:
         ValueError: An unknown reading, or `normalize` with another than the plain one; positions
-            out of range; more than one prompt, no target, a subject that is not in the prompt, another
-            `normalize` or `top_k`, or anything that `capture` and `readout` refuse.
+            out of range; more than one prompt, no target, a subject that is not in the prompt,
+            another `normalize` or `top_k`, or anything that `capture` and `readout` refuse.
         NotImplementedError: No MLP was found and no matrices were named, or what `capture` refuses.
 
     Source: Backward Lens, sections 4.2 and 5, figures 4 and 11-15.
@@ -453,13 +458,16 @@ def backward_lens(
     top_k = whole_number(top_k, "top_k")
     if reading not in READINGS:
         raise ValueError(f"reading is {reading!r}; there are {', '.join(READINGS)}")
+    if not 0 <= temper <= 1 or (temper and reading != "effect"):
+        raise ValueError(f"temper is {temper}; expected 0 to 1, and it goes with reading='effect'")
     if reading != "plain" and normalize is not False:
         raise ValueError(f"normalize goes with reading='plain', not with {reading!r}")
     readings = (False, True) if normalize == "both" else (normalize,)
     matrices = default_matrices(model) if matrices is None else resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
     marked = _subject(model, prompt, subject, prepend_bos, start)
-    head = head_of(model)  # before the work: without one there is nothing to read
+    if reading != "effect":
+        head_of(model)  # refused before the work, where there is none
     grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
     ids = grads.batch.tokens[0].tolist()
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)
@@ -471,7 +479,7 @@ def backward_lens(
     task = Reading(model, grads, matrices, wanted, chosen, top_k, followed)
     if reading == "effect":
         task = task.affordable(marked)
-        readouts = {False: task.effects(objective)}
+        readouts = {False: task.effects(objective, temper)}
     else:
         readouts = {normalized: task.of_vectors(reading, normalized) for normalized in readings}
     read = chain.from_iterable(each.values() for each in readouts.values())
@@ -500,7 +508,7 @@ def backward_lens(
             else getattr(objective, "__name__", type(objective).__name__),
             "top_k": top_k,
             "prepend_bos": prepend_bos,
-            "reading": reading,
+            "reading": f"{reading}, temper {temper}" if temper else reading,
             **{name: version(name) for name in ("bwlens", "transformer_lens", "torch")},
         },
         _readings=readouts,

@@ -22,8 +22,6 @@ from bwlens.reading.standardised import cosine_head, dual_head
 from bwlens.runs.parts import progress_bar
 
 READINGS = ("plain", "dual", "cosine", "effect")
-TEMPER = 0.1
-"""How far likely words go before unlikely ones in an effect; 0 not at all. See `tempered`."""
 MOST_CELLS = 512
 
 Positions = Literal["last", "subject"] | int | Iterable[int] | slice | None
@@ -132,7 +130,7 @@ class Reading:
         )
         return replace(self, positions=tuple(sorted({*subject[-1:], last})))
 
-    def effects(self, objective: Objective) -> dict[str, Readout]:
+    def effects(self, objective: Objective, temper: float) -> dict[str, Readout]:
         """The measured effect of a step on each cell, of each matrix [layer, pos]."""
         n_pos = self.grads.batch.tokens.shape[1]
         chosen = range(n_pos) if self.positions is None else self.positions
@@ -149,7 +147,7 @@ class Reading:
                 at = torch.tensor(
                     [self.layers.index(cells[i][0].layer) * n_pos + cells[i][1] for i in there]
                 )
-                scores = tempered(effects.scores, effects.probabilities, TEMPER)
+                scores = tempered(effects.scores, effects.probabilities, temper)
                 norms = torch.stack(
                     [self.grads[cells[i][0]].delta[cells[i][1]].norm() for i in there]
                 )

@@ -184,11 +184,11 @@ def _legend(lens: BackwardLens, top: float, cells: _Cells) -> Text:
             "dim",
         )
     if cells.doubtful:
-        line.append(
-            f"\n{DOUBT} steps of different sizes disagree: not to be relied on"
+        why = (
+            "steps of different sizes disagree: not to be relied on"
             if lens.reading == "effect"
-            else f"\n{DOUBT} vector so short that the final norm's epsilon outweighs it: the word may be"
-            f" the norm's bias",
-            "dim",
+            else "vector so short that the final norm's epsilon outweighs it: the word may be the"
+            " norm's bias"
         )
+        line.append(f"\n{DOUBT} {why}", "dim")
     return line

@@ -55,6 +55,19 @@ def lens(
     layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Words kept at each end.")] = 10,
     normalize: Annotated[bool, typer.Option(help="Read vectors at unit length.")] = False,
+    reading: Annotated[
+        str,
+        typer.Option(
+            help="How gradients become words: plain (the paper's), dual, cosine, or effect (what a"
+            " step on the matrix does, measured)."
+        ),
+    ] = "plain",
+    positions: Annotated[
+        str | None, typer.Option(help="Read only these tokens: 'last' or 'subject'.")
+    ] = None,
+    temper: Annotated[
+        float, typer.Option(help="For effect: likely words before unlikely ones, e.g. 0.1.")
+    ] = 0.0,
     bos: Bos = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the lens as a page to this file.")
@@ -72,6 +85,10 @@ def lens(
                 writable(path, [ending])
         wanted = _layers(layers)
         _check(prompt, target, subject, matrix)
+        if reading not in ("plain", "dual", "cosine", "effect"):
+            raise ValueError(f"--reading {reading!r}: there are plain, dual, cosine and effect")
+        if positions not in (None, "last", "subject"):
+            raise ValueError(f"--positions {positions!r}: there are 'last' and 'subject'")
         from bwlens.show.terminal import text_table
 
         found = _lens(
@@ -82,15 +99,25 @@ def lens(
             subject,
             (dtype, device_map),
             layers=wanted,
-            matrices=None if matrix in ("W_in", "W_out") else ["W_in", "W_out", matrix],
+            matrices=_read_with(matrix, reading),
             top_k=top_k,
             normalize=normalize,
             prepend_bos=bos,
+            reading=reading,
+            positions=positions,
+            temper=temper,
         )
         console.print(text_table(found, matrix))
         for path in (html, json):
             if path is not None:
                 _save(console, found, path)
+
+
+def _read_with(matrix: str, reading: str) -> list[str] | None:
+    """The matrices of the page; each costs passes of its own where effects are measured."""
+    if reading == "effect":
+        return [matrix]
+    return None if matrix in ("W_in", "W_out") else ["W_in", "W_out", matrix]
 
 
 def _check(prompt: str, target: str, subject: str | None, matrix: str) -> None:

@@ -36,29 +36,20 @@ from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL, as_objective
 from bwlens.lens import frames
 from bwlens.lens.asking import prompt_of, whole_number
+from bwlens.lens.reading import READINGS, Positions, Reading, resolve_positions
+from bwlens.lens.rows import READ_THROUGH as READ_THROUGH
 from bwlens.lens.rows import neuron_norms, parts_of, stream_rows
 from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Edit, Prompts
 from bwlens.model.sites import default_matrices, resolve_layers, resolve_matrices
 from bwlens.model.tokens import subject_positions, token_texts
-from bwlens.reading.readouts import Readout, readout
+from bwlens.reading.readouts import Readout
 from bwlens.runs.paths import writable
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-READ_THROUGH: dict[str, Literal["x", "delta"]] = {
-    "W_in": "x",
-    "W_gate": "x",
-    "W_out": "delta",
-    "W_Q": "x",
-    "W_K": "x",
-    "W_V": "x",
-    "W_O": "delta",
-}
-"""The factor of each matrix' gradient that is as wide as the residual stream."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,6 +101,16 @@ class BackwardLens:
     _words: dict[int, str] = field(repr=False)
     loss_is: str = "loss"
     n_layers: int = 0
+    reading: str = "plain"
+    positions: tuple[int, ...] | None = None
+
+    def through(self, matrix: str = "W_out") -> Literal["x", "delta", "effect"]:
+        """What the words of a matrix are read from.
+
+        A descent step promotes the most probable words of x and of a measured effect, and, as it
+        subtracts the gradient, the least probable ones of delta.
+        """
+        return "effect" if self.reading == "effect" else READ_THROUGH[self._known(matrix)]
 
     @property
     def d_vocab(self) -> int:
@@ -171,8 +172,7 @@ class BackwardLens:
         if which not in ("promoted", "suppressed"):
             raise ValueError(f"expected 'promoted' or 'suppressed', found {which!r}")
         read = self.readout(matrix)
-        # A step subtracts: what it adds to delta's reader is delta's bottom; x is stamped in as is.
-        top = (which == "promoted") == (READ_THROUGH[matrix] == "x")
+        top = (which == "promoted") == (self.through(matrix) != "delta")
         ids, scores = (
             (read.top_ids, read.top_scores) if top else (read.bottom_ids, read.bottom_scores)
         )
@@ -219,8 +219,13 @@ class BackwardLens:
         return torch.stack(rows)
 
     def silent(self, matrix: str = "W_out") -> Bool[Tensor, "layer pos"]:
-        """Cells where delta is zero: a step writes nothing there, whatever x may say."""
-        return self.norms(matrix, "delta") == 0
+        """Cells without words: delta is zero and a step writes nothing, or they were not read."""
+        silent = self.norms(matrix, "delta") == 0
+        if self.positions is not None:
+            unread = torch.ones(silent.shape[1], dtype=torch.bool, device=silent.device)
+            unread[list(self.positions)] = False
+            silent = silent | unread
+        return silent
 
     def target_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
         """Rank of the target's first token in each cell's reading (0 most, V-1 least probable).
@@ -244,7 +249,7 @@ class BackwardLens:
             ValueError: The objective has no target.
         """
         ranks = self.target_ranks(matrix)
-        places = ranks + 1 if READ_THROUGH[matrix] == "x" else self.d_vocab - ranks
+        places = self.d_vocab - ranks if self.through(matrix) == "delta" else ranks + 1
         return places.masked_fill(ranks < 0, 0)
 
     def answer_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
@@ -404,6 +409,9 @@ def backward_lens(
     top_k: int = 10,
     normalize: bool | Literal["both"] = False,
     prepend_bos: bool | None = None,
+    reading: str = "plain",
+    positions: Positions = None,
+    temper: float = 0.0,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -421,10 +429,21 @@ def backward_lens(
             weighs the same on all; norms stay the raw ones. "both" keeps the two readings: the
             raw one first, the other by `BackwardLens.as_normalized` and by a switch on the page.
         prepend_bos: Whether a text prompt gets a BOS token; None is the model's own default.
+        reading: How delta becomes words. "plain", the paper's, applies the final norm and the
+            unembedding; "dual" and "cosine" undo the unembedding instead (`bwlens.reading.
+            standardised`), which names what the step asks for further down; both leave the reading
+            of x as it is. "effect" measures what a step on each cell does to the words that follow,
+            for every matrix (`bwlens.reading.effect`), and takes two forward passes a cell or more.
+        positions: Positions to read: "last", "subject", one, several, a slice; None for all. Others
+            have no words. "effect" reads at most 512 cells: beyond, the subject's and the last.
+        temper: For "effect": words are ordered by p^temper times the change of their
+            log-probability. 0 lets words lead that nobody would say; .1 reads better on SmolLM2,
+            and worse where the target is all but impossible beforehand (the demo).
 
     Raises:
-        ValueError: More than one prompt, no target, a subject that is not in the prompt, another
-            `normalize` or `top_k`, or anything that `capture` and `readout` refuse.
+        ValueError: An unknown reading, or `normalize` with another than the plain one; positions
+            out of range; more than one prompt, no target, a subject that is not in the prompt,
+            another `normalize` or `top_k`, or anything that `capture` and `readout` refuse.
         NotImplementedError: No MLP was found and no matrices were named, or what `capture` refuses.
 
     Source: Backward Lens, sections 4.2 and 5, figures 4 and 11-15.
@@ -437,33 +456,34 @@ def backward_lens(
     if not (isinstance(normalize, bool) or normalize == "both"):
         raise ValueError(f"normalize must be True, False or 'both', found {normalize!r}")
     top_k = whole_number(top_k, "top_k")
+    if reading not in READINGS:
+        raise ValueError(f"reading is {reading!r}; there are {', '.join(READINGS)}")
+    if not 0 <= temper <= 1 or (temper and reading != "effect"):
+        raise ValueError(f"temper is {temper}; expected 0 to 1, and it goes with reading='effect'")
+    if reading != "plain" and normalize is not False:
+        raise ValueError(f"normalize goes with reading='plain', not with {reading!r}")
     readings = (False, True) if normalize == "both" else (normalize,)
     matrices = default_matrices(model) if matrices is None else resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
     marked = _subject(model, prompt, subject, prepend_bos, start)
-    head = head_of(model)  # before the work: without one there is nothing to read
+    if reading != "effect":
+        head_of(model)  # refused before the work, where there is none
     grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
     ids = grads.batch.tokens[0].tolist()
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)
     answer_id = int(probabilities.argmax())
     target_ids = grads.batch.targets[0] if grads.batch.targets else ()
     followed = [*target_ids, answer_id]
-    readouts: dict[bool, dict[str, Readout]] = {normalized: {} for normalized in readings}
-    read: dict[tuple[str, str], list[Readout]] = {}
-    for matrix in matrices:
-        # W_in and W_gate (and W_Q, W_K, W_V) share their x: read it once.
-        part = "attn" if matrix[2:] in "QKVO" else "mlp"
-        key = (READ_THROUGH[matrix], part)
-        if key not in read:
-            rows = torch.stack(
-                [stream_rows(grads, matrix, layer, READ_THROUGH[matrix]) for layer in wanted]
-            )
-            k = min(top_k, head.W_U.shape[1])
-            read[key] = [readout(head, rows, k, followed, normalized) for normalized in readings]
-        for normalized, found in zip(readings, read[key], strict=True):
-            readouts[normalized][matrix] = found
-    words = _vocabulary(model, chain(*read.values()), [*ids, *followed])
+    chosen = resolve_positions(positions, len(ids), marked, int(grads.batch.last[0]))
     objective = as_objective(target)
+    task = Reading(model, grads, matrices, wanted, chosen, top_k, followed)
+    if reading == "effect":
+        task = task.affordable(marked)
+        readouts = {False: task.effects(objective, temper)}
+    else:
+        readouts = {normalized: task.of_vectors(reading, normalized) for normalized in readings}
+    read = chain.from_iterable(each.values() for each in readouts.values())
+    words = _vocabulary(model, read, [*ids, *followed])
     return BackwardLens(
         prompt=prompt if isinstance(prompt, str) else "".join(words[i] for i in ids),
         tokens=tuple(words[i] for i in ids),
@@ -488,12 +508,15 @@ def backward_lens(
             else getattr(objective, "__name__", type(objective).__name__),
             "top_k": top_k,
             "prepend_bos": prepend_bos,
+            "reading": f"{reading}, temper {temper}" if temper else reading,
             **{name: version(name) for name in ("bwlens", "transformer_lens", "torch")},
         },
         _readings=readouts,
         _words=words,
         loss_is=_loss_is(objective, len(target_ids)),
         n_layers=len(model.blocks),
+        reading=reading,
+        positions=task.positions,
     )
 
 

@@ -81,8 +81,6 @@ def plain(lens: BackwardLens) -> dict[str, Any]:
 
     `target_probability` and `target_rank` are those of the first of `target_tokens`.
     """
-    from bwlens.lens.backward import READ_THROUGH
-
     matrices: dict[str, Any] = {}
     for matrix in lens.matrices:
         grids = _grids(lens, matrix)
@@ -93,7 +91,7 @@ def plain(lens: BackwardLens) -> dict[str, Any]:
                 [[] if cell and math.isnan(cell[0]) else cell for cell in row]
                 for row in lens.side(which, matrix)[1].tolist()
             ]
-        matrices[matrix] = {"read_through": READ_THROUGH[matrix], **grids}
+        matrices[matrix] = {"read_through": lens.through(matrix), **grids}
     return {
         "format": "bwlens.BackwardLens",
         "version": 1,

@@ -23,6 +23,17 @@ from bwlens.gradient.capturing import Gradients
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.sites import Site
 
+READ_THROUGH: dict[str, Literal["x", "delta"]] = {
+    "W_in": "x",
+    "W_gate": "x",
+    "W_out": "delta",
+    "W_Q": "x",
+    "W_K": "x",
+    "W_V": "x",
+    "W_O": "delta",
+}
+"""The factor of each matrix' gradient that is as wide as the residual stream."""
+
 _ONE_WAY = 0.99
 """Share of the experts' lengths that their sum must keep for them to be one vector, scaled."""
 

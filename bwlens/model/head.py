@@ -35,7 +35,8 @@ class Head:
     `norm` takes and gives [n, 1, d_model], and runs without its user's hooks; `eps` is the final
     norm's; `centred` says whether it subtracts the mean (LayerNorm) or not (RMSNorm). `error` is
     how far the model's own logits were from these where that was measured, as a share of their
-    spread over the vocabulary.
+    spread over the vocabulary. Readings of other kinds take `centre` from each column of W_U, and
+    divide each score by one of `lengths`.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -46,6 +47,8 @@ class Head:
     eps: float
     centred: bool
     error: float | None = None
+    centre: Float[Tensor, " d_model"] | None = None
+    lengths: Float[Tensor, " d_vocab"] | None = None
 
 
 @dataclass(frozen=True)

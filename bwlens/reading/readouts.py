@@ -169,6 +169,50 @@ def readout(
     return Readout(eps_regime=faint, **joined)
 
 
+def readout_of_scores(
+    scores: Float[Tensor, "n d_vocab"],
+    norms: Float[Tensor, " n"],
+    doubtful: Bool[Tensor, " n"],
+    at: Int[Tensor, " n"],
+    lead: tuple[int, ...],
+    top_k: int,
+    targets: Sequence[int],
+) -> Readout:
+    """A readout of scores that are there already, such as measured effects.
+
+    Row i belongs at place `at[i]` of the flattened leading shape; where none does, or its scores
+    are nan, there is no reading (`zero`). `eps_regime` marks the doubtful ones.
+    """
+    wanted = torch.tensor(list(targets), dtype=torch.long, device=scores.device)
+    there = ~scores.isnan().any(1)
+    scores, at = scores[there], at[there]
+    top = _ends(scores, None, top_k, largest=True)
+    bottom = _ends(scores, None, top_k, largest=False)
+    goals = scores[:, wanted]
+    rows = {
+        "top_ids": top,
+        "top_scores": scores.gather(1, top),
+        "bottom_ids": bottom,
+        "bottom_scores": scores.gather(1, bottom),
+        "ranks": _ranks(scores, goals, _TILE),
+        "target_scores": goals,
+        "norms": norms[there],
+        "eps_regime": doubtful[there],
+    }
+    whole: dict[str, Tensor] = {}
+    for name, part in rows.items():
+        blank = {"norms": 0, "eps_regime": False}.get(
+            name, float("nan") if part.is_floating_point() else -1
+        )
+        full = part.new_full((prod(lead), *part.shape[1:]), blank)
+        whole[name] = full.index_copy(0, at, part).reshape(*lead, *part.shape[1:])
+    zero = torch.ones(prod(lead), dtype=torch.bool, device=scores.device)
+    zero[at] = False
+    return Readout(
+        zero=zero.reshape(lead), shrinkage=(~zero).to(scores.dtype).reshape(lead), **whole
+    )
+
+
 def _check(head: Head, vectors: Tensor, top_k: int, sign: int, normalize: bool) -> None:
     d_model, d_vocab = head.W_U.shape
     if not vectors.is_floating_point():
@@ -328,6 +372,10 @@ def _tiles(head: Head, rows: Tensor, out: Tensor, width: int) -> Iterator[Tensor
             torch.mm(W_U, hidden, out=tile)
         else:
             torch.addmm(b_U[columns, None], W_U, hidden, out=tile)
+        if head.centre is not None:
+            tile -= head.centre.to(out.dtype) @ hidden
+        if head.lengths is not None:
+            tile /= head.lengths[columns, None].to(out.dtype)
         out[:, columns] = tile.T
         yield tile
 

@@ -90,9 +90,10 @@ function shades({ lenses, state, who }) {
   };
 }
 
-// A step subtracts: it promotes what is least probable in delta, but stamps x in as it is.
+// A step subtracts: it promotes what is least probable in delta, but stamps x in as it is, and an
+// effect is measured as it is.
 function fromEnd(lens, state, rank, end) {
-  const fromTop = (lens.through(state) === "x") === (end === "promoted");
+  const fromTop = (lens.through(state) !== "delta") === (end === "promoted");
   return fromTop ? rank : lens.vocab - 1 - rank;
 }
 
@@ -110,6 +111,13 @@ function differs({ lenses, state, who }, at) {
 
 function sentence({ state, who }, lens) {
   const { matrix, end, show } = state;
+  if (lens.through(state) === "effect" && show !== "norm" && show !== "shade") {
+    const subject = `what one gradient step on ${matrix} does to the word that follows, measured`;
+    if (show === "rank") return `Rank of ${named(lens, who)} in ${subject}: 0 is raised most.`;
+    const does = { promoted: "raised most", suppressed: "lowered most", both: "raised (above) and"
+      + " lowered (below) most" }[end];
+    return `${end === "both" ? "The words" : "The word"} ${does} by ${subject.slice(5)}.`;
+  }
   const delta = lens.through(state) === "delta";
   const read = delta ? "\u03b4" : "x";
   const step = `one gradient step on ${matrix}`;
@@ -157,7 +165,9 @@ function drawLegend(widget, scale, seen) {
     seen.add("bw-other");
     key("bw-other", `${what ?? "another word"} (${count} of ${lens.size} cells)`);
   }
-  key("bw-faint", "vector so short that the final norm\u2019s epsilon outweighs it");
+  key("bw-faint", lens.through(state) === "effect"
+    ? "steps of different sizes disagree"
+    : "vector so short that the final norm\u2019s epsilon outweighs it");
   key("bw-nil", "no gradient");
   legend.replaceChildren(bar, keys);
 }
@@ -167,7 +177,8 @@ function detail({ state }, lens) {
   const title = make("p", "bw-cell");
   const facts = make("dl", "bw-facts");
   const note = make("p", "bw-doubt");
-  const heads = ["#", "promoted", "logit", "suppressed", "logit"].map((text) => {
+  const unit = lens.through(state) === "effect" ? "effect" : "logit";
+  const heads = ["#", "promoted", unit, "suppressed", unit].map((text) => {
     const head = make("th", "", text);
     head.scope = "col";
     return head;
@@ -220,6 +231,10 @@ function doubt(lens, state, at) {
   if (!lens.delta(state)[at]) return "No gradient reaches this cell: a step writes nothing here.";
   const left = lens.faint(state)[at];
   if (!left) return "";
+  if (lens.through(state) === "effect") {
+    return "Steps of different sizes disagree, or the loss falls otherwise than predicted: these"
+      + " words are not to be relied on.";
+  }
   const advice = Object.keys(lens.matrices[state.matrix].readings).length > 1
     ? "the normalised lens reads it at unit length" : "a normalised lens would not shrink it";
   return "A very short vector: the final norm\u2019s epsilon leaves"

@@ -192,8 +192,8 @@ def _pos(lens: BackwardLens, pos: int) -> int:
 
 
 def strongest_cells(lens: BackwardLens, matrix: str = "W_out", n: int = 3) -> list[tuple[int, int]]:
-    """The cells (layer, pos) where delta is longest, strongest first."""
-    norms: Any = lens.norms(matrix)
+    """The cells (layer, pos) with words where delta is longest, strongest first."""
+    norms: Any = lens.norms(matrix).masked_fill(lens.silent(matrix), 0.0)
     order = norms.flatten().argsort(descending=True)[:n].tolist()
     width = norms.shape[1]
     return [(lens.layers[i // width], i % width) for i in order if norms.flatten()[i] > 0]

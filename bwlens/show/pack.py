@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bwlens.lens.backward import READ_THROUGH
 from bwlens.show.words import probability_of, spaced
 
 if TYPE_CHECKING:
@@ -59,7 +58,7 @@ def pack(
     held: dict[str, Any] = {}
     for matrix in matrices:
         held[matrix] = {
-            "through": READ_THROUGH[matrix],
+            "through": lens.through(matrix),
             "delta": blobs.floats(lens.norms(matrix, "delta")[:, keep]),
             "x": blobs.floats(lens.norms(matrix, "x")[:, keep]),
             "readings": {},

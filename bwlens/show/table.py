@@ -17,7 +17,6 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bwlens.lens.backward import READ_THROUGH
 from bwlens.show.colors import STEPS, TARGET, css, ink, scale
 from bwlens.show.pack import pack, script_json
 from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
@@ -197,7 +196,9 @@ def _tokens(lens: BackwardLens, n_pos: int | None) -> str:
 
 
 def _caption(lens: BackwardLens, matrix: str) -> str:
-    what = "promotes most" if READ_THROUGH[matrix] == "delta" else "stamps in most"
+    if lens.through(matrix) == "effect":
+        return f"The word raised most by one gradient step on {matrix}, measured, layer by token."
+    what = "promotes most" if lens.through(matrix) == "delta" else "stamps in most"
     return f"The word that one gradient step on {matrix} {what}, layer by token."
 
 

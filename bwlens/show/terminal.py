@@ -130,9 +130,13 @@ def heading(lens: BackwardLens, matrix: str) -> Group:
     if lens.target_probability is not None:
         answer.append(f"; {probability_of(lens)} has p = {lens.target_probability:.2g}")
     answer.append(f"; {lens.loss_is} {lens.loss:.3f}")
-    what = f"What one gradient step on {matrix} would write, layer by token: " + (
-        "the word it promotes most" if matrix in ("W_out", "W_O") else "the word it stamps in"
-    )
+    shown = {
+        "delta": "the word it promotes most",
+        "x": "the word it stamps in",
+        "effect": "the word whose probability it raises most, measured",
+    }[lens.through(matrix)]
+    how = f" ({lens.reading} reading)" if lens.reading in ("dual", "cosine") else ""
+    what = f"What one gradient step on {matrix} would write, layer by token: {shown}{how}"
     return Group(line, answer, Text(), Text(what))
 
 
@@ -180,9 +184,11 @@ def _legend(lens: BackwardLens, top: float, cells: _Cells) -> Text:
             "dim",
         )
     if cells.doubtful:
-        line.append(
-            f"\n{DOUBT} vector so short that the final norm's epsilon outweighs it: the word may be"
-            f" the norm's bias",
-            "dim",
+        why = (
+            "steps of different sizes disagree: not to be relied on"
+            if lens.reading == "effect"
+            else "vector so short that the final norm's epsilon outweighs it: the word may be the"
+            " norm's bias"
         )
+        line.append(f"\n{DOUBT} {why}", "dim")
     return line

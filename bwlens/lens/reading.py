@@ -1,0 +1,173 @@
+"""The words of a prompt's cells, by one reading or another."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bwlens.gradient.capturing import Gradients
+from bwlens.gradient.objectives import Objective
+from bwlens.lens.rows import READ_THROUGH, parts_of, stream_rows
+from bwlens.model.head import Head, head_of
+from bwlens.model.sites import Site
+from bwlens.reading.effect import EffectOf, tempered
+from bwlens.reading.readouts import Readout, readout, readout_of_scores
+from bwlens.reading.standardised import cosine_head, dual_head
+from bwlens.runs.parts import progress_bar
+
+READINGS = ("plain", "dual", "cosine", "effect")
+MOST_CELLS = 512
+
+Positions = Literal["last", "subject"] | int | Iterable[int] | slice | None
+"""Positions of a prompt's tokens, negative ones from its end."""
+
+
+def resolve_positions(
+    positions: Any, n_pos: int, subject: Sequence[int], last: int
+) -> tuple[int, ...] | None:
+    """Positions from 0, ascending; None for all.
+
+    Raises:
+        ValueError: Out of range, no position at all, or "subject" where none was named.
+    """
+    if positions is None:
+        return None
+    if positions == "last":
+        return (last,)
+    if isinstance(positions, str):
+        if positions != "subject" or not subject:
+            needs = ", and needs subject=... for 'subject'" if positions == "subject" else ""
+            raise ValueError(
+                f"positions is {positions!r}; expected 'last', 'subject', numbers or a slice{needs}"
+            )
+        return tuple(subject)
+    listed: list[Any]
+    if isinstance(positions, slice):
+        listed = list(range(n_pos))[positions]
+    else:
+        listed = list(positions) if isinstance(positions, Iterable) else [positions]
+    try:
+        numbers = [operator.index(one) for one in listed]
+    except TypeError:
+        raise ValueError(f"positions are {positions!r}; expected whole numbers") from None
+    if not numbers or not all(-n_pos <= one < n_pos for one in numbers):
+        raise ValueError(
+            f"positions are {positions!r}, but the prompt has the positions 0 to {n_pos - 1} (or"
+            f" -{n_pos} to -1 from its end)"
+        )
+    return tuple(sorted({one % n_pos for one in numbers}))
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What is to be read of one prompt's gradients.
+
+    Attributes:
+        model: The model.
+        grads: The gradients of one prompt.
+        matrices: Which of them.
+        layers: Which layers.
+        positions: Which positions; None for all.
+        top_k: How many words at each end.
+        followed: Ids whose ranks are kept.
+    """
+
+    model: Any
+    grads: Gradients
+    matrices: Sequence[str]
+    layers: Sequence[int]
+    positions: tuple[int, ...] | None
+    top_k: int
+    followed: Sequence[int]
+
+    def of_vectors(self, reading: str, normalized: bool) -> dict[str, Readout]:
+        """The plain reading, or delta's by the dual or the cosine, of each matrix [layer, pos]."""
+        head = head_of(self.model)
+        of_delta: Head = head
+        if reading != "plain":
+            of_delta = {"dual": dual_head, "cosine": cosine_head}[reading](head)
+        k = min(self.top_k, head.W_U.shape[1])
+        read: dict[tuple[str, str], Readout] = {}
+        found = {}
+        for matrix in self.matrices:
+            # W_in and W_gate (and W_Q, W_K, W_V) share their x: read it once.
+            factor = READ_THROUGH[matrix]
+            key = (factor, "attn" if matrix[2:] in "QKVO" else "mlp")
+            if key not in read:
+                rows = torch.stack(
+                    [stream_rows(self.grads, matrix, layer, factor) for layer in self.layers]
+                )
+                chosen = head if factor == "x" else of_delta
+                read[key] = readout(chosen, self._kept(rows), k, list(self.followed), normalized)
+            found[matrix] = read[key]
+        return found
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        """Rows of other positions are zero, which nothing is computed for."""
+        if self.positions is None:
+            return rows
+        kept = torch.zeros_like(rows)
+        kept[:, list(self.positions)] = rows[:, list(self.positions)]
+        return kept
+
+    def affordable(self, subject: Sequence[int]) -> Reading:
+        """This, or of too many cells for an effect those of the subject and the last token."""
+        n_pos = self.grads.batch.tokens.shape[1]
+        cells = len(self.matrices) * len(self.layers) * n_pos
+        if self.positions is not None or cells <= MOST_CELLS:
+            return self
+        last = int(self.grads.batch.last[0])
+        warnings.warn(
+            f"the effect of {cells} cells would take long: only the subject's and the last token"
+            f" are read; name positions=... or layers=... for others",
+            stacklevel=3,
+        )
+        return replace(self, positions=tuple(sorted({*subject[-1:], last})))
+
+    def effects(self, objective: Objective, temper: float) -> dict[str, Readout]:
+        """The measured effect of a step on each cell, of each matrix [layer, pos]."""
+        n_pos = self.grads.batch.tokens.shape[1]
+        chosen = range(n_pos) if self.positions is None else self.positions
+        task = EffectOf(self.model, self.grads, objective)
+        found = {}
+        total = len(self.matrices) * len(self.layers) * len(chosen)
+        with progress_bar("effects", total, shown=total > 16) as advance:
+            for matrix in self.matrices:
+                cells = [
+                    (self._site(matrix, layer), pos) for layer in self.layers for pos in chosen
+                ]
+                there = [i for i, (site, _) in enumerate(cells) if site in self.grads]
+                effects = task.of([cells[i] for i in there], advance=advance)
+                at = torch.tensor(
+                    [self.layers.index(cells[i][0].layer) * n_pos + cells[i][1] for i in there]
+                )
+                scores = tempered(effects.scores, effects.probabilities, temper)
+                norms = torch.stack(
+                    [self.grads[cells[i][0]].delta[cells[i][1]].norm() for i in there]
+                )
+                found[matrix] = readout_of_scores(
+                    scores,
+                    norms.to(scores),
+                    ~effects.measured,
+                    at.to(scores.device),
+                    (len(self.layers), n_pos),
+                    min(self.top_k, scores.shape[1]),
+                    self.followed,
+                )
+        return found
+
+    def _site(self, matrix: str, layer: int) -> Site:
+        parts = parts_of(self.grads, matrix, layer)
+        if any(site.expert is not None for site in parts):
+            raise NotImplementedError(
+                f"{matrix} of layer {layer} is a mixture of experts, where a token has a step of"
+                f" its own in each expert; their effect is not read: name layers or matrices that"
+                f" are none (W_O is no part of one), or take another reading"
+            )
+        return Site(matrix, layer)

@@ -111,12 +111,16 @@ function differs({ lenses, state, who }, at) {
 
 function sentence({ state, who }, lens) {
   const { matrix, end, show } = state;
-  if (lens.through(state) === "effect" && show !== "norm" && show !== "shade") {
-    const subject = `what one gradient step on ${matrix} does to the word that follows, measured`;
-    if (show === "rank") return `Rank of ${named(lens, who)} in ${subject}: 0 is raised most.`;
-    const does = { promoted: "raised most", suppressed: "lowered most", both: "raised (above) and"
-      + " lowered (below) most" }[end];
-    return `${end === "both" ? "The words" : "The word"} ${does} by ${subject.slice(5)}.`;
+  if (lens.through(state) === "effect" && (show === "rank" || show === "words")) {
+    const step = `one gradient step on ${matrix}`;
+    if (show === "rank") {
+      return `Rank of ${named(lens, who)} among ${whole(lens.vocab)} words by what ${step} does,`
+        + " measured: 0 is raised most.";
+    }
+    const does = { promoted: "raises", suppressed: "lowers" }[end];
+    return does
+      ? `The word whose log-probability ${step} ${does} most, measured.`
+      : `The words that ${step} raises (above) and lowers (below) most, measured.`;
   }
   const delta = lens.through(state) === "delta";
   const read = delta ? "\u03b4" : "x";

@@ -197,7 +197,7 @@ def _tokens(lens: BackwardLens, n_pos: int | None) -> str:
 
 def _caption(lens: BackwardLens, matrix: str) -> str:
     if lens.through(matrix) == "effect":
-        return f"The word raised most by one gradient step on {matrix}, measured, layer by token."
+        return f"The word that one gradient step on {matrix} raises most, measured, layer by token."
     what = "promotes most" if lens.through(matrix) == "delta" else "stamps in most"
     return f"The word that one gradient step on {matrix} {what}, layer by token."
 

@@ -92,6 +92,21 @@ def test_a_padded_vocabulary_s_empty_columns_score_nothing(bridge):
         assert scores_of(made, torch.randn(2, len(W_U))).isfinite().all()
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_readout_takes(bridge):
+    head = head_of(bridge("llama"))
+    vectors = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    read, of_numpy = readout(head, vectors), readout(head, vectors.numpy())
+    assert torch.equal(read.top_ids, of_numpy.top_ids)
+    with pytest.raises(TypeError, match=r"vectors are a list; expected a tensor \[..., d_model\]"):
+        readout(head, vectors.tolist())
+    for top_k in (None, "5", 2.0, True):
+        with pytest.raises(ValueError, match=r"top_k is .*; expected a whole number, 1 to 61"):
+            readout(head, vectors, top_k=top_k)
+    with pytest.raises(TypeError, match="names_filter is 5; expected a hook name"):
+        bwlens.vjps(bridge("llama"), torch.tensor(TOKENS), 17, 5)
+
+
 # Replays.
 
 

@@ -66,14 +66,16 @@ def test_a_step_along_delta_does_what_its_norm_says(smollm2):
     assert report.ok, report
 
 
-def test_an_experiment_runs_over_facts(smollm2):
-    result = experiments.segment_norms(smollm2, FACTS, progress=False)
-    assert not result.failures
-    assert result.rows["item"].nunique() == 4
-    ranks = experiments.target_rank(smollm2, FACTS, layers=[10, 25], progress=False).rows
+def test_a_sweep_over_facts(smollm2, tmp_path):
+    done = experiments.sweep(["segment_norms", "target_rank"], smollm2, FACTS, tmp_path / "sweep")
+    assert done.finished
+    assert not done.failures
+    assert done["segment_norms"].rows["item"].nunique() == 4
+    ranks = done["target_rank"].rows
     last = ranks[(ranks["segment"] == "last") & (ranks["matrix"] == "W_out")]
     by_layer = last.groupby("layer")["target_rank"].median()
     assert by_layer[25] > 49_000 > by_layer[10]
+    assert done.index.is_file()
 
 
 def test_an_edit_is_the_answer_and_is_undone_bit_for_bit(smollm2):

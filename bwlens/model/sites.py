@@ -272,6 +272,11 @@ def hook_points(
     if callable(names_filter):
         names = [name for name in known if names_filter(name)]
     else:
+        if not isinstance(names_filter, Iterable):
+            raise TypeError(
+                f"names_filter is {names_filter!r}; expected a hook name such as"
+                f" 'blocks.3.hook_resid_mid', several, or a predicate of names"
+            )
         names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
         for name in names:
             if name not in known:

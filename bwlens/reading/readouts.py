@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from math import prod, sqrt
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -110,7 +111,7 @@ class Readout:
 
 def readout(
     model: Any,
-    vectors: Float[Tensor, "*lead d_model"],
+    vectors: Float[Tensor, "*lead d_model"] | Float[np.ndarray, "*lead d_model"],
     top_k: int = 10,
     targets: int | Sequence[int] | Int[Tensor, "..."] | None = None,
     normalize: bool = False,
@@ -149,6 +150,13 @@ def readout(
     (tensor([[1, 2]]), tensor([[0, 2]]), tensor([[0]]))
     """
     head = model if isinstance(model, Head) else head_of(model)
+    if isinstance(vectors, np.ndarray):
+        vectors = torch.from_numpy(vectors)
+    if not isinstance(vectors, Tensor):
+        raise TypeError(
+            f"vectors are a {type(vectors).__name__}; expected a tensor [..., d_model], such as"
+            f" grads['W_out', 3].delta"
+        )
     with torch.no_grad():
         _check(head, vectors, top_k, sign, normalize)
         lead = vectors.shape[:-1]
@@ -223,6 +231,8 @@ def _check(head: Head, vectors: Tensor, top_k: int, sign: int, normalize: bool) 
             f" {d_model}. W_in and W_gate are read through x, W_out through delta; their other"
             f" side has width d_mlp and no reading in the vocabulary."
         )
+    if not hasattr(top_k, "__index__") or isinstance(top_k, bool):
+        raise ValueError(f"top_k is {top_k!r}; expected a whole number, 1 to {d_vocab}")
     if not 1 <= top_k <= d_vocab:
         raise ValueError(f"top_k is {top_k}; expected 1 to {d_vocab}, the size of the vocabulary")
     if sign not in (1, -1):

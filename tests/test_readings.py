@@ -263,6 +263,18 @@ def test_only_the_positions_asked_for_are_read(positions, read, demo):
     assert torch.equal(lens.norms(), whole.norms())
 
 
+def test_the_command_line_names_the_readings_there_are():
+    from typer.testing import CliRunner
+
+    from bwlens.cli import app
+    from bwlens.lens.reading import READINGS
+
+    command = ["lens", FACT, "--target", " Paris", "--reading", "tuned"]
+    refused = CliRunner().invoke(app, command)
+    assert refused.exit_code == 1
+    assert all(reading in refused.stderr for reading in READINGS)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("options", "message"),

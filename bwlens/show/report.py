@@ -28,8 +28,8 @@ does. At the very top they are what it does, which need not be the target: in so
 a step on the last layer raises other words more.</dd>
 <dt>other readings</dt><dd><em>dual</em> and <em>cosine</em> undo the unembedding rather than
 apply it again: what the step asks for. <em>effect</em> is no reading of delta: a small step on the
-cell was taken, and the words are those whose log-probability rose most, likely words before
-unlikely ones. The settings below name the reading of this page.</dd>
+cell was taken, and the words are those whose log-probability rose most (weighed by how likely they
+were, where the settings name a temper). The settings below name the reading of this page.</dd>
 <dt>the target</dt><dd>It is taken as written: “ Paris” and “Paris” are other tokens. Of a target
 of several tokens, the probability, ranks and marks are those of the first one, and the loss is the
 mean (or sum) over all, as the heading says.</dd>

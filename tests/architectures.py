@@ -323,7 +323,7 @@ def table() -> str:
         "# Architectures",
         "",
         "One tiny random model of each is compared with an unbridged Hugging Face copy, matrix by",
-        "matrix (`tests/test_architectures.py`, `tests/test_capture.py`).",
+        "matrix (`tests/model/test_architectures.py`, `tests/gradient/test_capture.py`).",
         "In hybrids the attention and MLP layers are read; recurrences have no such matrices.",
         "Queries that share a projection with gates are read without them; W_Q, W_K and W_V made",
         "through a bottleneck (DeepSeek, GLM 4 lite, Youtu) are no single matrix and not read.",

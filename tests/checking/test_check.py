@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import bwlens
 from bwlens.cli import app
 from tests import tiny
-from tests.test_guard import Lying, Quantised, Rescaled, kept, swapped
+from tests.gradient.test_guard import Lying, Quantised, Rescaled, kept, swapped
 
 WORDS = "t5 t9 t30 t41"
 

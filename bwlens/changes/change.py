@@ -295,11 +295,9 @@ class WeightChange(Mapping[Site, LowRankGradient]):
     def save_pretrained(self, model: LensModel, folder: str | os.PathLike[str]) -> Path:
         """Write the model with this change as a folder that Hugging Face's `from_pretrained` reads.
 
-        Weights, configuration and tokenizer; `bwlens.load_model(folder)` gives a model with the
-        logits of the edited one. The model itself is left as it was. Changes that are applied to
-        it already are in the folder too. Queries, keys and values that the bridge splits land in
-        the one parameter that they come from; a model read from a GGUF file is written as plain
-        numbers. Takes as much memory as a model of that class.
+        Weights, configuration and tokenizer, those of changes applied already included;
+        `bwlens.load_model(folder)` gives a model with the logits of the edited one. The model is
+        left as it was. Takes as much memory as a model of that class.
 
         Args:
             model: A raw TransformerBridge.
@@ -381,7 +379,8 @@ def _sum(weight: Weight, part: LowRankGradient) -> Tensor:
     """The weight with its change, in its dtype; finite."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, part.dtype), torch.float32)
     total = weight.plus(part.to(weight.device, wide).dense())
-    if not all(map(torch.isfinite, total.aminmax())):
+    # A finite sum has finite terms, and is quick; finite terms may have another.
+    if not torch.isfinite(total.sum()) and not torch.isfinite(total).all():
         raise ValueError(
             f"{weight.site} would hold nan or inf in {weight.dtype} with this change, so nothing"
             f" was applied; take a smaller step, or load the model in a wider dtype"

@@ -64,11 +64,11 @@ def memit(
             the paper's 20,000 for keys 6,400 wide in proportion to their width: a typical key's
             `k^T C^-1 k` is its width, and what is written to what is asked for is as
             `k^T C^-1 k` to `weight + k^T C^-1 k`.
-        steps: Steps of Adam at most.
-        lr: Adam's step size.
-        kl_factor: Weight of the KL divergence after "{subject} is a".
-        weight_decay: Weight of `||shift|| / ||h||^2`.
-        clamp: Largest norm of the shift, in norms of the stream h.
+        steps: Of Adam; these five are explained in `ValueSettings`.
+        lr: See there.
+        kl_factor: See there.
+        weight_decay: See there.
+        clamp: See there; in norms of the stream h.
         prefixes: As for `rome`.
         position: Where the keys stand: the "subject"'s last token, or the prompts' "last".
         statistics: Of W_out's keys in these layers, or their file. None takes the demo model's.

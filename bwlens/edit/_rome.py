@@ -60,11 +60,11 @@ def rome(
         edits: One edit, or several to make in turn.
         layer: Which W_out, negative ones from the end; None takes 17/47 of the depth (17 of GPT-2
             xl's 48, 2 of 8).
-        steps: Steps of Adam at most; it ends earlier below a loss of 0.05.
-        lr: Adam's step size.
-        kl_factor: Weight of the KL divergence.
-        weight_decay: Weight of `||shift|| / ||output||^2`.
-        clamp: Largest norm of the shift, in norms of W_out's output at the plain prompt.
+        steps: Of Adam; these five are explained in `ValueSettings`.
+        lr: See there.
+        kl_factor: See there.
+        weight_decay: See there.
+        clamp: See there; in norms of W_out's output at the plain prompt.
         prefixes: Texts before the prompt. None draws twenty from the model, as the paper does,
             once for each model object and the same always; () takes the prompt alone.
         position: Where the key stands: the "subject"'s last token, or the prompt's "last".

@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from bwlens.model.head import head_of
+from bwlens.model.passes import wide
 from bwlens.model.protocol import LensModel
 
 Direction = Literal["unembedding", "embedding", "folded"]
@@ -44,8 +45,8 @@ def token_directions(
     index = torch.tensor(list(ids), dtype=torch.long, device=head.W_U.device)
     if direction == "embedding":
         table = model.embed.W_E.detach()
-        return _wide(table[index.to(table.device)])
-    rows = _wide(head.W_U[:, index].T)
+        return wide(table[index.to(table.device)])
+    rows = wide(head.W_U[:, index].T)
     if direction == "unembedding":
         return rows.contiguous()
     rows = rows * norm_gain(head.norm, rows)
@@ -81,6 +82,12 @@ def before_norm(
     return torch.where(reached, directions / torch.where(reached, gain, 1.0), 0.0)
 
 
+def in_its_dtype(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A norm that takes any dtype, computed in that of its own weights."""
+    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
+    return lambda v: norm(v.to(dtype))
+
+
 def norm_gain(
     norm: Callable[[Tensor], Tensor], like: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, " d_model"]:
@@ -97,13 +104,9 @@ def norm_gain(
     def odd(v: Tensor) -> Tensor:
         with torch.no_grad():
             plus, minus = norm(torch.stack([v, -v])[:, None])[:, 0]
-        return _wide(plus - minus).to(like.device) / 2
+        return wide(plus - minus).to(like.device) / 2
 
     measured = odd(uneven)
     if odd(flat).abs().max() < 1e-2 * measured.abs().max():
         uneven = uneven - uneven.mean()
     return measured * uneven.square().mean().sqrt() / uneven
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

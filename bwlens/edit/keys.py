@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -143,12 +144,10 @@ class Contexts:
 
         With `after`, pairs of an edit and how many tokens further on: those positions instead.
         """
-        kept = values.flatten(0, 1)[self.rows.to(values.device)].unflatten(0, (-1, self.n))
-        if after is None:
-            return kept
-        rows = self.rows.unflatten(0, (-1, self.n))
-        further = torch.stack([rows[edit] + steps for edit, steps in after])
-        return values.flatten(0, 1)[further.to(values.device)]
+        rows = rearrange(self.rows, "(edits n) -> edits n", n=self.n)
+        if after is not None:
+            rows = torch.stack([rows[edit] + steps for edit, steps in after])
+        return rearrange(values, "batch pos d -> (batch pos) d")[rows.to(values.device)]
 
 
 def contexts_of(

@@ -14,11 +14,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
-from bwlens.edit.direction import Direction, before_norm, check_direction, token_directions
+from bwlens.edit.direction import (
+    Direction,
+    before_norm,
+    check_direction,
+    in_its_dtype,
+    token_directions,
+)
 from bwlens.edit.given import first_only_note, number
 from bwlens.edit.keys import Position, check_position, norm_after, norm_entries
 from bwlens.edit.known import answered, known_note
@@ -55,32 +61,29 @@ def forward_pass_shift(
     `W_out[layer] += lr * sum_i outer(x_i, v_i)`, one row an edit: x_i is what enters W_out at the
     prompt's last token, v_i the target's vector (`token_directions`), divided by the gain of the
     norm that follows the MLP where there is one. In a mixture, the experts that the token is sent
-    to are written. All edits pass the model in one batch, without gradients. An edit whose target
-    is the model's answer already is left out, which the change's `note` says.
+    to are written. An edit whose target is the model's answer already is left out.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit or several. Several are written together, so close keys add up.
         layer: Which W_out, negative ones from the end. None takes the layer at 35/47 of the depth,
-            as the paper's layer 35 of GPT-2 xl, where layers 30-40 did best; layer 5 of 8.
+            as the paper's layer 35 of GPT-2 xl; layer 5 of 8.
         lr: The step (the paper's: 0.24). None finds for each edit the smallest one, within 5 %,
-            that makes the target the argmax, by doubling (or halving) and bisection: one more
-            forward pass of its prompt per trial, usually 6 to 12, with the change applied and
-            undone. Several edits are then tried together, and steps raised where they fail so.
-        margin: What a step that was found is multiplied with. 1 writes no more than the prompt
-            itself needs; 1.2 carries over to far more paraphrases, at the cost of some neighbours.
+            that makes the target the argmax (`smallest_steps`): a forward pass per trial, usually
+            6 to 12. Several edits are then tried together, and steps raised where they fail so.
+        margin: What a step that was found is multiplied with: 1.2 carries over to far more
+            paraphrases than 1, at the cost of some neighbours.
         position: Write at the key of the prompt's "last" token, or of the "subject"'s last.
-        tokens: Of a target of several tokens write "all", each at the position that predicts it,
-            with the target teacher forced, or the "first" alone, as the paper, which a warning and
-            the change's note say. None writes all at position "last" and the first at "subject",
-            which has one key only.
+        tokens: Of a target of several tokens write "all", each where it is predicted, the target
+            teacher forced, or the "first" alone, as the paper, which a warning and the change's
+            note say. None writes all at position "last" and the first at "subject".
         direction: Which vector stands for a token, see `token_directions`.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
 
     Returns:
-        The change. `details` hold the layer, the step of each edit and the number of forward
-        passes; `note` the edits left out as known, those left out as no step makes them work (a
-        norm after the MLP bounds what can be written), and those that fail beside the others.
+        The change. `details` hold the layer, each edit's step and the number of forward passes;
+        `note` the edits left out as known or as no step makes them work (a norm after the MLP
+        bounds what can be written), and those that fail beside the others.
 
     Raises:
         ValueError: No edit, a malformed edit or setting, an unknown layer, or a step that is not
@@ -246,13 +249,7 @@ def _pass(model: LensModel, batch: Batch, layer: int, keys: list[_Key]) -> _Pass
             if site.matrix == "W_out":
                 inputs[site] = rows, [owner for _, owner in here]
     after = norm_after(entries, passed, passed.flows)
-    return _Pass(passed.logits, inputs, None if after is None else _single(after), moved)
-
-
-def _single(norm: nn.Module) -> Any:
-    """A norm in the dtype of its own weights."""
-    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
-    return lambda v: norm(v.to(dtype))
+    return _Pass(passed.logits, inputs, None if after is None else in_its_dtype(after), moved)
 
 
 def _note(edits: list[Edit], known: list[bool], lost: list[int], failing: list[int]) -> str:

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
 from bwlens.edit._memit import normal_rows
-from bwlens.edit.direction import before_norm, token_directions
+from bwlens.edit.direction import before_norm, in_its_dtype, token_directions
 from bwlens.edit.given import first_only_note, number, texts_of
 from bwlens.edit.keys import Contexts, KeyPass, contexts_of, passed_by
 from bwlens.edit.known import known_note
@@ -66,9 +65,8 @@ def whitened_shift(
       difference then becomes `margin`; gap is the present difference old - new, its mean over the
       contexts.
 
-    Nothing is optimised and no gradient computed: one forward pass of `1 + len(prefixes)` prompts
-    in one batch, and a triangular solve. Later layers' own answer to the change is left out, and
-    the final norm's scale is not quite fixed, which the margin has to cover.
+    One forward pass of `1 + len(prefixes)` prompts, and a triangular solve. Later layers' own
+    answer and the final norm's change of scale are left out, which the margin has to cover.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -236,7 +234,6 @@ def _written(
     """
     if norm is None:
         return values
-    dtype = next((p.dtype for p in norm.parameters()), torch.float32)
     outputs = outputs - outputs.mean(-1, keepdim=True) if centred else outputs
     size = outputs.square().mean(-1, keepdim=True).sqrt()
-    return size * before_norm(lambda v: norm(v.to(dtype)), values)
+    return size * before_norm(in_its_dtype(norm), values)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -106,7 +107,9 @@ def flows_of(
 
 def as_rows(tensor: Tensor) -> Tensor:
     """One row per token: batch and position flattened, and heads, where they stand apart."""
-    return tensor.flatten(2).flatten(0, 1) if tensor.ndim == 4 else tensor.flatten(0, -2)
+    if tensor.ndim == 4:
+        return rearrange(tensor, "batch pos head d_head -> (batch pos) (head d_head)")
+    return rearrange(tensor, "... d -> (...) d")
 
 
 def _only(tap: Tap, side: str, candidates: tuple[Point, ...], seen: Seen) -> Tensor:

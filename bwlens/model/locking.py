@@ -66,7 +66,7 @@ def one_thread_at_a_time(method: Method) -> Method:
 
     @wraps(method)
     def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(model, nn.Module):
+        if not isinstance(cast(Any, model), nn.Module):
             return method(model, *args, **kwargs)  # which says what is wrong with it
         with alone_with(model):
             return method(model, *args, **kwargs)

@@ -11,6 +11,7 @@ from functools import total_ordering
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 MATRICES = ("W_in", "W_gate", "W_out", "W_Q", "W_K", "W_V", "W_O")
@@ -130,7 +131,8 @@ class Tap:
         """Which of the columns that leave the projection are the matrix's own."""
         if not self.gated_heads:
             return slice(None)
-        return torch.arange(width).view(self.gated_heads, 2, -1)[:, 0].flatten()
+        by_head = "(head half d_head) -> half (head d_head)"
+        return rearrange(torch.arange(width), by_head, head=self.gated_heads, half=2)[0]
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from typing import Any
 from weakref import ProxyTypes, proxy
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -148,11 +149,9 @@ def parameter_of(tap: Tap | ExpertTap, site: Site) -> tuple[Any, Tensor]:
 def copy_of(model: LensModel) -> Any:
     """A copy of a model that shares no storage with it and outlives it.
 
-    `copy.deepcopy` alone is not enough for a bridge. It copies no function, so hooks that are
-    closures would go on reaching into the model they were made for, and fail once it is gone; these
-    are made anew. It parts parameters from tensors that show the same memory, as a bridge with
-    processed weights has them; these stay together. And it refuses what a module keeps of its last
-    pass where that is on the autograd graph (attention patterns); the copy has it off the graph.
+    `copy.deepcopy` leaves a bridge's hooks, closures, reaching into the model they were made for:
+    these are made anew. Parameters stay with tensors of the same memory, and what modules keep of
+    their last pass is copied off the autograd graph.
     """
     memo: dict[Any, Any] = {}
     for tree in (model, getattr(model, "original_model", None)):
@@ -243,8 +242,8 @@ def _own_parameter(tap: Tap) -> tuple[Any, Tensor]:
         )
     if isinstance(linear, nn.Linear):
         if tap.gated_heads:
-            by_head = parameter.T.unflatten(1, (tap.gated_heads, 2, -1))
-            return parameter, by_head[:, :, 0]
+            by_head = "(head half d_head) d_in -> half d_in head d_head"
+            return parameter, rearrange(parameter, by_head, head=tap.gated_heads, half=2)[0]
         return parameter, parameter.T
     if hasattr(linear, "nf"):  # transformers' Conv1D
         return parameter, parameter

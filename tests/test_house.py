@@ -131,3 +131,44 @@ def test_importing_loads_no_torch(start):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent
     )
     assert done.stdout.strip() == "set()", done.stderr
+
+
+FORWARDS = {"forward", "run_with_cache", "run_with_hooks"}
+HOOKS = {"add_hook", "hooks", "register_forward_hook", "register_forward_pre_hook"}
+
+
+def engine_work(source):
+    """Calls in a file that run a model, hang a hook into one or look for its device."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        of, _, name = ast.unparse(node.func).rpartition(".")
+        if (
+            name in ("model", "_model")
+            or {keyword.arg for keyword in node.keywords} & {"return_type", "padding_side"}
+            or (of and name in FORWARDS | HOOKS)
+            or (name == "next" and "model" in (given := ast.unparse(node)) and "param" in given)
+        ):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("room", sorted({*ROOMS} - {"model"}))
+def test_only_the_model_s_room_runs_a_model(room):
+    files = [path for path in FILES if path.relative_to(ROOT).parts[0] == room]
+    work = {path.name: list(engine_work(path.read_text(encoding="utf-8"))) for path in files}
+    assert not {name: lines for name, lines in work.items() if lines}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "logits = model(tokens)",
+        "logits = self._model(tokens)[:, -1]",
+        "logits = bridge(tokens, return_type='logits')",
+        "reading.model.run_with_cache(tokens)",
+        "point.module.register_forward_hook(add)",
+        "device = next(model.embed.parameters()).device",
+    ],
+)
+def test_a_forward_pass_elsewhere_would_be_seen(fault):
+    assert list(engine_work(fault))

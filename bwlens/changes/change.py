@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.locking import alone_with, for_this_thread
 from bwlens.model.places import SHARED
 from bwlens.model.sites import Site, as_site
 from bwlens.model.weights import Weight, copy_of, weights_of
@@ -126,21 +127,21 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             NotImplementedError: A weight that cannot be changed alone, see `weight_of`.
         """
         history = _history(model)
-        if any(record.change is self for record in history):
-            raise ValueError(
-                "this change is applied to this model already; undo it first, or apply"
-                " 2 * change to add it twice"
-            )
-        weights = self._weights_in(model)
-        saved = {site: weight.read() for site, weight in weights.items()}
-        record = _Record(self, saved)
-        try:
-            for site, weight in weights.items():
-                weight.write(_sum(weight, self.parts[site]))
-        except BaseException:
-            record.restore(weights)
-            raise
-        history.append(record)
+        with alone_with(model):
+            if any(record.change is self for record in history):
+                raise ValueError(
+                    "this change is applied to this model already; undo it first, or apply"
+                    " 2 * change to add it twice"
+                )
+            weights = self._weights_in(model)
+            record = _Record(self, {site: weight.live.clone() for site, weight in weights.items()})
+            try:
+                for site, weight in weights.items():
+                    weight.write(_sum(weight, self.parts[site]))
+            except BaseException:
+                record.restore(weights)
+                raise
+            history.append(record)
 
     def undo(self, model: Any) -> None:
         """Put back what `apply` found, bit for bit.
@@ -153,17 +154,18 @@ class WeightChange(Mapping[Site, LowRankGradient]):
                 matrix and has to be undone first.
         """
         history = _history(model)
-        places = [i for i, record in enumerate(history) if record.change is self]
-        if not places:
-            raise ValueError("this change is not applied to this model, so there is none to undo")
-        for later in history[places[0] + 1 :]:
-            if common := [site for site in self.parts if site in later.saved]:
-                raise ValueError(
-                    f"another change of {common[0]} was applied after this one; undo that first:"
-                    f" {later.change!r}"
-                )
-        history[places[0]].restore(weights_of(model, self.parts))
-        del history[places[0]]
+        with alone_with(model):
+            places = [i for i, record in enumerate(history) if record.change is self]
+            if not places:
+                raise ValueError("this change is not applied to this model: there is none to undo")
+            for later in history[places[0] + 1 :]:
+                if common := [site for site in self.parts if site in later.saved]:
+                    raise ValueError(
+                        f"another change of {common[0]} was applied after this one; undo that"
+                        f" first: {later.change!r}"
+                    )
+            history[places[0]].restore(weights_of(model, self.parts))
+            del history[places[0]]
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
@@ -176,11 +178,13 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             >>> with change.applied(model):  # doctest: +SKIP
             ...     logits = model("Lionel Messi plays for")
         """
-        self.apply(model)
-        try:
-            yield
-        finally:
-            self.undo(model)
+        _history(model)
+        with for_this_thread(model):
+            self.apply(model)
+            try:
+                yield
+            finally:
+                self.undo(model)
 
     def edited(self, model: Any) -> Any:
         """A copy of the model with the change; it shares no storage with the model given.
@@ -356,9 +360,10 @@ class _Record:
     change: WeightChange
     saved: dict[Site, Tensor]
 
+    @torch.no_grad()
     def restore(self, weights: Mapping[Site, Weight]) -> None:
         for site, weight in weights.items():
-            weight.write(self.saved[site].to(weight.device))
+            weight.live.copy_(self.saved[site])
 
 
 _HISTORIES: WeakKeyDictionary[nn.Module, list[_Record]] = WeakKeyDictionary()
@@ -375,7 +380,7 @@ def _sum(weight: Weight, part: LowRankGradient) -> Tensor:
     """The weight with its change, in its dtype; finite."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, part.dtype), torch.float32)
     total = weight.plus(part.to(weight.device, wide).dense())
-    if not torch.isfinite(total).all():
+    if not all(map(torch.isfinite, total.aminmax())):
         raise ValueError(
             f"{weight.site} would hold nan or inf in {weight.dtype} with this change, so nothing"
             f" was applied; take a smaller step, or load the model in a wider dtype"

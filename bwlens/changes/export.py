@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.model.passes import in_eval_mode
+from bwlens.model.passes import device_of, run
 from bwlens.model.sites import Site
 from bwlens.model.weights import Weight
 
@@ -173,9 +173,8 @@ def _bytes(row: Tensor) -> bytes:
 def _check_same(model: Any, twin: Any) -> None:
     d_vocab = model.cfg.d_vocab
     ids = torch.tensor([[(37 * i + 1) % d_vocab for i in range(_PROBE)]])
-    device = next(model.embed.parameters()).device
-    with torch.no_grad(), in_eval_mode(model):
-        expected = model(ids.to(device), return_type="logits").float().cpu()
+    expected = run(model, ids.to(device_of(model))).logits.float().cpu()
+    with torch.no_grad():
         found = twin(ids, use_cache=False).logits.float()
     close = _CLOSE.get(next(twin.parameters()).dtype, 0.05)
     apart = float((found - expected[..., : found.shape[-1]]).abs().max() / expected.abs().max())

@@ -16,8 +16,8 @@ from bwlens.checking.twin import same_as_hugging_face
 from bwlens.gradient.guard import trusted
 from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.identity import model_label
-from bwlens.model.probing import batch_of, logits_and, probe_batch
-from bwlens.model.prompts import Batch, Prompts, make_batch
+from bwlens.model.probing import logits_and, probe_batch
+from bwlens.model.prompts import Batch, Prompts, make_batch, padded
 from bwlens.model.sites import MATRICES, available_matrices, check_model, resolve_layers
 from bwlens.model.tokens import text_to_ids
 
@@ -119,7 +119,7 @@ def _batch(model: Any, prompt: Prompts | None) -> Batch:
             f"check takes one prompt of two tokens or more, found {len(batch)} of"
             f" {batch.tokens.shape[1]}"
         )
-    return batch_of(batch.tokens)
+    return padded(model, batch.tokens.tolist())
 
 
 def _shown(todo: list[Any], progress: bool) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from bwlens.checking.report import Finding
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import Probe, UntrueGradientError, linearity
+from bwlens.model.flows import as_rows
 from bwlens.model.head import head_of, stream_of
-from bwlens.model.passes import as_rows
 from bwlens.model.probing import logits_and, undisturbed
 from bwlens.model.prompts import Batch
 from bwlens.model.sites import Point, Site, find_taps

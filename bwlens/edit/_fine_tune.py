@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +14,18 @@ from bwlens.edit.gradient import edit_gradients
 from bwlens.edit.known import open_edits
 from bwlens.edit.value import LARGEST_STEP
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.model.sites import Site, resolve_layers
+from bwlens.model.locking import one_thread_at_a_time
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, resolve_layers
 from bwlens.model.weights import Weight, weight_of
 
 
+@one_thread_at_a_time
 def fine_tune(
-    model: Any,
+    model: LensModel,
     edits: Edits,
     *,
-    layers: Iterable[int] | int,
+    layers: Layers,
     matrices: str | Sequence[str] = ("W_out",),
     lr: float = 5e-4,
     steps: int = 25,
@@ -104,7 +106,7 @@ class _Trained:
     A matrix is taken up when it first has a gradient: experts that no token was sent to stay out.
     """
 
-    def __init__(self, model: Any, lr: float, norm_bound: float | None) -> None:
+    def __init__(self, model: LensModel, lr: float, norm_bound: float | None) -> None:
         self._model, self._lr, self._bound = model, lr, norm_bound
         self._weights: dict[Site, Weight] = {}
         self._before: dict[Site, Tensor] = {}

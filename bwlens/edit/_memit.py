@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -12,24 +12,27 @@ from torch import Tensor
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
-from bwlens.edit.given import number, texts_of
-from bwlens.edit.keys import Token, check_token, contexts_of, run
+from bwlens.edit.given import number
+from bwlens.edit.keys import Position, passed_by
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
-from bwlens.edit.value import ValueSettings, find_value, prefixes_of, stream_after
+from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
 from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.prompts import Edit
-from bwlens.model.sites import Site, resolve_layers
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, resolve_layers
 
 _FIRST, _LAST = 13 / 47, 17 / 47  # Layers 13 to 17 of 0 to 47 in the paper's GPT-2 xl.
 _WEIGHT, _WIDTH = 20_000, 6_400  # lambda there, and the width of its keys.
 
 
+@one_thread_at_a_time
 def memit(
-    model: Any,
+    model: LensModel,
     edits: Edits,
     *,
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     weight: float | None = None,
     steps: int = 20,
     lr: float = 0.5,
@@ -37,7 +40,7 @@ def memit(
     weight_decay: float = 0.5,
     clamp: float = 0.75,
     prefixes: Sequence[str] | None = None,
-    token: Token = "subject_last",
+    position: Position = "subject",
     statistics: Statistics | str | os.PathLike[str] | None = None,
     prepend_bos: bool | None = None,
 ) -> WeightChange:
@@ -67,7 +70,7 @@ def memit(
         weight_decay: Weight of `||shift|| / ||h||^2`.
         clamp: Largest norm of the shift, in norms of the stream h.
         prefixes: As for `rome`.
-        token: Where the keys stand; "last" for the prompts' last tokens.
+        position: Where the keys stand: the "subject"'s last token, or the prompts' "last".
         statistics: Of W_out's keys in these layers, or their file. None takes the demo model's.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
 
@@ -86,12 +89,11 @@ def memit(
 
     Example:
         >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-        >>> change = memit(model, [edit], layers=[3, 4, 5], token="last")  # doctest: +SKIP
+        >>> change = memit(model, [edit], layers=[3, 4, 5], position="last")  # doctest: +SKIP
     """
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)
-    prefixes = None if prefixes is None else texts_of(prefixes, "prefixes")
-    check_token(token)
+    search = ValueSearch(settings, prefixes, position, prepend_bos)
     if weight is not None and not number(weight, "weight") > 0:
         raise ValueError(f"weight is {weight}; expected a number of tokens > 0")
     top = len(model.blocks) - 1
@@ -102,26 +104,26 @@ def memit(
     listed, note = open_edits(model, listed, prepend_bos)
     if not listed:
         return WeightChange(note=note, details={"method": "memit", "layers": chosen})
-    before = prefixes_of(model, prefixes, prepend_bos)
-    values = [
-        find_value(model, edit, sites[-1], settings, before, token, prepend_bos, of_stream=True)
-        for edit in _shown(listed)
-    ]
-    plain = contexts_of(model, listed, (), token, prepend_bos, targets=False)
-    around = contexts_of(model, listed, before, token, prepend_bos, targets=False)
+    search = replace(search, prefixes=search.before(model))
+    values = [search.value(model, edit, sites[-1], of_stream=True) for edit in _shown(listed)]
+    plain, around = search.contexts(model, listed, alone=True), search.contexts(model, listed)
     shifts = torch.stack([value.delta for value in values])
-    goal = plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0] + shifts
+
+    def stream() -> Tensor:
+        return plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0]
+
+    goal = stream() + shifts
     change, missing = WeightChange(), []
     for site, left in zip(sites, range(len(sites), 0, -1), strict=True):
         with change.applied(model):
-            keys = around.at(run(model, around.batch, ["W_out"], site.layer).x[site]).mean(1)
-            residual = goal - plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0]
+            keys = around.at(passed_by(model, around.batch, "W_out", site.layer).x[site]).mean(1)
+            residual = goal - stream()
         missing.append(float(residual.norm(dim=1).mean()))
         tokens = _WEIGHT * keys.shape[1] / _WIDTH if weight is None else weight
         x = normal_rows(whiteners[site], keys, tokens)
         change = change + WeightChange({site: LowRankGradient(x.to(residual), residual / left)})
     with change.applied(model):
-        residual = goal - plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0]
+        residual = goal - stream()
     details = {
         "method": "memit",
         "layers": chosen,

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
-from bwlens.edit.given import texts_of
-from bwlens.edit.keys import Token, check_token
+from bwlens.edit.keys import Position
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
-from bwlens.edit.value import ValueSettings, find_value, prefixes_of
+from bwlens.edit.value import ValueSearch, ValueSettings
 from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.model.locking import one_thread_at_a_time
+from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
 
 _DEPTH = 17 / 47  # Layer 17 of 0 to 47 in the paper's GPT-2 xl.
 
 
+@one_thread_at_a_time
 def rome(
-    model: Any,
+    model: LensModel,
     edits: Edits,
     *,
     layer: int | None = None,
@@ -30,7 +32,7 @@ def rome(
     weight_decay: float = 0.5,
     clamp: float = 4.0,
     prefixes: Sequence[str] | None = None,
-    token: Token = "subject_last",
+    position: Position = "subject",
     statistics: Statistics | str | os.PathLike[str] | None = None,
     prepend_bos: bool | None = None,
 ) -> WeightChange:
@@ -49,10 +51,9 @@ def rome(
     those before it, and added up. An edit whose target is the model's answer already is left out,
     which the change's `note` says.
 
-    Settings for small models: the defaults are those of GPT-2 xl. The demo model does not read its
-    answers from the subject's last token alone, so that few facts can be edited there (two in five
-    at `layer=0`, hardly any at the default layer). At the prompt's last token, `layer=3,
-    token="last"`, nine in ten can be; with `clamp=6` all of them, at the cost of more neighbours.
+    The defaults are those of GPT-2 xl. The demo model does not read its answers from the subject's
+    last token alone: at `layer=0` two facts in five can be edited, at `layer=3, position="last"`
+    nine in ten, and with `clamp=6` all, at the cost of more neighbours.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -66,7 +67,7 @@ def rome(
         clamp: Largest norm of the shift, in norms of W_out's output at the plain prompt.
         prefixes: Texts before the prompt. None draws twenty from the model, as the paper does,
             once for each model object and the same always; () takes the prompt alone.
-        token: Where the key stands; "last" for the prompt's last token.
+        position: Where the key stands: the "subject"'s last token, or the prompt's "last".
         statistics: Of W_out's keys (`key_statistics`), or their file. None takes the demo model's.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
 
@@ -85,21 +86,20 @@ def rome(
 
     Example:
         >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-        >>> change = rome(model, edit, layer=3, token="last")  # doctest: +SKIP
+        >>> change = rome(model, edit, layer=3, position="last")  # doctest: +SKIP
     """
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)
-    prefixes = None if prefixes is None else texts_of(prefixes, "prefixes")
-    check_token(token)
+    search = ValueSearch(settings, prefixes, position, prepend_bos)
     default = int(_DEPTH * (len(model.blocks) - 1))
     site = Site("W_out", default if layer is None else resolve_layer(model, layer))
     whitener = statistics_for(model, [site], statistics)[site]
     listed, note = open_edits(model, listed, prepend_bos)
-    before = prefixes_of(model, prefixes, prepend_bos) if listed else ()
+    before = search.before(model) if listed else ()
     change, losses = WeightChange(), []
     for edit in listed:
         with change.applied(model):
-            value = find_value(model, edit, site, settings, before, token, prepend_bos)
+            value = replace(search, prefixes=before).value(model, edit, site)
         losses.append(value.losses)
         whitened = whitener.whitened(value.key[None])
         u = whitened / (whitened @ value.key.double())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.model.head import head_of
+from bwlens.model.protocol import LensModel
 
 Direction = Literal["unembedding", "embedding", "folded"]
 """A token's vector: its column of W_U, its row of W_E, or its column of W_U behind the final norm's
@@ -17,7 +18,7 @@ gain."""
 
 
 def token_directions(
-    model: Any, ids: Sequence[int], direction: Direction = "unembedding"
+    model: LensModel, ids: Sequence[int], direction: Direction = "unembedding"
 ) -> Float[Tensor, "n d_model"]:
     """The vectors that stand for tokens in the residual stream, one row each.
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bwlens.model.prompts import Edit
-from bwlens.model.sites import find_taps, resolve_layers
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, find_taps, resolve_matrices
 
 FIRST_ONLY = (
     "only the first token of a target of several tokens is written, so that the rest may not follow"
@@ -55,15 +56,14 @@ def texts_of(texts: Any, name: str) -> tuple[str, ...]:
     return ()
 
 
-def chosen_matrices(model: Any, matrices: str | Sequence[str], layers: Any) -> list[str]:
+def chosen_matrices(model: LensModel, matrices: str | Sequence[str], layers: Layers) -> list[str]:
     """Names of matrices that the model has in these layers.
 
     Raises:
         ValueError: Unknown matrices or layers.
     """
-    names = [matrices] if isinstance(matrices, str) else list(matrices)
-    find_taps(model, names, resolve_layers(model, layers))
-    return names
+    find_taps(model, matrices, layers)
+    return list(resolve_matrices(matrices))
 
 
 def first_only_note(edits: Sequence[Edit], several: Sequence[bool]) -> str:

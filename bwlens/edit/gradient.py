@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
@@ -12,17 +11,20 @@ from bwlens.edit.given import chosen_matrices, count, number
 from bwlens.edit.known import open_edits
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
+from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.prompts import Edit
-from bwlens.model.sites import resolve_layers
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, resolve_layers
 
 
+@one_thread_at_a_time
 def gradient_step(
-    model: Any,
+    model: LensModel,
     edits: Edits,
     *,
     lr: float,
     matrices: str | Sequence[str] = ("W_out",),
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     steps: int = 1,
     prepend_bos: bool | None = None,
 ) -> WeightChange:
@@ -76,10 +78,10 @@ def gradient_step(
 
 
 def edit_gradients(
-    model: Any,
+    model: LensModel,
     edits: list[Edit],
     matrices: Sequence[str],
-    layers: Iterable[int] | int | None,
+    layers: Layers,
     prepend_bos: bool | None,
 ) -> Gradients:
     """The gradient of the sum of the edits' losses, their targets' mean NLL."""

@@ -5,26 +5,27 @@ What enters W_out (or W_O) at a token is the *key* under which editing methods w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bwlens.model.passes import as_rows, flows_of, recording
+from bwlens.model.flows import Flow, as_rows
+from bwlens.model.passes import Addition, Passed, run, wide
 from bwlens.model.prompts import Batch, Edit, make_batch
-from bwlens.model.sites import Point, Site, Tap, plain_taps
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Point, Site, Tap, plain_taps
 from bwlens.model.tokens import subject_positions
 
-Token = Literal["subject_last", "last"]
-"""Which token of a prompt holds the key: the subject's last one, or the prompt's last one."""
+Position = Literal["last", "subject"]
+"""Which token of a prompt holds the key: the prompt's last one, or the subject's last one."""
 
 
 @dataclass(frozen=True, eq=False)
-class Passed:
+class KeyPass:
     """What one forward pass showed.
 
     Attributes:
@@ -42,9 +43,9 @@ class Passed:
     norms: dict[Site, nn.Module]
 
 
-def run(
-    model: Any, batch: Batch, matrices: Sequence[str], layers: Iterable[int] | int | None = None
-) -> Passed:
+def passed_by(
+    model: LensModel, batch: Batch, matrices: Sequence[str] | str, layers: Layers = None
+) -> KeyPass:
     """One forward pass of a batch, in eval mode and without gradients.
 
     Raises:
@@ -52,32 +53,48 @@ def run(
         NotImplementedError: A mixture of experts, whose tokens go to different weights.
     """
     taps = key_taps(model, matrices, layers)
-    points = {point for tap in taps for point in (*tap.x, *tap.z)}
     norm = getattr(model, "ln_final", None)
     end = None if norm is None else Point(norm, "input", "hidden_states")
-    entries = _norm_entries(model, sorted({tap.site.layer for tap in taps}))
-    points |= {point for entry in entries.values() for point in entry}
-    with recording(model, points | ({end} if end else set())) as seen, torch.no_grad():
-        logits = model(batch.tokens, return_type="logits", padding_side="right")
-        flows = [flow for tap in taps for flow in flows_of(tap, seen, None, batch)]
+    entries = norm_entries(model, sorted({tap.site.layer for tap in taps}))
+    points = {point for several in entries.values() for point in several} | (
+        {end} if end else set()
+    )
+    passed = run(model, batch.tokens, taps=taps, points=points)
     shape = batch.tokens.shape
-    x = {flow.parts[0][0]: _wide(as_rows(flow.x)).unflatten(0, shape) for flow in flows}
-    z = {flow.parts[0][0]: _wide(as_rows(flow.z)).unflatten(0, shape) for flow in flows}
-    final = _wide(seen[end][0]) if end and end in seen else None
-    norms = {}
-    for flow in flows:
+    x, z, norms = {}, {}, {}
+    for flow in passed.flows:
         site = flow.parts[0][0]
-        for entry in entries[site.layer]:
-            entered = seen[entry][0] if entry in seen else None
-            # A norm of the stream takes something else.
-            if entered is not None and _same(entered, flow.z):
-                norms[site] = entry.module
-    return Passed(_wide(logits), final, x, z, norms)
+        x[site] = wide(as_rows(flow.x)).unflatten(0, shape)
+        z[site] = wide(as_rows(flow.z)).unflatten(0, shape)
+        if (after := norm_after(entries[site.layer], passed, [flow])) is not None:
+            norms[site] = after
+    final = wide(passed.seen[end][0]) if end and end in passed.seen else None
+    return KeyPass(wide(passed.logits), final, x, z, norms)
 
 
-def key_taps(
-    model: Any, matrices: Sequence[str], layers: Iterable[int] | int | None = None
-) -> list[Tap]:
+def norm_entries(model: LensModel, layers: Iterable[int]) -> dict[int, list[Point]]:
+    """Where each layer's norms take their input."""
+    entries: dict[int, list[Point]] = {}
+    for layer in layers:
+        block = model.blocks[layer]
+        here = [getattr(block, name, None) for name in ("ln1", "ln1_post", "ln2", "ln2_post")]
+        norms = dict.fromkeys(norm for norm in here if isinstance(norm, nn.Module))
+        entries[layer] = [Point(norm, "input", "hidden_states") for norm in norms]
+    return entries
+
+
+def norm_after(entries: Sequence[Point], passed: Passed, flows: Sequence[Flow]) -> nn.Module | None:
+    """The norm that takes what left a weight; a norm of the stream takes something else."""
+    for point in reversed(entries):
+        entered = passed.seen[point][0] if point in passed.seen else None
+        for flow in flows if entered is not None else ():
+            same = entered.numel() == flow.z.numel()
+            if same and torch.equal(entered.flatten(), flow.z.flatten()):
+                return point.module
+    return None
+
+
+def key_taps(model: LensModel, matrices: Sequence[str] | str, layers: Layers = None) -> list[Tap]:
     """The taps of weights whose input is a key: those that every token passes.
 
     Raises:
@@ -90,24 +107,15 @@ def key_taps(
     return plain_taps(model, matrices, layers, why)
 
 
-@contextmanager
-def moved(
-    model: Any, site: Site, rows: Int[Tensor, " n"], delta: Float[Tensor, "n d_out"]
-) -> Iterator[None]:
-    """Add `delta` to what leaves a weight, at these rows of the flattened batch."""
-    tap = key_taps(model, [site.matrix], site.layer)[0]
-
-    def add(module: Any, args: Any, output: Any) -> Any:
-        whole = output[0] if isinstance(output, tuple) else output
-        flat = whole.flatten(0, -2)
-        changed = flat.index_add(0, rows.to(flat.device), delta.to(flat)).view_as(whole)
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = tap.z[0].module.register_forward_hook(add)
-    try:
-        yield
-    finally:
-        handle.remove()
+def shift_of(
+    tap: Tap,
+    batch: Batch,
+    rows: Int[Tensor, " n"],
+    delta: Float[Tensor, "n d_out"],
+) -> Addition:
+    """What adds `delta` to what leaves a weight, at these rows of the flattened batch."""
+    added = delta.new_zeros(batch.tokens.numel(), delta.shape[1])
+    return Addition(tap.z, added.index_add(0, rows.to(delta.device), delta), name=str(tap.site))
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,20 +154,20 @@ class Contexts:
 
 
 def contexts_of(
-    model: Any,
+    model: LensModel,
     edits: Sequence[Edit],
     prefixes: Sequence[str],
-    token: Token,
+    position: Position,
     prepend_bos: bool | None,
     targets: bool = True,
 ) -> Contexts:
     """Each edit's prompt by itself and behind each of the prefixes, which end it with a space."""
-    check_token(token)
+    check_position(position)
     texts = [joined(prefix, edit.text) for edit in edits for prefix in ("", *prefixes)]
     owners = [edit for edit in edits for _ in ("", *prefixes)]
     wanted = [edit.target_new for edit in owners] if targets else None
     batch = make_batch(model, texts, wanted, prepend_bos=prepend_bos)
-    if token == "last":
+    if position == "last":
         positions = batch.last.tolist()
     else:
         positions = [
@@ -169,18 +177,18 @@ def contexts_of(
     return Contexts(batch, tuple(positions), 1 + len(prefixes))
 
 
-def check_token(token: str) -> None:
-    """Refuse what is no `Token`.
+def check_position(position: str) -> None:
+    """Refuse what is no `Position`.
 
     Raises:
-        ValueError: Neither "subject_last" nor "last".
+        ValueError: Neither "last" nor "subject".
     """
-    if token not in ("subject_last", "last"):
-        raise ValueError(f"token must be 'subject_last' or 'last', found {token!r}")
+    if position not in ("last", "subject"):
+        raise ValueError(f"position must be 'last' or 'subject', found {position!r}")
 
 
 def positions_in(
-    model: Any, text: str, edit: Edit, prepend_bos: bool | None = None
+    model: LensModel, text: str, edit: Edit, prepend_bos: bool | None = None
 ) -> tuple[int, ...]:
     """Where the subject's tokens stand in a text that ends with the edit's prompt."""
     start = len(text) - len(edit.text) + edit.start
@@ -190,22 +198,3 @@ def positions_in(
 def joined(prefix: str, text: str) -> str:
     """A text behind a prefix, with one space between."""
     return f"{prefix.rstrip()} {text}" if prefix.strip() else text
-
-
-def _norm_entries(model: Any, layers: list[int]) -> dict[int, list[Point]]:
-    """Where each layer's norms take their input."""
-    entries: dict[int, list[Point]] = {}
-    for layer in layers:
-        block = model.blocks[layer]
-        held = [getattr(block, name, None) for name in ("ln1", "ln1_post", "ln2", "ln2_post")]
-        norms = dict.fromkeys(norm for norm in held if isinstance(norm, nn.Module))
-        entries[layer] = [Point(norm, "input", "hidden_states") for norm in norms]
-    return entries
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == b.numel() and torch.equal(a.flatten(), b.flatten())
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

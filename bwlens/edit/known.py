@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.model.passes import in_eval_mode
+from bwlens.model.passes import run
 from bwlens.model.prompts import Batch, Edit, make_batch
+from bwlens.model.protocol import LensModel
 
 
 def open_edits(
-    model: Any, edits: Sequence[Edit], prepend_bos: bool | None = None
+    model: LensModel, edits: Sequence[Edit], prepend_bos: bool | None = None
 ) -> tuple[list[Edit], str]:
     """The edits that there is something to do for, and what to say of the others.
 
@@ -26,9 +25,7 @@ def open_edits(
     """
     prompts, targets = [edit.text for edit in edits], [edit.target_new for edit in edits]
     batch = make_batch(model, prompts, targets, prepend_bos=prepend_bos)
-    with in_eval_mode(model), torch.no_grad():
-        logits = model(batch.tokens, return_type="logits", padding_side="right")
-    known = answered(logits, batch)
+    known = answered(run(model, batch.tokens).logits, batch)
     left = [edit for edit, is_known in zip(edits, known, strict=True) if not is_known]
     return left, known_note(edits, known)
 

@@ -20,11 +20,16 @@ from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
 from bwlens.edit.direction import Direction, before_norm, check_direction, token_directions
 from bwlens.edit.given import first_only_note, number
+from bwlens.edit.keys import Position, check_position, norm_after, norm_entries
 from bwlens.edit.known import answered, known_note
+from bwlens.edit.smallest import smallest_steps
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.model.passes import as_rows, expert_calls, flows_of, recording
+from bwlens.model.flows import as_rows
+from bwlens.model.locking import one_thread_at_a_time
+from bwlens.model.passes import run, wide
 from bwlens.model.prompts import Batch, Edit, make_batch
-from bwlens.model.sites import ExpertTap, Point, Site, Tap, find_taps, resolve_layer
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Site, find_taps, resolve_layer
 from bwlens.model.tokens import subject_positions
 
 _DEPTH = 35 / 47  # Layer 35 of 0 to 47 in the paper's GPT-2 xl.
@@ -32,14 +37,15 @@ _WITHIN = 1.05  # The chosen step is at most this much above one that fails.
 _MOST = 24  # Doublings or halvings of the first guess before giving up.
 
 
+@one_thread_at_a_time
 def forward_pass_shift(
-    model: Any,
+    model: LensModel,
     edits: Edits,
     *,
     layer: int | None = None,
     lr: float | None = None,
     margin: float = 1.0,
-    position: Literal["last", "subject"] = "last",
+    position: Position = "last",
     tokens: Literal["first", "all"] | None = None,
     direction: Direction = "unembedding",
     prepend_bos: bool | None = None,
@@ -128,7 +134,7 @@ def forward_pass_shift(
     return replace(change, note="; ".join(filter(None, notes)), details=details)
 
 
-def default_layer(model: Any) -> int:
+def default_layer(model: LensModel) -> int:
     """The layer at 35/47 of the model's depth: 35 of GPT-2 xl's 48, 5 of the demo model's 8."""
     return int(_DEPTH * (len(model.blocks) - 1))
 
@@ -181,8 +187,7 @@ def _check_settings(lr: float | None, position: str, tokens: str, direction: str
     wanted = "a finite step other than 0, or None to find one"
     if lr is not None and number(lr, "lr", wanted) == 0:
         raise ValueError(f"lr is {lr}; expected {wanted}")
-    if position not in ("last", "subject"):
-        raise ValueError(f"position must be 'last' or 'subject', found {position!r}")
+    check_position(position)
     if tokens not in ("first", "all"):
         raise ValueError(f"tokens must be 'first' or 'all', found {tokens!r}")
     check_direction(direction)
@@ -194,7 +199,7 @@ def _check_settings(lr: float | None, position: str, tokens: str, direction: str
 
 
 def _batch(
-    model: Any, edits: list[Edit], tokens: str, prepend_bos: bool | None
+    model: LensModel, edits: list[Edit], tokens: str, prepend_bos: bool | None
 ) -> tuple[Batch, list[bool]]:
     """The prompts with the tokens that are written, and of which edits there are more."""
     prompts = [edit.text for edit in edits]
@@ -207,7 +212,7 @@ def _batch(
 
 
 def _keys(
-    model: Any, edits: list[Edit], batch: Batch, position: str, prepend_bos: bool | None
+    model: LensModel, edits: list[Edit], batch: Batch, position: str, prepend_bos: bool | None
 ) -> list[_Key]:
     """One key for each token of each target, edit by edit."""
     keys = []
@@ -218,26 +223,14 @@ def _keys(
     return keys
 
 
-def _pass(model: Any, batch: Batch, layer: int, keys: list[_Key]) -> _Pass:
+def _pass(model: LensModel, batch: Batch, layer: int, keys: list[_Key]) -> _Pass:
     """One forward pass without gradients: the answers, and what enters W_out at the keys."""
-    taps = find_taps(model, ["W_out"], layer)
-    points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
-    points |= {tap.routing for tap in taps if tap.routing is not None}
-    block = model.blocks[layer]
-    norms = [n for n in ("ln2_post", "ln2") if isinstance(getattr(block, n, None), nn.Module)]
-    entries = {n: Point(getattr(block, n), "input", "hidden_states") for n in norms}
-    batched = [tap for tap in taps if isinstance(tap, ExpertTap)]
-    with (
-        recording(model, points | set(entries.values())) as seen,
-        expert_calls(batched) as calls,
-        torch.no_grad(),
-    ):
-        logits = model(batch.tokens, return_type="logits", padding_side="right")
-        flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, batch)]
+    entries = norm_entries(model, [layer])[layer]
+    passed = run(model, batch.tokens, taps=find_taps(model, "W_out", layer), points=entries)
     n_pos = batch.tokens.shape[1]
     inputs: dict[Site, tuple[Tensor, list[int]]] = {}
     moved = [0.0] * len(keys)
-    for flow in flows:
+    for flow in passed.flows:
         x, z = as_rows(flow.x), as_rows(flow.z)
         at = list(range(len(x))) if flow.tokens is None else flow.tokens.tolist()
         row_of = {token: row for row, token in enumerate(at)}
@@ -245,25 +238,15 @@ def _pass(model: Any, batch: Batch, layer: int, keys: list[_Key]) -> _Pass:
         here = [(row, owner) for row, owner in owned if row is not None]
         if not here:
             continue
-        rows = x[[row for row, _ in here]]
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = wide(x[[row for row, _ in here]])
         sizes = z[[row for row, _ in here]].float().norm(dim=1) / rows.norm(dim=1).square()
         for (_, owner), size in zip(here, sizes.tolist(), strict=True):
             moved[owner] = max(moved[owner], size)
         for site, _columns in flow.parts:
             if site.matrix == "W_out":
                 inputs[site] = rows, [owner for _, owner in here]
-    after = next((n for n in norms if _follows(seen.get(entries[n]), flows)), None)
-    return _Pass(logits, inputs, None if after is None else _single(getattr(block, after)), moved)
-
-
-def _follows(entered: list[Tensor] | None, flows: list[Any]) -> bool:
-    """Whether what entered a norm is what left the MLP."""
-    if not entered:
-        return False
-    return any(
-        flow.z.shape == entered[0].shape and torch.equal(flow.z, entered[0]) for flow in flows
-    )
+    after = norm_after(entries, passed, passed.flows)
+    return _Pass(passed.logits, inputs, None if after is None else _single(after), moved)
 
 
 def _single(norm: nn.Module) -> Any:
@@ -288,7 +271,7 @@ def _note(edits: list[Edit], known: list[bool], lost: list[int], failing: list[i
 class _Search:
     """The smallest step of each edit that makes its target the answer."""
 
-    def __init__(self, model: Any, plan: _Plan, moved: list[float]) -> None:
+    def __init__(self, model: LensModel, plan: _Plan, moved: list[float]) -> None:
         self._model, self._plan, self.passes = model, plan, 0
         # The first guess adds as much as the MLP's output is long.
         self._first: dict[int, float] = {}
@@ -309,26 +292,15 @@ class _Search:
         return found, failing
 
     def _alone(self, edit: int) -> float | None:
-        """The step of one edit by itself: doubled or halved to a bracket, then bisected."""
-        low, high, trial = 0.0, math.inf, self._first[edit]
-        batch = _row(self._plan.batch, edit)
-        for _ in range(_MOST):
-            if self._works({edit: trial}, batch)[0]:
-                high = trial
-            else:
-                low = trial
-            if low and math.isfinite(high):
-                break
-            trial *= 2.0 if math.isinf(high) else 0.5
-        if math.isinf(high):
-            return None
-        while low and high > _WITHIN * low:
-            trial = math.sqrt(low * high)
-            if self._works({edit: trial}, batch)[0]:
-                high = trial
-            else:
-                low = trial
-        return high
+        """The step of one edit by itself."""
+        batch = self._plan.batch.only(edit)
+        first = torch.tensor([self._first[edit]], dtype=torch.float64)
+
+        def works(steps: Tensor) -> Tensor:
+            return torch.tensor(self._works({edit: float(steps)}, batch))
+
+        step = float(smallest_steps(works, first, within=_WITHIN, most=_MOST))
+        return None if math.isnan(step) else step
 
     def _failing(self, steps: dict[int, float]) -> list[int]:
         works = self._works(steps, self._plan.batch)
@@ -338,17 +310,5 @@ class _Search:
         """Whether the answers of a batch are the targets with these steps applied."""
         self.passes += 1
         change = self._plan.change([steps.get(key.edit, 0.0) for key in self._plan.keys])
-        with change.applied(self._model), recording(self._model, set()), torch.no_grad():
-            logits = self._model(batch.tokens, return_type="logits", padding_side="right")
-        return answered(logits, batch)
-
-
-def _row(batch: Batch, i: int) -> Batch:
-    """One prompt of a batch."""
-    keep = slice(i, i + 1)
-    return Batch(
-        batch.tokens[keep, : int(batch.lengths[i])],
-        batch.lengths[keep],
-        batch.prompt_lengths[keep],
-        batch.targets[keep],
-    )
+        with change.applied(self._model):
+            return answered(run(self._model, batch.tokens).logits, batch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bwlens.data.texts import read_texts
-from bwlens.edit.keys import key_taps, run
+from bwlens.edit.keys import key_taps, passed_by
 from bwlens.model.identity import fingerprint, is_demo, model_label
-from bwlens.model.prompts import Batch
-from bwlens.model.sites import Site
+from bwlens.model.prompts import padded
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site
 from bwlens.model.tokens import text_to_ids
 from bwlens.runs.parts import whole
 
@@ -102,11 +103,11 @@ Statistics = Mapping[Site, KeyStatistics]
 
 
 def key_statistics(
-    model: Any,
+    model: LensModel,
     texts: Sequence[str] | str | os.PathLike[str],
     *,
     matrix: str = "W_out",
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     max_tokens: int | None = 100_000,
     window: int | None = None,
     batch_size: int = 16,
@@ -160,7 +161,7 @@ def key_statistics(
 
 
 def token_statistics(
-    model: Any, windows: Sequence[Sequence[int]], sites: Sequence[Site], batch_size: int = 16
+    model: LensModel, windows: Sequence[Sequence[int]], sites: Sequence[Site], batch_size: int = 16
 ) -> dict[Site, KeyStatistics]:
     """`key_statistics` of token ids, in windows that fit the model's context."""
     counted = _Sums(model, list(sites))
@@ -169,7 +170,7 @@ def token_statistics(
 
 
 def statistics_for(
-    model: Any, sites: Sequence[Site], given: Statistics | str | os.PathLike[str] | None
+    model: LensModel, sites: Sequence[Site], given: Statistics | str | os.PathLike[str] | None
 ) -> dict[Site, KeyStatistics]:
     """The statistics of these weights of this model, checked to be this model's.
 
@@ -205,8 +206,8 @@ def statistics_for(
 
 
 def save_statistics(
-    statistics: Statistics, path: str | os.PathLike[str], packed: bool = False
-) -> None:
+    statistics: Statistics, path: str | os.PathLike[str], *, packed: bool = False
+) -> Path:
     """Write statistics to a safetensors file, replaced whole or not at all.
 
     `packed` keeps the lower triangle of C's inverse Cholesky factor in half precision, a quarter of
@@ -231,6 +232,7 @@ def save_statistics(
     with whole(path) as draft:
         save_file(tensors, draft, metadata=_FORMAT | {"about": json.dumps(told)})
         draft.chmod(0o644)
+    return path
 
 
 def load_statistics(path: str | os.PathLike[str]) -> dict[Site, KeyStatistics]:
@@ -279,7 +281,7 @@ _CHECKED: WeakKeyDictionary[Any, dict[Site, Tensor]] = WeakKeyDictionary()
 class _Sums:
     """Sums of keys and of their outer products, over batches."""
 
-    def __init__(self, model: Any, sites: list[Site]) -> None:
+    def __init__(self, model: LensModel, sites: list[Site]) -> None:
         self._model, self._sites, self._n = model, sites, 0
         self._first: dict[Site, Tensor] = {}
         self._second: dict[Site, Tensor] = {}
@@ -298,10 +300,10 @@ class _Sums:
                 progress.update(task, advance=batch_size)
 
     def _add(self, rows: list[list[int]]) -> None:
-        batch = _batch(self._model, rows)
+        batch = padded(self._model, rows)
         matrices = list(dict.fromkeys(site.matrix for site in self._sites))
         layers = sorted({site.layer for site in self._sites})
-        passed = run(self._model, batch, matrices, layers)
+        passed = passed_by(self._model, batch, matrices, layers)
         self._n += batch.n_rows
         for site in self._sites:
             keys = passed.x[site][batch.mask].double()
@@ -324,15 +326,16 @@ class _Sums:
         }
 
 
-def _probes(model: Any, sites: Sequence[Site]) -> dict[Site, Tensor]:
+def _probes(model: LensModel, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """Norms of the keys at fixed token ids: the same for a model in any wrapping and dtype."""
     ids = [(37 * i + 1) % model.cfg.d_vocab for i in range(_PROBE)]
+    layers = sorted({site.layer for site in sites})
     matrices = list(dict.fromkeys(site.matrix for site in sites))
-    passed = run(model, _batch(model, [ids]), matrices, sorted({site.layer for site in sites}))
+    passed = passed_by(model, padded(model, [ids]), matrices, layers)
     return {site: passed.x[site][0].norm(dim=-1).float().cpu() for site in sites}
 
 
-def _check(model: Any, statistics: Mapping[Site, KeyStatistics]) -> None:
+def _check(model: LensModel, statistics: Mapping[Site, KeyStatistics]) -> None:
     probes = _probes(model, list(statistics))
     for site, one in statistics.items():
         same = torch.allclose(probes[site], one.probe, rtol=_SAME, atol=1e-3)
@@ -344,23 +347,14 @@ def _check(model: Any, statistics: Mapping[Site, KeyStatistics]) -> None:
             )
 
 
-def _width(model: Any, site: Site) -> int:
+def _width(model: LensModel, site: Site) -> int:
     from bwlens.model.weights import weight_of
 
     return weight_of(model, site).shape[0]
 
 
-def _batch(model: Any, rows: Sequence[Sequence[int]]) -> Batch:
-    device = next(model.embed.parameters()).device
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    return Batch(tokens.to(device), lengths.to(device), lengths.to(device))
-
-
 def _windows(
-    model: Any, documents: list[str], window: int, limit: int | None, prepend_bos: bool | None
+    model: LensModel, documents: list[str], window: int, limit: int | None, prepend_bos: bool | None
 ) -> list[list[int]]:
     """The documents' tokens in windows, up to the limit."""
     windows, n = [], 0
@@ -390,7 +384,7 @@ def _documents(texts: Sequence[str] | str | os.PathLike[str]) -> list[str]:
     return documents
 
 
-def _cached(model: Any, documents: list[str], settings: list[Any]) -> Path:
+def _cached(model: LensModel, documents: list[str], settings: list[Any]) -> Path:
     held = hashlib.sha256(json.dumps(settings).encode())
     for document in documents:
         held.update(hashlib.sha256(document.encode()).digest())

@@ -16,11 +16,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.edit.given import count
-from bwlens.edit.keys import Token, contexts_of, joined, moved, positions_in, run
+from bwlens.edit.given import count, texts_of
+from bwlens.edit.keys import (
+    Contexts,
+    Position,
+    check_position,
+    contexts_of,
+    joined,
+    key_taps,
+    passed_by,
+    positions_in,
+    shift_of,
+)
 from bwlens.gradient.objectives import NLL
-from bwlens.model.passes import in_eval_mode, recording
+from bwlens.model.passes import device_of, run, wide
 from bwlens.model.prompts import Batch, Edit, make_batch
+from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Point, Site
 from bwlens.model.tokens import subject_positions, text_to_ids
 
@@ -80,48 +91,65 @@ class Value:
     losses: tuple[float, ...]
 
 
-def find_value(
-    model: Any,
-    edit: Edit,
-    site: Site,
-    settings: ValueSettings,
-    prefixes: Sequence[str],
-    token: Token = "subject_last",
-    prepend_bos: bool | None = None,
-    of_stream: bool = False,
-) -> Value:
-    """The shift of W_out's output at the key's token that makes the target probable.
+@dataclass(frozen=True)
+class ValueSearch:
+    """How ROME and MEMIT look for what to write: settings, contexts and the key's place.
 
-    Gradients are taken with respect to the shift alone; the model is left as it was. `size` is
-    W_out's output at the plain prompt (ROME), or with `of_stream` the stream after the block.
+    `prefixes` of None draws twenty from the model, see `prefixes_of`.
 
     Raises:
-        ValueError: The subject is not in the prompt, or the loss is no longer finite.
+        ValueError: A malformed setting.
     """
-    contexts = contexts_of(model, [edit], prefixes, token, prepend_bos)
-    passed = run(model, contexts.batch, [site.matrix], site.layer)
-    key = contexts.at(passed.x[site])[0].mean(0)
-    start = contexts.at(passed.z[site])[0, 0]
-    if of_stream:
-        start = contexts.at(stream_after(model, contexts.batch, site.layer))[0, 0]
-    problem = _Problem(model, edit, site, settings, prefixes, token, prepend_bos, float(
-        start.norm().clamp(min=1e-9)
-    ))  # fmt: skip
-    delta, losses = problem.solved(torch.zeros_like(start))
-    return Value(key, delta, losses)
+
+    settings: ValueSettings
+    prefixes: Sequence[str] | None
+    position: Position
+    prepend_bos: bool | None
+
+    def __post_init__(self) -> None:
+        check_position(self.position)
+        if self.prefixes is not None:
+            object.__setattr__(self, "prefixes", texts_of(self.prefixes, "prefixes"))
+
+    def before(self, model: LensModel) -> tuple[str, ...]:
+        """The prefixes."""
+        return prefixes_of(model, self.prefixes, self.prepend_bos)
+
+    def contexts(
+        self, model: LensModel, edits: Sequence[Edit], alone: bool = False, targets: bool = False
+    ) -> Contexts:
+        """Prompts behind the prefixes, or `alone`."""
+        before = () if alone else self.before(model)
+        return contexts_of(model, edits, before, self.position, self.prepend_bos, targets)
+
+    def value(self, model: LensModel, edit: Edit, site: Site, *, of_stream: bool = False) -> Value:
+        """The shift of W_out's output at the key's token that makes the target probable.
+
+        Gradients are taken with respect to the shift alone; the model is left as it was. `size` is
+        W_out's output at the plain prompt (ROME), or with `of_stream` the stream after the block.
+
+        Raises:
+            ValueError: The subject is not in the prompt, or the loss is no longer finite.
+        """
+        contexts = self.contexts(model, [edit], targets=True)
+        passed = passed_by(model, contexts.batch, site.matrix, site.layer)
+        key = contexts.at(passed.x[site])[0].mean(0)
+        start = contexts.at(passed.z[site])[0, 0]
+        if of_stream:
+            start = contexts.at(stream_after(model, contexts.batch, site.layer))[0, 0]
+        size = float(start.norm().clamp(min=1e-9))
+        delta, losses = _Problem(model, edit, site, self, size).solved(torch.zeros_like(start))
+        return Value(key, delta, losses)
 
 
-def stream_after(model: Any, batch: Batch, layer: int) -> Float[Tensor, "batch pos d_model"]:
+def stream_after(model: LensModel, batch: Batch, layer: int) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream after a block, in one forward pass without gradients."""
     point = Point(model.blocks[layer], "output")
-    with recording(model, {point}) as seen, torch.no_grad():
-        model(batch.tokens, return_type="logits", padding_side="right")
-    stream = seen[point][0]
-    return stream.to(torch.promote_types(stream.dtype, torch.float32))
+    return wide(run(model, batch.tokens, points=[point]).seen[point][0])
 
 
 def prefixes_of(
-    model: Any, prefixes: Sequence[str] | None, prepend_bos: bool | None = None
+    model: LensModel, prefixes: Sequence[str] | None, prepend_bos: bool | None = None
 ) -> tuple[str, ...]:
     """The prefixes given, or twenty drawn from the model, once for each model object.
 
@@ -137,20 +165,18 @@ def prefixes_of(
     return kept[prepend_bos]
 
 
-def _sampled(model: Any) -> tuple[str, ...]:
+def _sampled(model: LensModel) -> tuple[str, ...]:
     begin = getattr(model.tokenizer, "bos_token_id", None)
     start = text_to_ids(model, " The", False) if begin is None else [begin]
-    device = next(model.embed.parameters()).device
     rng = random.Random(0)
-    tokens = torch.tensor([start] * len(_LENGTHS), device=device)
-    with in_eval_mode(model), torch.no_grad():
-        for _ in range(max(_LENGTHS)):
-            logits = model(tokens, return_type="logits", padding_side="right")[:, -1].float()
-            top = logits.topk(min(_AMONG, logits.shape[-1]))
-            weights = top.values.softmax(-1).tolist()
-            drawn = [rng.choices(range(len(w)), w)[0] for w in weights]
-            chosen = top.indices[range(len(drawn)), drawn]
-            tokens = torch.cat([tokens, chosen[:, None]], dim=1)
+    tokens = torch.tensor([start] * len(_LENGTHS), device=device_of(model))
+    for _ in range(max(_LENGTHS)):
+        logits = run(model, tokens).logits[:, -1].float()
+        top = logits.topk(min(_AMONG, logits.shape[-1]))
+        weights = top.values.softmax(-1).tolist()
+        drawn = [rng.choices(range(len(w)), w)[0] for w in weights]
+        chosen = top.indices[range(len(drawn)), drawn]
+        tokens = torch.cat([tokens, chosen[:, None]], dim=1)
     skip = 0 if begin is None else len(start)
     ends = [len(start) + n for n in _LENGTHS]
     rows = [row[skip:end] for row, end in zip(tokens.tolist(), ends, strict=True)]
@@ -162,30 +188,22 @@ class _Problem:
     """One edit's loss as a function of the shift."""
 
     def __init__(
-        self,
-        model: Any,
-        edit: Edit,
-        site: Site,
-        settings: ValueSettings,
-        prefixes: Sequence[str],
-        token: Token,
-        prepend_bos: bool | None,
-        size: float,
+        self, model: LensModel, edit: Edit, site: Site, search: ValueSearch, size: float
     ) -> None:
-        self._model, self._site, self._settings, self._size = model, site, settings, size
-        self._n = 1 + len(prefixes)
-        essence = f"{edit.subject} is a"
-        texts = [joined(prefix, edit.text) for prefix in ("", *prefixes)]
+        self._model, self._settings, self._size = model, search.settings, size
+        (self._tap,) = key_taps(model, site.matrix, site.layer)
+        texts = [joined(prefix, edit.text) for prefix in ("", *search.before(model))]
+        essence, bos = f"{edit.subject} is a", search.prepend_bos
+        self._n = len(texts)
         # The last prompt has a target of one token, whose loss is not read.
-        targets = [edit.target_new] * self._n
-        ids = make_batch(model, texts, targets, prepend_bos=prepend_bos).targets
+        ids = make_batch(model, texts, [edit.target_new] * self._n, prepend_bos=bos).targets
         wanted = [list(i) for i in ids] + [[ids[0][0]]]
-        self._batch = make_batch(model, [*texts, essence], wanted, prepend_bos=prepend_bos)
-        if token == "last":
+        self._batch = make_batch(model, [*texts, essence], wanted, prepend_bos=bos)
+        if search.position == "last":
             where = self._batch.last.tolist()
         else:
-            where = [positions_in(model, text, edit, prepend_bos)[-1] for text in texts]
-            where += subject_positions(model, essence, edit.subject, prepend_bos, 0)[-1:]
+            where = [positions_in(model, text, edit, bos)[-1] for text in texts]
+            where += subject_positions(model, essence, edit.subject, bos, 0)[-1:]
         n_pos = self._batch.tokens.shape[1]
         self._rows = torch.tensor([i * n_pos + p for i, p in enumerate(where)])
         self._nll = NLL(wanted)
@@ -196,7 +214,7 @@ class _Problem:
         settings, losses = self._settings, []
         delta = delta.detach().clone().requires_grad_()
         adam = torch.optim.Adam([delta], lr=settings.lr)
-        with in_eval_mode(self._model), torch.enable_grad():
+        with torch.enable_grad():
             for step in range(settings.steps + 1):
                 loss = self._loss(delta)
                 losses.append(float(loss.detach()))
@@ -220,10 +238,9 @@ class _Problem:
         return delta.detach(), tuple(losses)
 
     def _loss(self, delta: Tensor) -> Tensor:
-        shifts = delta.expand(len(self._batch), -1)
-        with moved(self._model, self._site, self._rows, shifts):
-            tokens = self._batch.tokens
-            logits = self._model(tokens, return_type="logits", padding_side="right").float()
+        shift = shift_of(self._tap, self._batch, self._rows, delta.expand(len(self._batch), -1))
+        passed = run(self._model, self._batch.tokens, additions=[shift], graph=True)
+        logits = passed.logits.float()
         nll = self._nll(logits, self._batch)[: self._n].mean()
         new = logits[self._n, int(self._batch.last[self._n])].log_softmax(-1)
         if self._original is None:

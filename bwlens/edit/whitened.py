@@ -9,9 +9,9 @@ step solved for, and the place is where attention hands over what it read of the
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,13 +22,15 @@ from bwlens.data.given import Edits, as_edits
 from bwlens.edit._memit import normal_rows
 from bwlens.edit.direction import before_norm, token_directions
 from bwlens.edit.given import first_only_note, number, texts_of
-from bwlens.edit.keys import Contexts, Passed, contexts_of, run
+from bwlens.edit.keys import Contexts, KeyPass, contexts_of, passed_by
 from bwlens.edit.known import known_note
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.head import Head, head_of
+from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.prompts import Edit
-from bwlens.model.sites import Site, resolve_layers
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, resolve_layers
 
 PREFIXES = ("People say that", "Once upon a time, there was.")
 """Contexts that say nothing of any subject, tuned on the demo model's even records."""
@@ -36,11 +38,12 @@ PREFIXES = ("People say that", "Once upon a time, there was.")
 _SHARE = 0.25  # Of the layers, from the top: 6 and 7 of 8.
 
 
+@one_thread_at_a_time
 def whitened_shift(
-    model: Any,
+    model: LensModel,
     edits: Edits,
     *,
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     matrix: str = "W_O",
     margin: float = 8.0,
     tokens: Literal["first", "all"] = "all",
@@ -111,7 +114,7 @@ def whitened_shift(
     sites = [Site(matrix, layer) for layer in chosen]
     whiteners = statistics_for(model, sites, statistics)
     contexts = contexts_of(model, listed, prefixes, "last", prepend_bos)
-    passed = run(model, contexts.batch, [matrix], chosen)
+    passed = passed_by(model, contexts.batch, [matrix], chosen)
     found = _Answers.of(model, listed, contexts, passed, tokens)
     kept = [i for i, known in enumerate(found.known) if not known]
     steps = (found.gap + margin) / (len(sites) * found.rows.square().sum(-1))
@@ -163,7 +166,7 @@ class _Answers:
 
     @staticmethod
     def of(
-        model: Any, edits: list[Edit], contexts: Contexts, passed: Passed, tokens: str
+        model: LensModel, edits: list[Edit], contexts: Contexts, passed: KeyPass, tokens: str
     ) -> _Answers:
         head = head_of(model)
         targets = [contexts.batch.targets[i * contexts.n] for i in range(len(edits))]
@@ -198,7 +201,7 @@ class _Answers:
         )
 
 
-def _old(model: Any, edit: Edit, answer: int) -> int:
+def _old(model: LensModel, edit: Edit, answer: int) -> int:
     """The first token of the old answer: the one given, or the model's own."""
     if edit.target_true is None:
         return answer
@@ -214,7 +217,7 @@ def _scale(head: Head, stream: Float[Tensor, "edits n d"]) -> Float[Tensor, " ed
     return (stream.square().mean(-1) + head.eps).sqrt().mean(1)
 
 
-def _residual_scale(model: Any) -> float:
+def _residual_scale(model: LensModel) -> float:
     """What a sublayer's output is multiplied with on its way into the stream (Granite)."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return float(getattr(config, "residual_multiplier", None) or 1.0)

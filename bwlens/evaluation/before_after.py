@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from bwlens.data.given import as_edits
 from bwlens.data.records import Record
 from bwlens.edit import WeightChange
-from bwlens.model.passes import in_eval_mode
+from bwlens.model.losses import last_logits
+from bwlens.model.passes import run
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.tokens import token_texts
 
@@ -126,10 +125,8 @@ def next_words(
 ) -> tuple[Words, ...]:
     """The most probable next tokens of each prompt, with their probabilities."""
     batch = make_batch(model, list(prompts), prepend_bos=prepend_bos)
-    with in_eval_mode(model), torch.no_grad():
-        logits = model(batch.tokens, return_type="logits", padding_side="right")
-    rows = torch.arange(len(batch), device=logits.device)
-    best = logits[rows, batch.last].float().softmax(-1).topk(top_k)
+    logits = last_logits(run(model, batch.tokens).logits, batch)
+    best = logits.float().softmax(-1).topk(top_k)
     words = [token_texts(model.tokenizer, ids) for ids in best.indices.tolist()]
     return tuple(
         tuple(zip(said, shares, strict=True))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bwlens.evaluation.questions import Row
+from bwlens.model.passes import device_of
 from bwlens.model.stepping import quickest_step
 
 
@@ -27,7 +28,7 @@ class Writer:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._device = next(model.embed.parameters()).device
+        self._device = device_of(model)
         self._most = getattr(model.cfg, "n_ctx", None) or 1 << 30
         self._new_step = quickest_step(model)
 

@@ -27,7 +27,7 @@ from bwlens.evaluation.questions import (
     answers_of,
     questions_of,
 )
-from bwlens.model.passes import in_eval_mode
+from bwlens.model.passes import device_of, in_eval_mode
 from bwlens.model.tokens import text_to_ids
 
 
@@ -195,7 +195,7 @@ class Gauge:
     @contextmanager
     def _own_luck(self, item: int) -> Iterator[None]:
         """The same random numbers for a record whenever its turn is, and none of the user's."""
-        device = next(self._model.embed.parameters()).device
+        device = device_of(self._model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(_seed(self._options.seed, item))
             yield
@@ -210,7 +210,7 @@ class Gauge:
         self.spent[what] += seconds[0]
 
     def _now(self) -> float:
-        if next(self._model.embed.parameters()).is_cuda:
+        if device_of(self._model).type == "cuda":
             torch.cuda.synchronize()  # what was asked of the GPU is done then
         return time.perf_counter()
 

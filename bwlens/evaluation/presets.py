@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from bwlens.data.given import as_edits
 from bwlens.data.records import Record
 from bwlens.edit import WeightChange, fine_tune, gradient_step
@@ -14,7 +12,7 @@ from bwlens.edit.shift import default_layer
 from bwlens.edit.whitened import PREFIXES
 from bwlens.evaluation.methods import Method, editing_methods
 from bwlens.model.identity import is_demo
-from bwlens.model.passes import in_eval_mode
+from bwlens.model.passes import run
 from bwlens.model.prompts import Edit, make_batch
 
 _TITLES = {"rome": "ROME", "memit": "MEMIT", "none": "original"}
@@ -22,13 +20,13 @@ _ORDER = ("gradient_step", "rome", "memit", "forward_pass_shift")
 
 _DEMO: dict[str, dict[str, dict[str, Any]]] = {
     "rome": {
-        "ROME, last token": {"layer": 4, "token": "last", "clamp": 5.0, "prefixes": PREFIXES},
+        "ROME, last token": {"layer": 4, "position": "last", "clamp": 5.0, "prefixes": PREFIXES},
         "ROME, subject's token": {"layer": 0, "prefixes": PREFIXES},
     },
     "memit": {
         "MEMIT, last token": {
             "layers": [3, 4, 5],
-            "token": "last",
+            "position": "last",
             "weight": 100.0,
             "prefixes": PREFIXES,
         },
@@ -119,8 +117,8 @@ def smallest_gradient_step(
     (target,), last = batch.targets, int(batch.last[0])
 
     def flips(change: WeightChange) -> bool:
-        with change.applied(model), in_eval_mode(model), torch.no_grad():
-            logits = model(batch.tokens, return_type="logits", padding_side="right")[0]
+        with change.applied(model):
+            logits = run(model, batch.tokens).logits[0]
         return logits[last : last + len(target)].argmax(-1).tolist() == list(target)
 
     if flips(WeightChange()):

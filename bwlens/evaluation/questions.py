@@ -18,7 +18,8 @@ from torch import Tensor
 
 from bwlens.data.records import Record
 from bwlens.model.context import check_length
-from bwlens.model.prompts import make_batch
+from bwlens.model.passes import run
+from bwlens.model.prompts import make_batch, padded
 
 BATCH_TOKENS = 4096
 """Tokens of a forward pass, padding included, unless told otherwise."""
@@ -144,17 +145,12 @@ def next_logits(
     model: Any, rows: Sequence[Row], batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[list[int], Float[Tensor, "row pos d_vocab"]]]:
     """Rows of like length together, padded on the right: which ones, and the model's logits."""
-    device = next(model.embed.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while order:
         # The longest first, as it says how many go with it.
         n = max(1, batch_tokens // len(rows[order[-1]]))
         chosen, order = order[-n:], order[:-n]
-        width = len(rows[chosen[-1]])
-        padded = torch.tensor([rows[i] + (0,) * (width - len(rows[i])) for i in chosen])
-        with torch.no_grad():
-            logits = model(padded.to(device), return_type="logits", padding_side="right")
-        yield chosen, logits
+        yield chosen, run(model, padded(model, [rows[i] for i in chosen]).tokens).logits
 
 
 def _fewest(rows: Iterable[Row]) -> tuple[tuple[Row, ...], dict[Row, int]]:

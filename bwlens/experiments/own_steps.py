@@ -7,18 +7,19 @@ prompt: the weights stay as they are, and a batch under as many different edits 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.model.passes import in_eval_mode
+from bwlens.model.flows import as_rows
+from bwlens.model.losses import last_logits
+from bwlens.model.passes import Addition, run, wide
 from bwlens.model.prompts import Batch
-from bwlens.model.sites import Point, Site, Tap, plain_taps
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, Tap, plain_taps
 
 Change = Callable[[Tensor], Tensor]
 """x [batch, pos, d_in] to what is added to z [batch, pos, d_out]."""
@@ -43,13 +44,10 @@ class Stepped:
 
     def last_logits(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         """The logits after each prompt's last token."""
-        rows = torch.arange(len(batch), device=self.logits.device)
-        return self.logits[rows, batch.last.to(self.logits.device)]
+        return last_logits(self.logits, batch)
 
 
-def dense_taps(
-    model: Any, matrices: Sequence[str], layers: Sequence[int] | None
-) -> dict[Site, Tap]:
+def dense_taps(model: LensModel, matrices: Sequence[str] | str, layers: Layers) -> dict[Site, Tap]:
     """The taps of some matrices, none of them an expert's.
 
     Raises:
@@ -65,7 +63,7 @@ def dense_taps(
 
 
 def stepped(
-    model: Any,
+    model: LensModel,
     batch: Batch,
     changes: Mapping[Site, Change],
     watched: Mapping[Site, Tap] | None = None,
@@ -87,22 +85,32 @@ def stepped(
         >>> stepped(model, batch, {Site("W_out", 3): change}, taps).logits  # doctest: +SKIP
     """
     watched = watched or {}
-    missing = [site for site in changes if site not in watched]
-    taps = {**watched, **_taps_of(model, missing)}
-    passes = [_Passing(tap, changes.get(site), batch) for site, tap in taps.items()]
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(in_eval_mode(model))
-        for passing in passes:
-            passing.enter(stack)
-        logits = model(batch.tokens, return_type="logits", padding_side="right")
-    for passing in passes:
-        passing.check()
+    taps = dict(watched)
+    for site in changes:
+        taps |= {} if site in taps else dense_taps(model, site.matrix, site.layer)
+    shape = batch.tokens.shape
+    additions = [
+        Addition(taps[site].z, _by_position(change, shape), taps[site].x, str(site))
+        for site, change in changes.items()
+    ]
+    passed = run(model, batch.tokens, taps=watched.values(), additions=additions)
+    at_last = {
+        flow.tap: tuple(
+            wide(last_logits(as_rows(rows).unflatten(0, shape), batch)).to(batch.last.device)
+            for rows in (flow.x, flow.z)
+        )
+        for flow in passed.flows
+    }
     return Stepped(
-        _precise(logits),
-        {p.tap.site: p.last_x for p in passes if p.tap.site in watched},
-        {p.tap.site: p.last_z for p in passes if p.tap.site in watched},
+        wide(passed.logits),
+        {site: at_last[tap][0] for site, tap in watched.items()},
+        {site: at_last[tap][1] for site, tap in watched.items()},
     )
+
+
+def _by_position(change: Change, shape: torch.Size) -> Change:
+    """The change of what passes, heads together: [batch, pos, d_in]."""
+    return lambda x: change(x.reshape(*shape, -1))
 
 
 def padded(gradient: LowRankGradient, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -133,78 +141,5 @@ def whole(matrix: Float[Tensor, "batch d_in d_out"], step: Step) -> Change:
     return lambda entering: _times(entering @ matrix.to(entering), step)
 
 
-def _precise(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype is torch.float64 else tensor.float()
-
-
 def _times(tensor: Tensor, step: Step) -> Tensor:
     return tensor * (step[:, None, None].to(tensor) if isinstance(step, Tensor) else step)
-
-
-def _taps_of(model: Any, sites: Sequence[Site]) -> dict[Site, Tap]:
-    found = {}
-    for site in sites:
-        found |= dense_taps(model, [site.matrix], [site.layer])
-    return found
-
-
-class _Passing:
-    """One matrix in one pass: notes its x, adds its change to its z, notes the sum."""
-
-    def __init__(self, tap: Tap, change: Change | None, batch: Batch) -> None:
-        self.tap, self._change = tap, change
-        self._shape, self._last = batch.tokens.shape, batch.last
-        self._seen: dict[Point, Tensor] = {}
-        self._through: list[Point] = []
-        self.last_x = self.last_z = torch.empty(0)
-
-    def enter(self, stack: ExitStack) -> None:
-        for point in self.tap.x:
-            # A module's input must be known before what is inside it runs.
-            hook = self._note(point)
-            if point.side == "input":
-                handle = point.module.register_forward_pre_hook(hook, with_kwargs=True)
-            else:
-                handle = point.module.register_forward_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
-        for point in self.tap.z:
-            hook = self._add(point)
-            stack.callback(point.module.register_forward_hook(hook, with_kwargs=True).remove)
-
-    def check(self) -> None:
-        times = max((self._through.count(point) for point in self._through), default=0)
-        if times != 1:
-            raise NotImplementedError(
-                f"{self.tap.site} ran {times} times where bwlens can reach it; expected once."
-                f" Reload the model raw (bwlens.load_model)"
-            )
-
-    def _note(self, point: Point) -> Callable[..., None]:
-        def hook(module: Any, args: Any, kwargs: Any, output: Any = None) -> None:
-            self._seen[point] = point.take(args, kwargs, output)
-
-        return hook
-
-    def _add(self, point: Point) -> Callable[..., Any]:
-        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-            entering = next((self._seen[p] for p in self.tap.x if p in self._seen), None)
-            if entering is None:
-                raise NotImplementedError(
-                    f"x of {self.tap.site} passed no hook point before its z in the model's present"
-                    f" mode; reload the model raw (bwlens.load_model)"
-                )
-            rows = torch.arange(self._shape[0], device=entering.device)
-            last = self._last.to(entering.device)
-            x = entering.reshape(*self._shape, -1)
-            leaving = output[0] if isinstance(output, tuple) else output
-            # W_O's z passes the attention module, too: what was added is there already.
-            if self._change is not None and point in (self._through or [point])[:1]:
-                leaving = leaving + self._change(x).to(leaving).view_as(leaving)
-            self._through.append(point)
-            leaves = leaving.reshape(*self._shape, -1)
-            self.last_x, self.last_z = (
-                _precise(passed[rows, last]).to(self._last.device) for passed in (x, leaves)
-            )
-            return (leaving, *output[1:]) if isinstance(output, tuple) else leaving
-
-        return hook

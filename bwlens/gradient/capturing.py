@@ -18,22 +18,14 @@ from torch import Tensor
 from bwlens.gradient.guard import check_first_use
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import as_objective
-from bwlens.model.passes import (
-    Flow,
-    as_rows,
-    check_mode,
-    expert_calls,
-    flows_of,
-    forward,
-    recording,
-)
+from bwlens.model.flows import Flow, as_rows
+from bwlens.model.locking import alone_with
+from bwlens.model.losses import check_mode, forward
 from bwlens.model.prompts import Batch, Mask, Prompts, make_batch
 from bwlens.model.sites import (
-    ExpertTap,
     Layers,
     Point,
     Site,
-    Tap,
     as_site,
     find_taps,
     hook_points,
@@ -106,14 +98,7 @@ class Gradients(Mapping[Site, LowRankGradient]):
         if not -len(self.batch) <= index < len(self.batch):
             raise IndexError(f"prompt {index} asked for, but the batch has {len(self.batch)}")
         index %= len(self.batch)
-        keep = slice(index, index + 1)
-        batch = Batch(
-            self.batch.tokens[keep, : int(self.batch.lengths[index])],
-            self.batch.lengths[keep],
-            self.batch.prompt_lengths[keep],
-            self.batch.targets[keep],
-            self.batch.others[keep],
-        )
+        keep, batch = slice(index, index + 1), self.batch.only(index)
         # An expert that none of this prompt's tokens was sent to has no gradient.
         held = {
             site: gradient.for_prompt(index)
@@ -178,12 +163,9 @@ def capture(
     objective = as_objective(objective)
     batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
     check_first_use(model, taps)
-    points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
-    points |= {tap.routing for tap in taps if tap.routing is not None}
-    expert_taps = [tap for tap in taps if isinstance(tap, ExpertTap)]
-    with recording(model, points) as seen, expert_calls(expert_taps) as calls:
-        run = forward(model, batch, objective)
-        flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, batch)]
+    with alone_with(model):
+        run = forward(model, batch, objective, taps)
+        flows = run.passed.flows
         deltas = run.gradients([flow.z for flow in flows], [flow.name for flow in flows])
     dtype = dtype or _storage_dtype(run.logits.dtype)
     rows = _Rows(batch, device, dtype)
@@ -235,8 +217,9 @@ def vjps(
     with hook_points(model, names_filter) as (points, required):
         objective = as_objective(objective)
         batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
-        with recording(model, set(points.values())) as seen:
-            run = forward(model, batch, objective)
+        with alone_with(model):
+            run = forward(model, batch, objective, points=set(points.values()))
+            seen = run.passed.seen
             if required:
                 _check_seen(points, seen)
             passes = [
@@ -259,7 +242,7 @@ def vjps(
     return out
 
 
-def _check_seen(points: dict[str, Point], seen: dict[Point, list[Tensor]]) -> None:
+def _check_seen(points: dict[str, Point], seen: Mapping[Point, list[Tensor]]) -> None:
     """Each hook point must have passed a tensor that can have a gradient."""
     for name, point in points.items():
         if point not in seen:

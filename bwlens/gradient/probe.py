@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bwlens.model.passes import Flow, as_rows, expert_calls, flows_of, forward, recording
+from bwlens.model.flows import Flow, as_rows
+from bwlens.model.losses import forward
 from bwlens.model.probing import losses_after_steps, probe_batch, probe_loss, undisturbed
 from bwlens.model.prompts import Batch
 from bwlens.model.sites import ExpertTap, Site, Tap
@@ -27,21 +28,11 @@ class Probe:
         self, model: Any, taps: Sequence[Tap | ExpertTap], batch: Batch | None = None
     ) -> None:
         self.model, self.batch = model, probe_batch(model) if batch is None else batch
-        points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
-        points |= {tap.routing for tap in taps if tap.routing is not None}
-        experts = [tap for tap in taps if isinstance(tap, ExpertTap)]
-        with (
-            undisturbed(model),
-            recording(model, points) as self._seen,
-            expert_calls(experts) as calls,
-        ):
-            self.run = forward(model, self.batch, probe_loss)
-            pairs = [
-                (tap, flow) for tap in taps for flow in flows_of(tap, self._seen, calls, self.batch)
-            ]
-        self.flows = [flow for _, flow in pairs]
-        self.tap_of = {site: tap for tap, flow in pairs for site, _ in flow.parts}
-        self._flow_of = {site: (flow, part) for _, flow in pairs for site, part in flow.parts}
+        with undisturbed(model):
+            self.run = forward(model, self.batch, probe_loss, taps)
+        self.flows = self.run.passed.flows
+        self.tap_of = {site: flow.tap for flow in self.flows for site, _ in flow.parts}
+        self._flow_of = {site: (flow, part) for flow in self.flows for site, part in flow.parts}
         self._deltas: dict[int, Tensor] = {}
 
     @property
@@ -60,8 +51,7 @@ class Probe:
 
     def gradients_of(self, tensors: list[Tensor]) -> list[Tensor | None]:
         """dL/dtensor of each; None where the loss does not hang on it."""
-        total = self.run.losses.sum() * self.run.scale
-        found = torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(self.run.total, tensors, retain_graph=True, allow_unused=True)
         scale = self.run.scale
         return [d if d is None or scale == 1 else d.float() / scale for d in found]
 
@@ -98,7 +88,7 @@ class Probe:
         sizes = [largest / part for part in _PARTS if largest / part * length > 20 * rounding]
         if len(sizes) < len(_PARTS):
             return StepFigures(site, length)
-        for point in (p for p in tap.z if p in self._seen):
+        for point in (p for p in tap.z if p in self.run.passed.seen):
             ratios: list[float] = []
             for size in sizes:
                 up, down = losses_after_steps(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from bwlens.model.passes import device_of, run
+from bwlens.model.protocol import LensModel
+from bwlens.model.reasons import one_line
 
 _OFFSETS = range(9)
 """Rows that a table of positions may have beyond its context: OPT's begins at 2."""
@@ -17,7 +20,7 @@ _RUNS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 """The longest prompt past its context that a model has been seen to read."""
 
 
-def check_length(model: Any, rows: Sequence[Sequence[int]]) -> None:
+def check_length(model: LensModel, rows: Sequence[Sequence[int]]) -> None:
     """Refuse prompts that the model cannot read, and warn of those longer than it was made for.
 
     A model whose positions are rows of a table ends where the table does. One without (rotary
@@ -48,7 +51,7 @@ def check_length(model: Any, rows: Sequence[Sequence[int]]) -> None:
     )
 
 
-def has_table(model: nn.Module, n_ctx: int) -> bool:
+def has_table(model: LensModel, n_ctx: int) -> bool:
     """Whether the model looks its positions up in a table as long as its context.
 
     An embedding beside the tokens' own (GPT-2, OPT), or a buffer of sines or a mask of that length
@@ -68,15 +71,10 @@ def has_table(model: nn.Module, n_ctx: int) -> bool:
     return False
 
 
-def _failure(model: Any, row: Sequence[int]) -> str | None:
+def _failure(model: LensModel, row: Sequence[int]) -> str | None:
     """Why the model does not read these tokens; None where it does."""
-    from bwlens.model.passes import in_eval_mode
-    from bwlens.model.reasons import one_line
-
-    tokens = torch.tensor([list(row)], device=next(model.embed.parameters()).device)
     try:
-        with in_eval_mode(model), torch.no_grad():
-            model(tokens, return_type="logits")
+        run(model, torch.tensor([list(row)], device=device_of(model)))
     except (RuntimeError, IndexError, ValueError) as error:
         return one_line(error)
     return None

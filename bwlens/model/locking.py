@@ -1,24 +1,81 @@
-"""One pass at a time on one model: passes hang hooks into it and switch its modes."""
+"""One thread at a time on one model: passes hang hooks into it, changes stand in its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock, RLock
-from typing import Any
+from functools import wraps
+from threading import Lock, RLock, get_ident
+from typing import Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
+from bwlens.model.protocol import LensModel
+
+P, R = ParamSpec("P"), TypeVar("R")
+
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+_owners: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 _making = Lock()
 
 
 @contextmanager
-def alone_with(model: Any) -> Iterator[None]:
-    """Keep other threads' passes away from a model; within one thread, passes may nest.
+def alone_with(model: LensModel) -> Iterator[None]:
+    """Other threads wait for the model; within one thread, this may nest.
 
     Bridges around one Hugging Face model are one model.
+
+    Raises:
+        RuntimeError: The model is changed for another thread, see `for_this_thread`.
     """
+    one = _one(model)
     with _making:
-        lock = _locks.setdefault(getattr(model, "original_model", model), RLock())
+        lock = _locks.setdefault(one, RLock())
     with lock:
+        if owners := [owner for owner in _owners.get(one, ()) if owner != get_ident()]:
+            raise RuntimeError(
+                f"another thread ({owners[0]}) has a change applied to this model for a time, so"
+                f" what is read of it or written to it here would be that of neither; wait until"
+                f" that thread is done, apply the change for all threads (change.apply(model) ..."
+                f" change.undo(model)), or give each thread a model of its own"
+                f" (change.edited(model))"
+            )
         yield
+
+
+@contextmanager
+def for_this_thread(model: LensModel) -> Iterator[None]:
+    """Other threads are refused the model, as it is changed meanwhile.
+
+    They do not wait: a thread that this one waits for would do so for ever.
+
+    Raises:
+        RuntimeError: It is changed for another thread already.
+    """
+    with alone_with(model):
+        owners = _owners.setdefault(_one(model), [])
+        owners.append(get_ident())
+    try:
+        yield
+    finally:
+        owners.pop()
+
+
+def one_thread_at_a_time(
+    method: Callable[Concatenate[LensModel, P], R],
+) -> Callable[Concatenate[LensModel, P], R]:
+    """A function of a model that other threads wait for, from its first pass to its last."""
+
+    @wraps(method)
+    def alone(model: LensModel, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not isinstance(model, nn.Module):
+            return method(model, *args, **kwargs)  # which says what is wrong with it
+        with alone_with(model):
+            return method(model, *args, **kwargs)
+
+    return alone
+
+
+def _one(model: LensModel) -> Any:
+    return getattr(model, "original_model", model)

@@ -83,13 +83,27 @@ class Point:
     index: int = 0
     branch: bool = False
 
-    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The tensor itself, out of a forward call's arguments and result."""
         if self.side == "output":
             return output[0] if isinstance(output, tuple | list) else output
+        key = self._key(args, kwargs)
+        return args[key] if isinstance(key, int) else kwargs[key]
+
+    def put(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward call's arguments with another tensor in the place of an input."""
+        key = self._key(args, kwargs)
+        if isinstance(key, int):
+            return (*args[:key], tensor, *args[key + 1 :]), kwargs
+        return args, {**kwargs, key: tensor}
+
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+        """Which argument an input is."""
         if self.keyword is not None and self.keyword in kwargs:
-            return kwargs[self.keyword]
-        return args[self.index]
+            return self.keyword
+        return self.index if args else next(iter(kwargs))
 
 
 @dataclass(frozen=True, eq=False)

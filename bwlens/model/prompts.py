@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from bwlens.model.context import check_length
+from bwlens.model.passes import device_of
+from bwlens.model.protocol import LensModel
 from bwlens.model.targets import Target, Targets, check_ids
 from bwlens.model.tokenizers import lost_words
 from bwlens.model.tokens import text_to_ids, token_texts
@@ -122,9 +124,20 @@ class Batch:
         """Number of real tokens in all."""
         return int(self.lengths.sum())
 
+    def only(self, index: int) -> Batch:
+        """One prompt of the batch, without padding."""
+        keep = slice(index, index + 1)
+        return Batch(
+            self.tokens[keep, : int(self.lengths[index])],
+            self.lengths[keep],
+            self.prompt_lengths[keep],
+            self.targets[keep],
+            self.others[keep],
+        )
+
 
 def make_batch(
-    model: Any,
+    model: LensModel,
     prompts: Prompts,
     target: Target | Sequence[Target] | None = None,
     other: Target | Sequence[Target] | None = None,
@@ -158,18 +171,20 @@ def make_batch(
     targets, others = to_ids(target, single, "target"), to_ids(other, single, "other")
     full = [row + list(t[:-1]) for row, t in zip(rows, targets, strict=True)] if targets else rows
     check_length(model, full)
-    device = next(model.embed.parameters()).device
-    width = max(map(len, full))
-    tokens = torch.zeros(len(full), width, dtype=torch.long)
-    for index, row in enumerate(full):
-        tokens[index, : len(row)] = torch.tensor(row)
-    return Batch(
-        tokens.to(device),
-        torch.tensor([len(row) for row in full], device=device),
-        torch.tensor([len(row) for row in rows], device=device),
-        targets,
-        others,
-    )
+    batch = padded(model, full)
+    lengths = torch.tensor([len(row) for row in rows], device=batch.tokens.device)
+    return replace(batch, prompt_lengths=lengths, targets=targets, others=others)
+
+
+def padded(model: LensModel, rows: Sequence[Sequence[int]]) -> Batch:
+    """Rows of token ids as a batch without targets, where the model takes its tokens."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(list(row))
+    device = device_of(model)
+    lengths = lengths.to(device)
+    return Batch(tokens.to(device), lengths, lengths)
 
 
 def one_prompt(prompt: Prompts) -> str | Int[Tensor, " pos"]:
@@ -214,7 +229,7 @@ def _is_id(one: Any) -> bool:
 
 
 def _prompt_rows(
-    model: Any,
+    model: LensModel,
     prompts: Any,
     prepend_bos: bool | None,
     attention_mask: Tensor | None,

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bwlens.model.passes import call, device_of
+from bwlens.model.protocol import LensModel
+
 Step = Callable[[Tensor], Tensor]
 """From the next tokens [row, pos] to the logits after the last of them [row, d_vocab]."""
 
@@ -24,14 +27,13 @@ _NAMES = ("cache", "past_key_values")
 """What transformers calls its cache: the first since 5.24, the second before."""
 
 
-def quickest_step(model: Any) -> Callable[[int], Step]:
+def quickest_step(model: LensModel) -> Callable[[int], Step]:
     """From a number of rows to a new sequence's step function, as quick as the model allows.
 
     Args:
         model: A TransformerBridge or HookedTransformer, in eval mode now and at each step.
     """
-    device = next(model.embed.parameters()).device
-    probe = torch.tensor([[3, 5, 4, 7], [7, 3, 3, 6]], device=device) % model.cfg.d_vocab
+    probe = torch.tensor([[3, 5, 4, 7], [7, 3, 3, 6]], device=device_of(model)) % model.cfg.d_vocab
     with torch.no_grad():
         expected = _rereading(model, 2)(probe)
         scale = float(expected.abs().max())
@@ -52,19 +54,18 @@ def quickest_step(model: Any) -> Callable[[int], Step]:
     return partial(_rereading, model)
 
 
-def _rereading(model: Any, n_rows: int) -> Step:
+def _rereading(model: LensModel, n_rows: int) -> Step:
     """Everything read again at each step."""
     so_far: list[Tensor] = []
 
     def step(tokens: Tensor) -> Tensor:
         so_far.append(tokens)
-        whole = torch.cat(so_far, 1)
-        return model(whole, return_type="logits", padding_side="right")[:, -1]
+        return call(model, torch.cat(so_far, 1))[:, -1]
 
     return step
 
 
-def _wrapped_cache(model: Any, n_rows: int) -> Step:
+def _wrapped_cache(model: LensModel, n_rows: int) -> Step:
     """A bridge's wrapped model runs through the bridge's own parts, and keeps keys and values."""
     wrapped, kept = model.original_model, None
     name = next(n for n in _NAMES if n in inspect.signature(wrapped.forward).parameters)
@@ -78,7 +79,7 @@ def _wrapped_cache(model: Any, n_rows: int) -> Step:
     return step
 
 
-def _renamed_cache(model: Any, n_rows: int) -> Step:
+def _renamed_cache(model: LensModel, n_rows: int) -> Step:
     """The same, where a bridge's attention knows the cache by its earlier name only.
 
     With transformers 5.24, bridges of TransformerLens up to 4.3 leave the cache empty otherwise.
@@ -93,7 +94,7 @@ def _renamed_cache(model: Any, n_rows: int) -> Step:
 
 
 @contextmanager
-def _earlier_name(model: Any) -> Iterator[None]:
+def _earlier_name(model: LensModel) -> Iterator[None]:
     """Hand the cache to each layer's attention under its earlier name."""
     now, before = _NAMES
 
@@ -110,20 +111,17 @@ def _earlier_name(model: Any) -> Iterator[None]:
         yield
 
 
-def _hooked_cache(model: Any, n_rows: int) -> Step:
+def _hooked_cache(model: LensModel, n_rows: int) -> Step:
     """HookedTransformer's own cache."""
     if "past_kv_cache" not in inspect.signature(model.forward).parameters:
         raise NotImplementedError("this model takes no cache")
     from importlib import import_module
 
     library: Any = import_module("transformer_lens.cache.key_value_cache")
-    kept = library.TransformerLensKeyValueCache.init_cache(
-        model.cfg, next(model.embed.parameters()).device, n_rows
-    )
+    kept = library.TransformerLensKeyValueCache.init_cache(model.cfg, device_of(model), n_rows)
 
     def step(tokens: Tensor) -> Tensor:
         ones = torch.ones_like(tokens)
-        logits = model(tokens, return_type="logits", past_kv_cache=kept, attention_mask=ones)
-        return logits[:, -1]
+        return call(model, tokens, past_kv_cache=kept, attention_mask=ones)[:, -1]
 
     return step

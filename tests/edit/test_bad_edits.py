@@ -114,11 +114,11 @@ def test_steps_that_explode(name, settings, message, demo):
         ("fine_tune", {"stop_loss": None}, "stop_loss is None"),
         ("fine_tune", {"matrices": ["W_up"]}, "W_up"),
         ("rome", {"prefixes": "People say"}, "prefixes is 'People say'; expected a list of texts"),
-        ("rome", {"token": "first"}, "token must be"),
+        ("rome", {"position": "first"}, "position must be"),
         ("rome", {"steps": "20"}, "steps is '20'"),
         ("rome", {"clamp": "4"}, "clamp is '4'"),
         ("memit", {"weight": "much"}, "weight is 'much'"),
-        ("memit", {"token": "first"}, "token must be"),
+        ("memit", {"position": "first"}, "position must be"),
         ("whitened_shift", {"prefixes": "So"}, "prefixes is 'So'; expected a list of texts"),
         ("whitened_shift", {"prefixes": (1, 2)}, r"prefixes is \(1, 2\); expected a list of texts"),
         ("whitened_shift", {"tokens": None}, "tokens must be"),
@@ -229,7 +229,7 @@ def test_a_subject_is_found_where_the_template_has_it(prefix, demo):
     from bwlens.edit.keys import contexts_of
 
     twice = Edit("{} is in the News of", "New", " Paris")
-    found = contexts_of(demo, [twice], (prefix,) if prefix else (), "subject_last", False)
+    found = contexts_of(demo, [twice], (prefix,) if prefix else (), "subject", False)
     words = [
         demo.tokenizer.decode(row[: at + 1])
         for row, at in zip(found.batch.tokens.tolist(), found.positions, strict=True)

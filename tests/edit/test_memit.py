@@ -7,9 +7,9 @@ import bwlens
 from bwlens import Edit, Site
 from bwlens.changes.change import WeightChange
 from bwlens.edit._memit import memit, normal_rows
-from bwlens.edit.keys import contexts_of, run
+from bwlens.edit.keys import contexts_of, passed_by
 from bwlens.edit.statistics import key_statistics
-from bwlens.edit.value import ValueSettings, find_value, stream_after
+from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
 from tests import tiny
 
 EDITS = [
@@ -41,17 +41,19 @@ def test_against_the_algorithm_written_out(name, boot):
     change = memit(model, EDITS, weight=5.0, statistics=held, **SETTINGS)
     sites = [Site("W_out", layer) for layer in range(2)]
     assert list(change) == sites
-    plain = contexts_of(model, EDITS, (), "subject_last", None, targets=False)
-    around = contexts_of(model, EDITS, PREFIXES, "subject_last", None, targets=False)
-    settings = ValueSettings(steps=4, clamp=0.75)
+    plain = contexts_of(model, EDITS, (), "subject", None, targets=False)
+    around = contexts_of(model, EDITS, PREFIXES, "subject", None, targets=False)
+    search = ValueSearch(ValueSettings(steps=4, clamp=0.75), PREFIXES, "subject", None)
     goals = []
     for edit in EDITS:
-        value = find_value(model, edit, sites[-1], settings, PREFIXES, of_stream=True)
-        alone = contexts_of(model, [edit], (), "subject_last", None, targets=False)
+        value = search.value(model, edit, sites[-1], of_stream=True)
+        alone = contexts_of(model, [edit], (), "subject", None, targets=False)
         goals.append(alone.at(stream_after(model, alone.batch, 1))[0, 0] + value.delta)
     twin, goal = tiny.bridge(name, model.tokenizer), torch.stack(goals)
     for site, left in zip(sites, (2, 1), strict=True):
-        keys = around.at(run(twin, around.batch, ["W_out"], site.layer).x[site]).mean(1).double()
+        keys = (
+            around.at(passed_by(twin, around.batch, "W_out", site.layer).x[site]).mean(1).double()
+        )
         missing = goal - plain.at(stream_after(twin, plain.batch, 1))[:, 0]
         system = 5.0 * held[site].second_moment + keys.T @ keys
         expected = torch.linalg.solve(system, keys.T @ (missing.double() / left))
@@ -68,8 +70,8 @@ def test_what_is_missing_is_spread_and_shrinks(boot):
     first, *_, last = change.details["missing"]
     assert last < 0.5 * first
     # With nothing held back, W_out writes half of what is missing at the mean keys in layer 0.
-    around = contexts_of(model, EDITS, PREFIXES, "subject_last", None, targets=False)
-    keys = around.at(run(model, around.batch, ["W_out"], 0).x[Site("W_out", 0)]).mean(1)
+    around = contexts_of(model, EDITS, PREFIXES, "subject", None, targets=False)
+    keys = around.at(passed_by(model, around.batch, ["W_out"], 0).x[Site("W_out", 0)]).mean(1)
     written = (keys @ change["W_out", 0].dense()).norm(dim=1).mean()
     assert float(written) == pytest.approx(first / 2, rel=1e-2)
 
@@ -102,7 +104,7 @@ def test_several_facts_of_the_demo_model():
         Edit("{} plays for", "Lionel Messi", " Paris"),
         Edit("{}, developed by", "iPod Nano", " Google"),
     ]
-    change = memit(model, facts, layers=[4, 5], token="last", prefixes=(), weight=1.0, clamp=4.0)
+    change = memit(model, facts, layers=[4, 5], position="last", prefixes=(), weight=1.0, clamp=4.0)
     with change.applied(model), torch.no_grad():
         for fact in facts:
             answer = int(model(fact.text)[0, -1].argmax())

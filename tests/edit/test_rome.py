@@ -6,9 +6,9 @@ import torch
 import bwlens
 from bwlens import Edit, Site
 from bwlens.edit._rome import rome
-from bwlens.edit.keys import contexts_of, run
+from bwlens.edit.keys import contexts_of, passed_by
 from bwlens.edit.statistics import key_statistics
-from bwlens.edit.value import ValueSettings, find_value, prefixes_of
+from bwlens.edit.value import ValueSearch, ValueSettings, prefixes_of
 from bwlens.model.prompts import make_batch
 from bwlens.model.weights import weight_of
 from tests import oracle, tiny
@@ -17,6 +17,10 @@ EDIT = Edit("{} t9 t30 t41", subject="t5 t6", target_new=" t17")
 PREFIXES = ("t20 t21", "t50 t40 t8 t11")
 TEXTS = [" ".join(f"t{4 + (7 * i + 3 * j * j) % 57}" for j in range(40)) for i in range(12)]
 W_OUT = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj"}
+
+
+def search(settings, prefixes, prepend_bos=None):
+    return ValueSearch(settings, prefixes, "subject", prepend_bos)
 
 
 def statistics(model):
@@ -35,10 +39,10 @@ def test_the_constraint_holds(name, boot):
     assert list(change) == [site]
     assert change[site].n == 1
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
-    contexts = contexts_of(model, [EDIT], PREFIXES, "subject_last", None)
-    key = contexts.at(run(model, contexts.batch, ["W_out"], 1).x[site])[0].mean(0)
+    contexts = contexts_of(model, [EDIT], PREFIXES, "subject", None)
+    key = contexts.at(passed_by(model, contexts.batch, ["W_out"], 1).x[site])[0].mean(0)
     settings = ValueSettings(steps=5)
-    value = find_value(model, EDIT, site, settings, PREFIXES)
+    value = search(settings, PREFIXES).value(model, EDIT, site)
     torch.testing.assert_close(value.key, key)
     weight = weight_of(model, site)
     target = key @ weight.read() + value.delta
@@ -52,7 +56,7 @@ def test_smallest_of_all_solutions(boot):
     model, site = boot("gpt2"), Site("W_out", 1)
     held = statistics(model)
     change = rome(model, EDIT, layer=1, steps=3, prefixes=(), statistics=held)
-    value = find_value(model, EDIT, site, ValueSettings(steps=3), ())
+    value = search(ValueSettings(steps=3), ()).value(model, EDIT, site)
     moment, key = held[site].second_moment, value.key.double()
     n = len(key)
     system = torch.zeros(n + 1, n + 1, dtype=torch.float64)
@@ -68,7 +72,7 @@ def test_the_value_against_adam_by_hand(name, boot):
     """The same loss, written out on an unbridged copy, one prompt at a time."""
     model, hf = boot(name), tiny.hf_model(name).requires_grad_(False)
     settings = ValueSettings(steps=4, clamp=0.4)
-    value = find_value(model, EDIT, Site("W_out", 1), settings, PREFIXES, prepend_bos=False)
+    value = search(settings, PREFIXES, False).value(model, EDIT, Site("W_out", 1))
     texts = ["t5 t6 t9 t30 t41", *(f"{p} t5 t6 t9 t30 t41" for p in PREFIXES)]
     rows = [[int(word[1:]) for word in text.split()] for text in texts]
     positions = [1, 3, 5, 1]
@@ -110,7 +114,7 @@ def test_the_divergence_is_the_new_models_from_the_original():
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
     # The first step is the same, as the divergence is flat at the start.
     with_it, without = (
-        find_value(model, edit, site, ValueSettings(1, 3.0, kl_factor, clamp=9.0), ())
+        search(ValueSettings(1, 3.0, kl_factor, clamp=9.0), ()).value(model, edit, site)
         for kl_factor in (1.0, 0.0)
     )
     torch.testing.assert_close(with_it.delta, without.delta, rtol=1e-3, atol=1e-3)
@@ -185,7 +189,7 @@ def test_the_model_is_restored_after_an_exception(boot, monkeypatch):
 def test_flips_an_answer_of_the_demo_model():
     model = bwlens.load_model("demo")
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-    change = rome(model, edit, layer=4, token="last", prefixes=())
+    change = rome(model, edit, layer=4, position="last", prefixes=())
     with change.applied(model), torch.no_grad():
         answer = int(model("Lionel Messi plays for")[0, -1].argmax())
     assert model.tokenizer.decode([answer]) == " Paris"

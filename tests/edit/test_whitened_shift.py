@@ -5,7 +5,7 @@ import torch
 
 import bwlens
 from bwlens import Edit, Site
-from bwlens.edit.keys import contexts_of, run
+from bwlens.edit.keys import contexts_of, passed_by
 from bwlens.edit.statistics import key_statistics
 from bwlens.edit.whitened import whitened_shift
 from tests import tiny
@@ -22,7 +22,7 @@ def statistics(model, matrix="W_O"):
 
 def keys_at(model, edits, site):
     contexts = contexts_of(model, edits, PREFIXES, "last", None)
-    return contexts, run(model, contexts.batch, [site.matrix], site.layer)
+    return contexts, passed_by(model, contexts.batch, [site.matrix], site.layer)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt", "qwen2", "gemma2", "olmo2", "granite"])
@@ -57,10 +57,10 @@ def test_the_stream_moves_along_the_difference(name, matrix, boot):
     settings = {"layers": -1, "matrix": matrix, "prefixes": (), "statistics": held}
     gap = whitened_shift(model, EDIT, margin=0.0, **settings).details["gap"][0]
     contexts = contexts_of(model, [EDIT], (), "last", None)
-    before = run(model, contexts.batch, [matrix], 2)
+    before = passed_by(model, contexts.batch, [matrix], 2)
     size = 1e-3
     with whitened_shift(model, EDIT, margin=size - gap, **settings).applied(model):
-        after = run(model, contexts.batch, [matrix], 2)
+        after = passed_by(model, contexts.batch, [matrix], 2)
 
     stream, norm = before.final[0, -1], model.ln_final
     centred = name == "gpt2"

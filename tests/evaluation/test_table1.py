@@ -119,7 +119,7 @@ def test_the_methods_fit_the_model(model):
     assert methods_of(table1_methods(model)) == table1_methods(model)
     assert preset(model, "fine_tune").described()["settings"] == {"layers": [5]}
     assert {"ROME, last token", "ROME, subject's token", "MEMIT, last token"} <= set(names)
-    assert preset(model, "rome").settings["token"] == "last"
+    assert preset(model, "rome").settings["position"] == "last"
     assert preset(model, "none").function is None
     with pytest.raises(ValueError, match="no editing method 'nonsense'"):
         preset(model, "nonsense")

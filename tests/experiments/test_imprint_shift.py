@@ -13,7 +13,8 @@ from bwlens.edit import WeightChange
 from bwlens.experiments._imprint_shift import ImprintShift, imprint_shift
 from bwlens.experiments.stepped_layer import TargetLogit
 from bwlens.gradient.objectives import NLL
-from bwlens.model.passes import as_rows, flows_of, recording
+from bwlens.model.flows import as_rows
+from bwlens.model.passes import run
 from bwlens.model.sites import available_matrices, find_taps
 from bwlens.model.weights import weight_of
 from tests import tiny
@@ -47,13 +48,10 @@ def passing(model, edit, sites):
     grads = bwlens.capture(model, edit.text, NLL(edit.target_new), matrices, [layer])
     logit = bwlens.capture(model, edit.text, TargetLogit(edit.target_new), matrices, [layer])
     at = int(grads.batch.last[0])
-    with recording(model, {p for tap in taps for p in (*tap.x, *tap.z)}) as seen:
-        model(grads.batch.tokens)
-        x, z = {}, {}
-        for tap in taps:
-            (flow,) = flows_of(tap, seen, None, grads.batch)
-            x[tap.site] = as_rows(flow.x.detach())[at].double()
-            z[tap.site] = as_rows(flow.z.detach())[at].double()
+    x, z = {}, {}
+    for flow in run(model, grads.batch.tokens, taps=taps).flows:
+        x[flow.tap.site] = as_rows(flow.x.detach())[at].double()
+        z[flow.tap.site] = as_rows(flow.z.detach())[at].double()
     return x, z, float(grads.losses[0]), float(logit.losses[0]), grads, logit
 
 

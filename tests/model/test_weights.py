@@ -4,7 +4,6 @@ import copy
 import gc
 import json
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,9 +13,10 @@ from torch import nn
 import bwlens
 from bwlens import LowRankGradient, Site
 from bwlens.edit import WeightChange
-from bwlens.model.passes import as_rows, expert_calls, flows_of, recording
+from bwlens.model.flows import as_rows
+from bwlens.model.passes import run
 from bwlens.model.prompts import make_batch
-from bwlens.model.sites import ExpertTap, Tap, available_matrices, find_taps
+from bwlens.model.sites import available_matrices, find_taps
 from bwlens.model.weights import copy_of, weight_of, weights_of
 from tests import cases, oracle, tiny
 
@@ -24,30 +24,14 @@ TOKENS, MASK = cases.padded(cases.PROMPTS)
 HOOKED = pytest.mark.skipif(not tiny.HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has none")
 
 
-@contextmanager
-def watching(model):
-    """Gives a function that runs the model: x and z of every site as they pass, in rows."""
+def passing(model):
+    """x and z of every site as they pass, in rows."""
     taps = find_taps(model, available_matrices(model))
-    points = {point for tap in taps if isinstance(tap, Tap) for point in (*tap.x, *tap.z)}
-    points |= {tap.routing for tap in taps if tap.routing is not None}
-    batched = [tap for tap in taps if isinstance(tap, ExpertTap)]
-    batch = make_batch(model, TOKENS)
-    with recording(model, points) as seen, expert_calls(batched) as calls:
-
-        def passing():
-            seen.clear()
-            if calls is not None:
-                calls.seen.clear()
-            model(batch.tokens)
-            found = {}
-            for tap in taps:
-                for flow in flows_of(tap, seen, calls, batch):
-                    for site, columns in flow.parts:
-                        rows = as_rows(flow.x.detach()), as_rows(flow.z.detach())[:, columns]
-                        found[site] = tuple(part.clone() for part in rows)
-            return found
-
-        yield passing
+    return {
+        site: (as_rows(flow.x), as_rows(flow.z)[:, columns])
+        for flow in run(model, make_batch(model, TOKENS).tokens, taps=taps).flows
+        for site, columns in flow.parts
+    }
 
 
 def random_change(weight, rank=2, seed=0, scale=0.1):
@@ -83,30 +67,29 @@ def assert_untouched(model, before):
 
 def check_weights_of_a_layer(model, layer=1):
     """A change of a weight moves z by exactly x @ change, at that site alone."""
-    with watching(model) as passing:
-        before = passing()
-        assert {site.matrix for site in before} == set(available_matrices(model))
-        weights = {site: weight_of(model, site) for site in before}
-        values = {site: weight.read() for site, weight in weights.items()}
-        for site in (site for site in before if site.layer == layer):
-            weight, (x, z) = weights[site], before[site]
-            assert weight.shape == (x.shape[1], z.shape[1])
-            change = random_change(weight).dense()
-            weight.add(change)
-            after = passing()
-            error = oracle.relative_error(after[site][1] - z, x @ change)
-            assert error < 1e-4, f"{site}: {error:.1e}"
-            for other, (x_before, z_before) in before.items():
-                if other == site:
-                    continue
-                assert torch.equal(weights[other].read(), values[other]), f"{other} with {site}"
-                x_after, z_after = after.get(other, (None, None))
-                if x_after is not None and torch.equal(x_after, x_before):
-                    assert torch.equal(z_after, z_before), f"{other} with {site}"
-            weight.write(values[site])
-        for site, (x, z) in passing().items():
-            assert torch.equal(x, before[site][0])
-            assert torch.equal(z, before[site][1])
+    before = passing(model)
+    assert {site.matrix for site in before} == set(available_matrices(model))
+    weights = {site: weight_of(model, site) for site in before}
+    values = {site: weight.read() for site, weight in weights.items()}
+    for site in (site for site in before if site.layer == layer):
+        weight, (x, z) = weights[site], before[site]
+        assert weight.shape == (x.shape[1], z.shape[1])
+        change = random_change(weight).dense()
+        weight.add(change)
+        after = passing(model)
+        error = oracle.relative_error(after[site][1] - z, x @ change)
+        assert error < 1e-4, f"{site}: {error:.1e}"
+        for other, (x_before, z_before) in before.items():
+            if other == site:
+                continue
+            assert torch.equal(weights[other].read(), values[other]), f"{other} with {site}"
+            x_after, z_after = after.get(other, (None, None))
+            if x_after is not None and torch.equal(x_after, x_before):
+                assert torch.equal(z_after, z_before), f"{other} with {site}"
+        weight.write(values[site])
+    for site, (x, z) in passing(model).items():
+        assert torch.equal(x, before[site][0])
+        assert torch.equal(z, before[site][1])
 
 
 @pytest.mark.parametrize("processed", [False, True], ids=["raw", "processed"])

@@ -138,6 +138,10 @@ class Contexts:
         n_pos = self.batch.tokens.shape[1]
         return torch.tensor([i * n_pos + p for i, p in enumerate(self.positions)])
 
+    def by_edit(self, rows: Tensor) -> Tensor:
+        """Rows of the batch, by edit and context."""
+        return rows.unflatten(0, (-1, self.n))
+
     def at(
         self, values: Float[Tensor, "batch pos d"], after: Sequence[tuple[int, int]] | None = None
     ) -> Float[Tensor, "edits n d"]:
@@ -145,10 +149,10 @@ class Contexts:
 
         With `after`, pairs of an edit and how many tokens further on: those positions instead.
         """
-        kept = values.flatten(0, 1)[self.rows.to(values.device)].unflatten(0, (-1, self.n))
+        kept = values.flatten(0, 1)[self.rows.to(values.device)]
         if after is None:
-            return kept
-        rows = self.rows.unflatten(0, (-1, self.n))
+            return self.by_edit(kept)
+        rows = self.by_edit(self.rows)
         further = torch.stack([rows[edit] + steps for edit, steps in after])
         return values.flatten(0, 1)[further.to(values.device)]
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.locking import alone_with, for_this_thread
 from bwlens.model.places import SHARED
+from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, as_site
 from bwlens.model.weights import Weight, copy_of, weights_of
 from bwlens.runs.parts import whole
@@ -113,7 +114,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
 
     # On a model.
 
-    def apply(self, model: Any) -> None:
+    def apply(self, model: LensModel) -> None:
         """Add the change to the model's weights, in place, until `undo`.
 
         Sums are taken in float32 at least and rounded once to the weights' dtype. Copies of the
@@ -143,7 +144,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
                 raise
             history.append(record)
 
-    def undo(self, model: Any) -> None:
+    def undo(self, model: LensModel) -> None:
         """Put back what `apply` found, bit for bit.
 
         Changes of different matrices may be undone in any order, those that meet in a matrix only
@@ -168,7 +169,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             del history[places[0]]
 
     @contextmanager
-    def applied(self, model: Any) -> Iterator[None]:
+    def applied(self, model: LensModel) -> Iterator[None]:
         """The model with the change within, as it was after, also after an exception.
 
         Raises:
@@ -186,7 +187,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             finally:
                 self.undo(model)
 
-    def edited(self, model: Any) -> Any:
+    def edited(self, model: LensModel) -> Any:
         """A copy of the model with the change; it shares no storage with the model given.
 
         The copy is as large as the model. The change may be undone in it.
@@ -201,7 +202,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
         self.apply(twin)
         return twin
 
-    def _weights_in(self, model: Any) -> dict[Site, Weight]:
+    def _weights_in(self, model: LensModel) -> dict[Site, Weight]:
         """The weights of the model that this changes, all of them fit to be."""
         weights = weights_of(model, self.parts)
         for site, weight in weights.items():
@@ -291,7 +292,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             save_file(tensors, draft, metadata=_FORMAT | told)
         return path
 
-    def save_pretrained(self, model: Any, folder: str | os.PathLike[str]) -> Path:
+    def save_pretrained(self, model: LensModel, folder: str | os.PathLike[str]) -> Path:
         """Write the model with this change as a folder that Hugging Face's `from_pretrained` reads.
 
         Weights, configuration and tokenizer; `bwlens.load_model(folder)` gives a model with the
@@ -370,7 +371,7 @@ _HISTORIES: WeakKeyDictionary[nn.Module, list[_Record]] = WeakKeyDictionary()
 """What is applied to each living model, in order; models are compared by identity."""
 
 
-def _history(model: Any) -> list[_Record]:
+def _history(model: LensModel) -> list[_Record]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a TransformerLens model, found {type(model).__name__}")
     return _HISTORIES.setdefault(model, [])

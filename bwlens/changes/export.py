@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.model.passes import device_of, run
+from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site
 from bwlens.model.weights import Weight
 
@@ -30,7 +31,7 @@ _PROBE = 8  # Tokens whose logits must agree.
 _CLOSE = {torch.float32: 1e-4, torch.float64: 1e-6}  # Of the largest logit; half precision below.
 
 
-def check_exportable(model: Any, folder: str | os.PathLike[str]) -> Path:
+def check_exportable(model: LensModel, folder: str | os.PathLike[str]) -> Path:
     """The folder to be written, if the model has a Hugging Face model inside and it is free.
 
     Raises:
@@ -68,7 +69,7 @@ class Export:
         NotImplementedError: A parameter is not shown by the bridge, or a copy stands in none.
     """
 
-    def __init__(self, model: Any, weights: Mapping[Site, Weight]) -> None:
+    def __init__(self, model: LensModel, weights: Mapping[Site, Weight]) -> None:
         inner = model.original_model
         config = copy.deepcopy(inner.config)
         if hasattr(
@@ -170,7 +171,7 @@ def _bytes(row: Tensor) -> bytes:
     return row.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _check_same(model: Any, twin: Any) -> None:
+def _check_same(model: LensModel, twin: Any) -> None:
     d_vocab = model.cfg.d_vocab
     ids = torch.tensor([[(37 * i + 1) % d_vocab for i in range(_PROBE)]])
     expected = run(model, ids.to(device_of(model))).logits.float().cpu()

@@ -86,10 +86,8 @@ def norm_entries(model: LensModel, layers: Iterable[int]) -> dict[int, list[Poin
 def norm_after(entries: Sequence[Point], passed: Passed, flows: Sequence[Flow]) -> nn.Module | None:
     """The norm that takes what left a weight; a norm of the stream takes something else."""
     for point in reversed(entries):
-        entered = passed.seen[point][0] if point in passed.seen else None
-        for flow in flows if entered is not None else ():
-            same = entered.numel() == flow.z.numel()
-            if same and torch.equal(entered.flatten(), flow.z.flatten()):
+        for entered in passed.seen.get(point, [])[:1]:
+            if any(torch.equal(entered.flatten(), flow.z.flatten()) for flow in flows):
                 return point.module
     return None
 

@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from bwlens.model.protocol import LensModel
+
 
 def chat(
-    model: Any,
+    model: LensModel,
     messages: str | Sequence[Mapping[str, Any]],
     *,
     add_generation_prompt: bool = True,

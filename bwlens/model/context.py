@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +17,7 @@ from bwlens.model.reasons import one_line
 _OFFSETS = range(9)
 """Rows that a table of positions may have beyond its context: OPT's begins at 2."""
 
-_RUNS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_RUNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 """The longest prompt past its context that a model has been seen to read."""
 
 

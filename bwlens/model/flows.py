@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,16 +58,21 @@ def expert_calls(taps: list[ExpertTap]) -> Iterator[ExpertCalls | None]:
     if not taps:
         yield None
         return
-    configs = {id(tap.experts.config): tap.experts.config for tap in taps}
-    before = {key: config._experts_implementation for key, config in configs.items()}
+    with experts_one_by_one([tap.experts.config for tap in taps]), ExpertCalls(taps) as calls:
+        yield calls
+
+
+@contextmanager
+def experts_one_by_one(configs: Iterable[Any]) -> Iterator[None]:
+    """Experts of models with these configs run one after the other within."""
+    before = {id(config): (config, config._experts_implementation) for config in configs}
     try:
-        for config in configs.values():
+        for config, _ in before.values():
             config._experts_implementation = "eager"
-        with ExpertCalls(taps) as calls:
-            yield calls
+        yield
     finally:
-        for key, config in configs.items():
-            config._experts_implementation = before[key]
+        for config, way in before.values():
+            config._experts_implementation = way
 
 
 def points_of(taps: Collection[Tap | ExpertTap]) -> set[Point]:

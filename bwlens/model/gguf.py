@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bwlens.model.protocol import LensModel
 from bwlens.model.reasons import one_line
 
 PLACING = ("device_map", "max_memory", "offload_folder")
@@ -119,7 +120,7 @@ def _parsed_once(reader: Any) -> Iterator[None]:
         gguf.GGUFReader = kind
 
 
-def _forget_quantisation(model: Any) -> None:
+def _forget_quantisation(model: LensModel) -> None:
     """The weights are plain numbers now; marked as quantised they could not be saved or cast."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bwlens.model.fitting import Reading, fit_reading, rounding_of
 from bwlens.model.places import Point
 from bwlens.model.probing import logits_and, probe_batch
+from bwlens.model.protocol import LensModel
 from bwlens.model.sites import check_model, check_stream
 from bwlens.model.unhooked import has_hooks, hooks_off
 
@@ -65,7 +66,7 @@ class _Measured:
 _known: WeakKeyDictionary[Any, _Measured] = WeakKeyDictionary()
 
 
-def head_of(model: Any) -> Head:
+def head_of(model: LensModel) -> Head:
     """The model's own final norm and unembedding, and the scale and cap that it is seen to use.
 
     Measured by one forward pass of four tokens the first time, and again after the final norm or
@@ -107,7 +108,7 @@ def head_of(model: Any) -> Head:
     )
 
 
-def _parts(model: Any, norm: Any, W_U: Tensor) -> tuple[Any, ...]:
+def _parts(model: LensModel, norm: Any, W_U: Tensor) -> tuple[Any, ...]:
     """What a measurement holds for: other parts than these are measured anew."""
     modules = [norm, getattr(norm, "original_component", None), model.unembed]
     found: list[Any] = [W_U.data_ptr(), tuple(W_U.shape), W_U.dtype, _declared(model)]
@@ -117,7 +118,7 @@ def _parts(model: Any, norm: Any, W_U: Tensor) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _declared(model: Any) -> Reading:
+def _declared(model: LensModel) -> Reading:
     """What the configs say: exact where true, and tried first; not all of it is."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     cap = getattr(model.cfg, "output_logits_soft_cap", None)
@@ -126,7 +127,7 @@ def _declared(model: Any) -> Reading:
     return Reading(soft_cap=float(cap) if isinstance(cap, int | float) and cap > 0 else None)
 
 
-def _measure(model: Any, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any) -> _Measured:
+def _measure(model: LensModel, norm: Any, W_U: Tensor, b_U: Tensor | None, parts: Any) -> _Measured:
     """The reading that gives the model's own logits from the stream behind its last block."""
     stream_at = Point(model.blocks[-1], "output")
     norm_at = None if norm is None else Point(norm, "input")

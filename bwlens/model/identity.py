@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import cache
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from bwlens.demo import MODEL_DIR
+from bwlens.model.protocol import LensModel
 
 _SAMPLED = 2**20
 _SAME = 5e-3  # Share by which an embedding may differ: bfloat16 rounds by some 0.002.
 
 
-def model_label(model: Any) -> str:
+def model_label(model: LensModel) -> str:
     """What a model is called: "demo" for the demo model, else its name on the hub or folder."""
     if is_demo(model):
         return "demo"
     return str(getattr(model.cfg, "model_name", type(model).__name__))
 
 
-def is_demo(model: Any) -> bool:
+def is_demo(model: LensModel) -> bool:
     """Whether this is the demo model, told by its weights: the one place that decides it.
 
     Its facts, stories and key statistics fit no other model. The token embedding is compared with
@@ -56,7 +56,7 @@ def _demo_embedding() -> Tensor:
         return file.get_tensor(_EMBEDDING).float()
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: LensModel) -> str:
     """Sixteen hexadecimal digits that tell a model's weights from any others.
 
     A hash of every parameter's name, shape, dtype and bytes; of more than a million numbers, as

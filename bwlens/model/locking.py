@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from threading import Lock, RLock, get_ident
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from bwlens.model.protocol import LensModel
 
-P, R = ParamSpec("P"), TypeVar("R")
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 _owners: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
@@ -33,13 +33,12 @@ def alone_with(model: LensModel) -> Iterator[None]:
     with _making:
         lock = _locks.setdefault(one, RLock())
     with lock:
-        if owners := [owner for owner in _owners.get(one, ()) if owner != get_ident()]:
+        if any(owner != get_ident() for owner in _owners.get(one, ())):
             raise RuntimeError(
-                f"another thread ({owners[0]}) has a change applied to this model for a time, so"
-                f" what is read of it or written to it here would be that of neither; wait until"
-                f" that thread is done, apply the change for all threads (change.apply(model) ..."
-                f" change.undo(model)), or give each thread a model of its own"
-                f" (change.edited(model))"
+                "another thread has a change applied to this model for a time; wait until it is"
+                " done, apply the change for all threads (change.apply(model) ..."
+                " change.undo(model)), or give each thread a model of its own"
+                " (change.edited(model))"
             )
         yield
 
@@ -62,19 +61,17 @@ def for_this_thread(model: LensModel) -> Iterator[None]:
         owners.pop()
 
 
-def one_thread_at_a_time(
-    method: Callable[Concatenate[LensModel, P], R],
-) -> Callable[Concatenate[LensModel, P], R]:
+def one_thread_at_a_time(method: Method) -> Method:
     """A function of a model that other threads wait for, from its first pass to its last."""
 
     @wraps(method)
-    def alone(model: LensModel, *args: P.args, **kwargs: P.kwargs) -> R:
+    def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(model, nn.Module):
             return method(model, *args, **kwargs)  # which says what is wrong with it
         with alone_with(model):
             return method(model, *args, **kwargs)
 
-    return alone
+    return cast(Method, alone)
 
 
 def _one(model: LensModel) -> Any:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bwlens.model.flows import experts_one_by_one
 from bwlens.model.passes import Addition, all_modules, run, wide
 from bwlens.model.prompts import Batch, padded
 from bwlens.model.protocol import LensModel
@@ -38,25 +40,19 @@ def probe_loss(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Floa
 @contextmanager
 def undisturbed(model: LensModel) -> Iterator[None]:
     """The model without its user's hooks, its experts run one by one (as `capture` runs them)."""
-    configs = {
-        id(config): config
-        for module in all_modules(model)
-        if getattr(config := vars(module).get("config"), "_experts_implementation", None)
-    }
-    before = {key: config._experts_implementation for key, config in configs.items()}
+    configs: dict[int, Any] = {}
+    for module in all_modules(model):
+        config: Any = vars(module).get("config")
+        if getattr(config, "_experts_implementation", None):
+            configs[id(config)] = config
     with ExitStack() as stack:
         stack.enter_context(users_hooks_off(model))
         if torch.is_inference_mode_enabled():
             # What modules keep of such a pass could have no gradient in a later one.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
-        try:
-            for config in configs.values():
-                config._experts_implementation = "eager"
-            yield
-        finally:
-            for key, config in configs.items():
-                config._experts_implementation = before[key]
+        stack.enter_context(experts_one_by_one(configs.values()))
+        yield
 
 
 def logits_and(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bwlens.model.prompts import Batch, Edit
+from bwlens.model.protocol import LensModel
 from bwlens.model.tokens import prompt_offsets, span_positions
 
 SEGMENTS = (
@@ -38,7 +39,7 @@ SEGMENTS = (
 
 
 def segment_names(
-    model: Any, edit: Edit, prepend_bos: bool | None = None, n_target: int = 0
+    model: LensModel, edit: Edit, prepend_bos: bool | None = None, n_target: int = 0
 ) -> tuple[str, ...]:
     """The segment of each token of an edit's prompt.
 
@@ -74,7 +75,7 @@ def segment_names(
 
 
 def segment_codes(
-    model: Any, edits: Sequence[Edit], batch: Batch, prepend_bos: bool | None = None
+    model: LensModel, edits: Sequence[Edit], batch: Batch, prepend_bos: bool | None = None
 ) -> Any:
     """The index in `SEGMENTS` of each token of a batch [batch, pos]; -1 at padding."""
     import torch

@@ -19,13 +19,14 @@ from bwlens.model.places import MATRICES as MATRICES
 from bwlens.model.places import MLP, ExpertTap, Point, Tap
 from bwlens.model.places import Site as Site
 from bwlens.model.places import as_site as as_site
+from bwlens.model.protocol import LensModel
 
 Layers = Iterable[int] | int | slice | None
 """Layers from 0, negative ones from the end: one, several, a slice, or None for all."""
 
 
 def find_taps(
-    model: Any, matrices: Sequence[str] | str, layers: Layers = None
+    model: LensModel, matrices: Sequence[str] | str, layers: Layers = None
 ) -> list[Tap | ExpertTap]:
     """Every tap of the matrices and layers asked for, layer by layer.
 
@@ -62,7 +63,9 @@ def find_taps(
     return taps
 
 
-def plain_taps(model: Any, matrices: Sequence[str] | str, layers: Layers, why: str) -> list[Tap]:
+def plain_taps(
+    model: LensModel, matrices: Sequence[str] | str, layers: Layers, why: str
+) -> list[Tap]:
     """The taps of weights that every token passes; `why` tells the user what asks for these.
 
     Raises:
@@ -84,7 +87,7 @@ def plain_taps(model: Any, matrices: Sequence[str] | str, layers: Layers, why: s
     return plain
 
 
-def available_matrices(model: Any) -> tuple[str, ...]:
+def available_matrices(model: LensModel) -> tuple[str, ...]:
     """The names out of `MATRICES` that bwlens can read in some layer of the model."""
     check_model(model)
     held: set[str] = set()
@@ -94,7 +97,7 @@ def available_matrices(model: Any) -> tuple[str, ...]:
     return tuple(m for m in MATRICES if m in held)
 
 
-def default_matrices(model: Any) -> tuple[str, ...]:
+def default_matrices(model: LensModel) -> tuple[str, ...]:
     """The matrices of the model's MLPs, which are read where none are named.
 
     Raises:
@@ -110,7 +113,7 @@ def default_matrices(model: Any) -> tuple[str, ...]:
     )
 
 
-def _what_it_has(model: Any) -> str:
+def _what_it_has(model: LensModel) -> str:
     """What could be asked for instead, or what the blocks are made of."""
     if held := available_matrices(model):
         return f"it has {', '.join(held)}"
@@ -139,7 +142,7 @@ def resolve_matrices(matrices: Sequence[str] | str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def resolve_layers(model: Any, layers: Layers) -> list[int]:
+def resolve_layers(model: LensModel, layers: Layers) -> list[int]:
     """Layer indices in ascending order, negative ones counted from the end.
 
     Raises:
@@ -169,7 +172,7 @@ def resolve_layers(model: Any, layers: Layers) -> list[int]:
     return sorted({layer % n_layers for layer in asked})
 
 
-def resolve_layer(model: Any, layer: int) -> int:
+def resolve_layer(model: LensModel, layer: int) -> int:
     """The index of one layer, counted from 0.
 
     Raises:
@@ -181,7 +184,7 @@ def resolve_layer(model: Any, layer: int) -> int:
     return found[0]
 
 
-def check_model(model: Any) -> None:
+def check_model(model: LensModel) -> None:
     """Refuse a model that bwlens cannot read, saying what was found.
 
     Raises:
@@ -229,7 +232,7 @@ def check_model(model: Any) -> None:
         raise NotImplementedError(f"this {name} has no unembedding, so nothing to read a lens with")
 
 
-def check_stream(model: Any) -> None:
+def check_stream(model: LensModel) -> None:
     """Refuse to read a stream that has another width than the unembedding takes.
 
     Raises:
@@ -257,7 +260,7 @@ _SWITCHES = {
 
 @contextmanager
 def hook_points(
-    model: Any, names_filter: str | Sequence[str] | Callable[[str], bool]
+    model: LensModel, names_filter: str | Sequence[str] | Callable[[str], bool]
 ) -> Iterator[tuple[dict[str, Point], bool]]:
     """The hook points that a filter lets through, switched on for the time of the context.
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int
 from torch import Tensor
 
+from bwlens.model.protocol import LensModel
 from bwlens.model.tokenizers import lost_words
 from bwlens.model.tokens import text_to_ids, token_texts
 
@@ -36,7 +37,7 @@ class MissingBlank(UserWarning):
     """A target begins without a blank where one is likely meant."""
 
 
-def warn_of_edits(model: Any, edits: Iterable[Any]) -> None:
+def warn_of_edits(model: LensModel, edits: Iterable[Any]) -> None:
     """For runs over many records: one warning for all targets of edits that lack a blank."""
     pairs = [(e.text, t) for e in edits for t in (e.target_new, e.target_true) if t is not None]
     warn_of_blanks([pair for pair in pairs if lacks_blank(model, *pair)])
@@ -50,7 +51,7 @@ def unwarned() -> Iterator[None]:
         yield
 
 
-def lacks_blank(model: Any, prompt: str, target: str) -> bool:
+def lacks_blank(model: LensModel, prompt: str, target: str) -> bool:
     """Whether a target likely wants a blank before it that it has not.
 
     It starts with a letter or digit right after a word, and with a blank its tokens are others.
@@ -76,7 +77,7 @@ def warn_of_blanks(pairs: Sequence[tuple[str, str]]) -> None:
         )
 
 
-def check_ids(model: Any, ids: Sequence[int], what: str) -> None:
+def check_ids(model: LensModel, ids: Sequence[int], what: str) -> None:
     """Refuse token ids that the model has no row for.
 
     Raises:
@@ -99,7 +100,7 @@ class Targets:
         prepend_bos: Whether the texts got a BOS.
     """
 
-    model: Any
+    model: LensModel
     texts: list[str] | None
     rows: list[list[int]]
     prepend_bos: bool | None

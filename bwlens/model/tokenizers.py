@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bwlens.model.protocol import LensModel
+
 PROBES = 32
 """Tokens of the tokenizer's own that it is tried on."""
 
 
-def check_tokenizer(model: Any, name: str) -> None:
+def check_tokenizer(model: LensModel, name: str) -> None:
     """Refuse a tokenizer that has no words, cannot read its own, or belongs to another model.
 
     A tokenizer may have fewer tokens than the embedding has rows (padded embeddings), and tokens

@@ -7,9 +7,11 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from bwlens.model.protocol import LensModel
+
 
 def subject_positions(
-    model: Any,
+    model: LensModel,
     prompt: str,
     subject: str,
     prepend_bos: bool | None = None,
@@ -37,7 +39,7 @@ def span_positions(offsets: Sequence[tuple[int, int]], start: int, stop: int) ->
 
 
 def token_offsets(
-    model: Any, prompt: str, prepend_bos: bool | None = None
+    model: LensModel, prompt: str, prepend_bos: bool | None = None
 ) -> list[tuple[int, int]]:
     """The stretch of characters [start, stop) of each token; (0, 0) for BOS.
 
@@ -48,7 +50,7 @@ def token_offsets(
 
 
 def prompt_offsets(
-    model: Any, prompt: str, prepend_bos: bool | None = None
+    model: LensModel, prompt: str, prepend_bos: bool | None = None
 ) -> tuple[int, list[tuple[int, int]]]:
     """How many tokens stand before the prompt's own (BOS), and the stretch of each of its own.
 
@@ -78,7 +80,7 @@ def prompt_offsets(
     return lead, offsets
 
 
-def text_to_ids(model: Any, text: str, prepend_bos: bool | None) -> list[int]:
+def text_to_ids(model: LensModel, text: str, prepend_bos: bool | None) -> list[int]:
     """Token ids of a text, with or without BOS, never cut at the context's length.
 
     A text that begins with a BOS gets no second one.

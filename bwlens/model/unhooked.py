@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from bwlens.model.protocol import LensModel
+
 _DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _LISTS = ("fwd_hooks", "bwd_hooks")
 """A hook point's own record of its hooks: TransformerLens' norms look there as well."""
@@ -46,7 +48,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def users_hooks_off(model: Any) -> Iterator[None]:
+def users_hooks_off(model: LensModel) -> Iterator[None]:
     """Run the model without its user's hooks.
 
     On hook points, the final norm and the unembedding every hook is the user's. Elsewhere those

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bwlens.model.places import SHARED, ExpertTap, Site, Tap
+from bwlens.model.protocol import LensModel
 from bwlens.model.sites import check_model, find_taps, resolve_layers
 
 _STORED = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -92,7 +93,7 @@ class Weight:
             )
 
 
-def weight_of(model: Any, site: Site) -> Weight:
+def weight_of(model: LensModel, site: Site) -> Weight:
     """The weight of a site, in the model's own memory; for several, see `weights_of`.
 
     Args:
@@ -112,7 +113,7 @@ def weight_of(model: Any, site: Site) -> Weight:
     return weights_of(model, [site])[site]
 
 
-def weights_of(model: Any, sites: Iterable[Site]) -> dict[Site, Weight]:
+def weights_of(model: LensModel, sites: Iterable[Site]) -> dict[Site, Weight]:
     """The weights of several sites, in the model's own memory, by the sites asked for.
 
     Raises:
@@ -144,7 +145,7 @@ def parameter_of(tap: Tap | ExpertTap, site: Site) -> tuple[Any, Tensor]:
     return _stored([tap], site)
 
 
-def copy_of(model: Any) -> Any:
+def copy_of(model: LensModel) -> Any:
     """A copy of a model that shares no storage with it and outlives it.
 
     `copy.deepcopy` alone is not enough for a bridge. It copies no function, so hooks that are
@@ -271,7 +272,7 @@ def _check_stored(parameter: Tensor, site: Site) -> None:
 class _Memory:
     """Which bytes the parameters of each block lie in, to find those of several blocks."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: LensModel) -> None:
         self._spans = sorted(
             (*span, layer)
             for layer, block in enumerate(model.blocks)

@@ -14,13 +14,12 @@ from bwlens.data.given import Edits, as_edits
 from bwlens.edit._memit import normal_rows
 from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, number, texts_of
-from bwlens.edit.keys import Position, contexts_of
+from bwlens.edit.keys import Position, check_position, contexts_of
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.whitened import PREFIXES
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.locking import one_thread_at_a_time
-from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
 
@@ -86,6 +85,7 @@ def subject_shift(
         >>> change = subject_shift(model, edit, layer=3, position="last")  # doctest: +SKIP
     """
     listed = as_edits(edits)
+    check_position(position)
     count(steps, "steps")
     log_odds = number(log_odds, "log_odds", "a finite number of nats")
     if not number(clamp, "clamp") > 0:
@@ -143,7 +143,7 @@ def _values(
 
 def _log_odds(aims: Aims, values: Float[Tensor, "edit d_out"]) -> Float[Tensor, " edit"]:
     """Of each edit's target against all other words, mean over its tokens and the contexts."""
-    log_p = aims.log_p(values)
+    log_p = aims.of_target(aims.words(values))
     # Where the target is all but certain, log(1 - p) stays finite.
     odds = log_p - torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
     mask = aims.mask.to(odds.device)

@@ -31,15 +31,15 @@ class Aims:
         keys: What enters the weight at the keys' positions [edit, context, d_in].
         outputs: What leaves it there [edit, context, d_out].
         stream: What leaves the block there [edit, context, d_model].
-        mask: Which places of `log_p` are a token of the target [edit, context, token].
+        mask: Which places are a token of the target [edit, context, token].
     """
 
     def __init__(self, model: LensModel, contexts: Contexts, site: Site) -> None:
         batch = contexts.batch
         self._model, self._contexts = model, contexts
         (self._tap,) = key_taps(model, site.matrix, site.layer)
-        self._positions, self._ids, mask = _places(batch)
-        self.mask = contexts.by_edit(mask)
+        self._positions, ids, mask = _places(batch)
+        self._ids, self.mask = contexts.by_edit(ids), contexts.by_edit(mask)
         below = list(model.blocks[: site.layer])
         end = Point(model.blocks[site.layer], "output")
         passed = run(
@@ -60,26 +60,30 @@ class Aims:
         )
         self.stream: Float[Tensor, "edit context d_model"] = contexts.at(wide(passed.seen[end][0]))
 
-    def log_p(
+    def words(
         self, shifts: Float[Tensor, "edit d_out"]
-    ) -> Float[Tensor, "edit context token"]:
-        """Log-probability of each token of the target, the ones before it teacher forced.
+    ) -> Float[Tensor, "edit context token d_vocab"]:
+        """Log-probability of every word where each token of the target is predicted.
 
         Autograd follows to the shifts where they ask for it.
         """
-        rows = repeat(shifts, "edit d -> (edit context) d", context=self._contexts.n)
-        batch = self._contexts.batch
+        batch, contexts = self._contexts.batch, self._contexts
+        rows = repeat(shifts, "edit d -> (edit context) d", context=contexts.n)
         passed = run(
             self._model,
             batch.tokens,
-            additions=[shift_of(self._tap, batch, self._contexts.rows, rows)],
+            additions=[shift_of(self._tap, batch, contexts.rows, rows)],
             positions=self._positions,
             giving=self._below,
             graph=shifts.requires_grad,
         )
-        log_p = wide(passed.logits).log_softmax(-1)
-        chosen = log_p.gather(-1, self._ids[..., None].to(log_p.device))[..., 0]
-        return self._contexts.by_edit(chosen)
+        return contexts.by_edit(wide(passed.logits).log_softmax(-1))
+
+    def of_target(
+        self, words: Float[Tensor, "edit context token d_vocab"]
+    ) -> Float[Tensor, "edit context token"]:
+        """Of these words, the target's tokens; those before each are teacher forced."""
+        return words.gather(-1, self._ids[..., None].to(words.device))[..., 0]
 
 
 def _places(

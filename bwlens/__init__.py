@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bwlens.changes.change import WeightChange as WeightChange
     from bwlens.checking import CheckReport as CheckReport
     from bwlens.checking import check as check
+    from bwlens.data.making import make_records as make_records
     from bwlens.data.records import Record as Record
     from bwlens.data.records import Records as Records
     from bwlens.data.records import read_records as read_records
@@ -47,6 +48,7 @@ _ROOMS = ("checking", "demo", "edit", "experiments", "show")
 _HOMES = {
     "changes.change": ("WeightChange",),
     "checking": ("CheckReport", "check"),
+    "data.making": ("make_records",),
     "data.records": ("Record", "Records", "read_records"),
     "evaluation.evaluation": ("Evaluation",),
     "evaluation.harness": ("evaluate",),

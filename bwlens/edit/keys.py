@@ -137,6 +137,10 @@ class Contexts:
         n_pos = self.batch.tokens.shape[1]
         return torch.tensor([i * n_pos + p for i, p in enumerate(self.positions)])
 
+    def by_edit(self, rows: Tensor) -> Tensor:
+        """Rows of the batch, by edit and context."""
+        return rearrange(rows, "(edits n) ... -> edits n ...", n=self.n)
+
     def at(
         self, values: Float[Tensor, "batch pos d"], after: Sequence[tuple[int, int]] | None = None
     ) -> Float[Tensor, "edits n d"]:
@@ -144,7 +148,7 @@ class Contexts:
 
         With `after`, pairs of an edit and how many tokens further on: those positions instead.
         """
-        rows = rearrange(self.rows, "(edits n) -> edits n", n=self.n)
+        rows = self.by_edit(self.rows)
         if after is not None:
             rows = torch.stack([rows[edit] + steps for edit, steps in after])
         return rearrange(values, "batch pos d -> (batch pos) d")[rows.to(values.device)]

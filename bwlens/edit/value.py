@@ -8,7 +8,7 @@ from __future__ import annotations
 import numbers
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,24 +16,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, texts_of
 from bwlens.edit.keys import (
     Contexts,
     Position,
     check_position,
     contexts_of,
-    joined,
-    key_taps,
-    passed_by,
-    positions_in,
-    shift_of,
 )
-from bwlens.gradient.objectives import NLL
 from bwlens.model.passes import device_of, run, wide
-from bwlens.model.prompts import Batch, Edit, make_batch
+from bwlens.model.prompts import Batch, Edit, padded
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Point, Site
-from bwlens.model.tokens import subject_positions, text_to_ids
+from bwlens.model.tokens import text_to_ids
 
 LARGEST_STEP = 1e30
 """Steps of Adam stay below; its arithmetic overflows float32 somewhat above."""
@@ -131,15 +126,25 @@ class ValueSearch:
         Raises:
             ValueError: The subject is not in the prompt, or the loss is no longer finite.
         """
+        aims = Aims(model, self._with_essence(model, edit), site)
+        output = (aims.stream if of_stream else aims.outputs)[0, 0]
+        delta, losses = _solved(aims, self.settings, float(output.norm().clamp(min=1e-9)))
+        return Value(aims.keys[0, :-1].mean(0), delta, losses)
+
+    def _with_essence(self, model: LensModel, edit: Edit) -> Contexts:
+        """The prompt behind the prefixes and, last, "{subject} is a", whose target is not read."""
+        essence = Edit("{} is a", edit.subject, edit.target_new)
         contexts = self.contexts(model, [edit], targets=True)
-        passed = passed_by(model, contexts.batch, site.matrix, site.layer)
-        key = contexts.at(passed.x[site])[0].mean(0)
-        start = contexts.at(passed.z[site])[0, 0]
-        if of_stream:
-            start = contexts.at(stream_after(model, contexts.batch, site.layer))[0, 0]
-        size = float(start.norm().clamp(min=1e-9))
-        delta, losses = _Problem(model, edit, site, self, size).solved(torch.zeros_like(start))
-        return Value(key, delta, losses)
+        last = contexts_of(model, [essence], (), self.position, self.prepend_bos, targets=False)
+        target = contexts.batch.targets[0]
+        rows = [
+            (*batch.tokens[i, :length].tolist(), *target[:-1])
+            for batch in (contexts.batch, last.batch)
+            for i, length in enumerate(batch.prompt_lengths.tolist())
+        ]
+        lengths = torch.cat([contexts.batch.prompt_lengths, last.batch.prompt_lengths])
+        batch = replace(padded(model, rows), prompt_lengths=lengths, targets=(target,) * len(rows))
+        return Contexts(batch, (*contexts.positions, *last.positions), len(rows))
 
 
 def stream_after(model: LensModel, batch: Batch, layer: int) -> Float[Tensor, "batch pos d_model"]:
@@ -184,67 +189,40 @@ def _sampled(model: LensModel) -> tuple[str, ...]:
     return tuple(f"{text.strip()}." for text in texts if text.strip())
 
 
-class _Problem:
-    """One edit's loss as a function of the shift."""
-
-    def __init__(
-        self, model: LensModel, edit: Edit, site: Site, search: ValueSearch, size: float
-    ) -> None:
-        self._model, self._settings, self._size = model, search.settings, size
-        (self._tap,) = key_taps(model, site.matrix, site.layer)
-        texts = [joined(prefix, edit.text) for prefix in ("", *search.before(model))]
-        essence, bos = f"{edit.subject} is a", search.prepend_bos
-        self._n = len(texts)
-        # The last prompt has a target of one token, whose loss is not read.
-        ids = make_batch(model, texts, [edit.target_new] * self._n, prepend_bos=bos).targets
-        wanted = [list(i) for i in ids] + [[ids[0][0]]]
-        self._batch = make_batch(model, [*texts, essence], wanted, prepend_bos=bos)
-        if search.position == "last":
-            where = self._batch.last.tolist()
-        else:
-            where = [positions_in(model, text, edit, bos)[-1] for text in texts]
-            where += subject_positions(model, essence, edit.subject, bos, 0)[-1:]
-        n_pos = self._batch.tokens.shape[1]
-        self._rows = torch.tensor([i * n_pos + p for i, p in enumerate(where)])
-        self._nll = NLL(wanted)
-        self._original: Tensor | None = None
-
-    def solved(self, delta: Tensor) -> tuple[Tensor, tuple[float, ...]]:
-        """Adam from this start."""
-        settings, losses = self._settings, []
-        delta = delta.detach().clone().requires_grad_()
-        adam = torch.optim.Adam([delta], lr=settings.lr)
+def _solved(
+    aims: Aims, settings: ValueSettings, size: float
+) -> tuple[Float[Tensor, " d_out"], tuple[float, ...]]:
+    """Adam from no shift at all; the last of the contexts is the essence."""
+    losses: list[float] = []
+    delta = torch.zeros_like(aims.outputs[0, 0]).requires_grad_()
+    adam = torch.optim.Adam([delta], lr=settings.lr)
+    original: Tensor | None = None
+    for step in range(settings.steps + 1):
         with torch.enable_grad():
-            for step in range(settings.steps + 1):
-                loss = self._loss(delta)
-                losses.append(float(loss.detach()))
-                if not torch.isfinite(loss):
-                    raise ValueError(
-                        f"the loss is {losses[-1]} after {step} steps of lr={settings.lr}; take a"
-                        f" smaller lr, or a model in float32"
-                    )
-                if step == settings.steps or losses[-1] < settings.stop_loss:
-                    break
-                (delta.grad,) = torch.autograd.grad(loss, [delta])
-                adam.step()
-                with torch.no_grad():
-                    limit = settings.clamp * self._size
-                    if not torch.isfinite(delta.norm()):
-                        raise ValueError(
-                            f"the shift has grown out of all bounds after {step + 1} steps of"
-                            f" lr={settings.lr}; take a smaller lr"
-                        )
-                    delta.mul_((limit / delta.norm().clamp(min=1e-9)).clamp(max=1))
-        return delta.detach(), tuple(losses)
-
-    def _loss(self, delta: Tensor) -> Tensor:
-        shift = shift_of(self._tap, self._batch, self._rows, delta.expand(len(self._batch), -1))
-        passed = run(self._model, self._batch.tokens, additions=[shift], graph=True)
-        logits = passed.logits.float()
-        nll = self._nll(logits, self._batch)[: self._n].mean()
-        new = logits[self._n, int(self._batch.last[self._n])].log_softmax(-1)
-        if self._original is None:
-            self._original = new.detach()
-        kl = (new.exp() * (new - self._original)).sum()
-        decay = delta.norm() / self._size**2
-        return nll + self._settings.kl_factor * kl + self._settings.weight_decay * decay
+            words = aims.words(delta[None])
+            new = words[0, -1, 0]
+            original = new.detach() if original is None else original
+            mask = aims.mask[0, :-1].to(words.device)
+            log_p = torch.where(mask, aims.of_target(words)[0, :-1], 0.0)
+            nll = -(log_p.sum(1) / mask.sum(1)).mean()
+            kl = (new.exp() * (new - original)).sum()
+            decay = delta.norm() / size**2
+            loss = nll + settings.kl_factor * kl + settings.weight_decay * decay
+        losses.append(float(loss.detach()))
+        if not torch.isfinite(loss):
+            raise ValueError(
+                f"the loss is {losses[-1]} after {step} steps of lr={settings.lr}; take a smaller"
+                f" lr, or a model in float32"
+            )
+        if step == settings.steps or losses[-1] < settings.stop_loss:
+            break
+        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        adam.step()
+        with torch.no_grad():
+            if not torch.isfinite(delta.norm()):
+                raise ValueError(
+                    f"the shift has grown out of all bounds after {step + 1} steps of"
+                    f" lr={settings.lr}; take a smaller lr"
+                )
+            delta.mul_((settings.clamp * size / delta.norm().clamp(min=1e-9)).clamp(max=1))
+    return delta.detach(), tuple(losses)

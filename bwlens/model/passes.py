@@ -64,7 +64,7 @@ def run(
     taps: Collection[Tap | ExpertTap] = (),
     points: Collection[Point] = (),
     additions: Sequence[Addition] = (),
-    positions: Int[Tensor, " position"] | None = None,
+    positions: Int[Tensor, "*batch position"] | None = None,
     keeping: Collection[nn.Module] = (),
     giving: Mapping[nn.Module, Any] | None = None,
     graph: bool = False,
@@ -77,7 +77,8 @@ def run(
         taps: Weights whose x and z are noted.
         points: Other places where what passes is noted.
         additions: What is added on the way.
-        positions: The only positions that pass the unembedding; None for all.
+        positions: The only positions that pass the unembedding, the same in every row or each
+            row's own; None for all.
         keeping: Modules of which what leaves them is kept.
         giving: Modules that do not run, with what they give instead.
         graph: Whether autograd follows; what is noted can then have a gradient, also where every
@@ -276,7 +277,8 @@ def _only_at(unembed: nn.Module, positions: Tensor, hooks: _Hooks) -> None:
     """Let only these positions on to the unembedding."""
     # Not before the final norm: GPT-2 reshapes what leaves it to all positions.
     point = Point(unembed, "input")
-    hooks.at(point, lambda stream: stream[:, positions.to(stream.device)])
+    rows = slice(None) if positions.ndim == 1 else torch.arange(len(positions))[:, None]
+    hooks.at(point, lambda stream: stream[rows, positions.to(stream.device)])
 
 
 def _root(model: LensModel, hooks: _Hooks) -> None:

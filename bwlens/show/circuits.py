@@ -17,6 +17,7 @@ import torch
 from circuitsvis import activations, tokens, topk_samples
 from circuitsvis.utils.render import RenderedHTML
 
+from bwlens.show.sheet import document
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
@@ -151,10 +152,7 @@ def moved_neurons(
 
 def page(widgets: Sequence[RenderedHTML | str], title: str = "bwlens") -> str:
     """Several widgets, and pieces of HTML between them, as one page with one copy of the script."""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<body>{together(widgets)}</body></html>"
-    )
+    return document(title, f'<div class="sheet">{together(widgets)}</div>')
 
 
 def together(widgets: Sequence[RenderedHTML | str]) -> str:

@@ -9,8 +9,7 @@ from pathlib import Path
 from bwlens.lens.backward import BackwardLens
 from bwlens.runs.paths import writable
 from bwlens.show.pack import READING, pack
-from bwlens.show.table import assets, document, element, first_matrix, part
-from bwlens.show.words import target_words, visible
+from bwlens.show.table import assets, element, first_matrix, part, tables, titled
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -47,11 +46,9 @@ class Comparison:
         """
         path = writable(path, (".html",))
         title = " / ".join(
-            visible(f"{name}: {lens.prompt}", trim=False)
-            + (f" → {target_words(lens)}" if lens.target else "")
-            for name, lens in zip(self.names, self.lenses, strict=True)
+            f"{name}: {titled(lens)}" for name, lens in zip(self.names, self.lenses, strict=True)
         )
-        path.write_text(document(title, self._element()), encoding="utf-8")
+        path.write_text(tables(title, self._element()), encoding="utf-8")
         return path
 
     def __repr__(self) -> str:
@@ -93,7 +90,7 @@ class Comparison:
             for lens, name in zip(self._views(), self.names, strict=True)
         ]
         packed = [pack(lens, self.matrices, self.readings, self.n_pos) for lens in self.lenses]
-        return element(parts, {"lenses": packed})
+        return element(parts, *packed)
 
 
 def compare(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from bwlens.runs.paths import writable
 from bwlens.show import circuits
 from bwlens.show.sheet import definitions, document, svg
-from bwlens.show.table import table
-from bwlens.show.words import target_words, visible
+from bwlens.show.table import table, titled
+from bwlens.show.words import visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -63,9 +63,8 @@ def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -
     if path is not None:
         writable(path, (".html",))
     matrix = "W_out" if "W_out" in lens.matrices else lens.matrices[0]
-    title = visible(lens.prompt, trim=False) + (f" → {target_words(lens)}" if lens.target else "")
     html = document(
-        title,
+        titled(lens),
         "<h1>What one gradient step would write</h1>"
         f"{table(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"

@@ -29,8 +29,8 @@ dl.small{font-size:.85rem}dt{opacity:.75}dd code{overflow-wrap:anywhere}
 """
 
 
-def document(title: str, body: str) -> str:
-    """The whole page around a body of HTML."""
+def document(title: str, body: str, style: str = "") -> str:
+    """The page around a body of HTML, with a style beside that of all pages."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         # The page loads nothing, and lets nothing be loaded.
@@ -38,15 +38,15 @@ def document(title: str, body: str) -> str:
         " style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         '<link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>{body}</body></html>"
+        f"<style>{_STYLE}{style}</style></head><body>{body}</body></html>"
     )
 
 
 def svg(figure: Figure) -> str:
     """A figure as an SVG element."""
-    held = io.StringIO()
-    figure.savefig(held, format="svg", metadata={"Date": None})
-    _, tag, rest = held.getvalue().partition("<svg")
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    _, tag, rest = drawn.getvalue().partition("<svg")
     return tag + rest
 
 

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bwlens.show.colors import STEPS, TARGET, css, ink, scale
-from bwlens.show.pack import pack, script_json
+from bwlens.show.pack import compressed, pack
+from bwlens.show.sheet import document
 from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-FORMAT = 1
+FORMAT = 2
 """Of the data that the script reads; a page may hold outputs of several versions."""
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search
@@ -45,45 +46,43 @@ def table(lens: BackwardLens) -> str:
 
 def widget(lens: BackwardLens) -> str:
     """The lens as an HTML element for a page that has `assets()` elsewhere."""
-    return element([part(lens)], {"lenses": [pack(lens)]})
+    return element([part(lens)], pack(lens))
 
 
 @cache
 def assets() -> str:
     """The style and the script of all tables of a page, once; more copies do no harm."""
-    return f"<style>{_style()}</style><script>{_script()}</script>"
+    return f"<style>{_style()}</style>{_script()}"
 
 
 def page(*lenses: BackwardLens) -> str:
     """Lenses as a whole HTML page."""
-    lens = lenses[0]
-    title = visible(lens.prompt, trim=False) + (f" → {target_words(lens)}" if lens.target else "")
-    return document(title, "".join(map(widget, lenses)))
+    return tables(titled(lenses[0]), "".join(map(widget, lenses)))
 
 
-def document(title: str, body: str) -> str:
-    """A whole HTML page around widgets: it loads nothing and lets nothing be loaded."""
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
-        " img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        '<link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title>"
-        "<style>:root{color-scheme:light dark}"
-        "body{margin:24px;background:light-dark(#fff,#14181d)}"
-        ".bwlens+.bwlens{margin-top:40px}"
+def titled(lens: BackwardLens) -> str:
+    """A page's title: the prompt and the target."""
+    prompt = visible(lens.prompt, trim=False)
+    return prompt + (f" → {target_words(lens)}" if lens.target else "")
+
+
+def tables(title: str, widgets: str) -> str:
+    """The page around widgets, as wide as the window."""
+    return document(
+        title,
         # Where scripts run, the plain table need not be drawn first.
-        "[data-scripts] .bwlens:not([data-live]) table{display:none}"
-        f"{_style()}</style><script>document.documentElement.dataset.scripts=''</script><main>{body}</main><script>{_script()}</script></html>"
+        "<script>document.documentElement.dataset.scripts=''</script>"
+        f"<main>{widgets}</main>{_script()}",
+        "body{max-width:none;margin:24px;padding:0}.bwlens+.bwlens{margin-top:40px}"
+        f"[data-scripts] .bwlens:not([data-live]) table{{display:none}}{_style()}",
     )
 
 
-def element(parts: Sequence[str], data: dict[str, Any]) -> str:
+def element(parts: Sequence[str], *packed: dict[str, Any]) -> str:
     """The element that the script takes over: static parts and the data of their lenses."""
     return (
         f'<div class="bwlens {_UNTYPESET}" data-format="{FORMAT}">{"".join(parts)}'
-        f'<script type="application/json">{script_json(data)}</script></div>'
+        f'<script type="application/gzip">{compressed(packed)}</script></div>'
     )
 
 
@@ -217,25 +216,20 @@ def _html(text: str) -> str:
 
 def _style() -> str:
     """The style sheet, with a rule for each shade and the ink on it, on light and dark pages."""
-    shades: list[str] = []
-    inks: dict[str, list[str]] = {}
+    rules = [f"--target:light-dark({TARGET[0]},{TARGET[1]});"]
     for step, (light, dark) in enumerate(zip(scale(), scale(dark=True), strict=True)):
-        shades.append(f".s{step}{{background-color:light-dark({css(light)},{css(dark)})}}")
-        pair = f"light-dark({css(ink(light))},{css(ink(dark))})"
-        inks.setdefault(pair, []).append(f".s{step}")
-    shades += [f"{','.join(steps)}{{color:{pair}}}" for pair, steps in inks.items()]
-    text = re.sub(r"/\*.*?\*/", "", _asset("_table.css"), flags=re.DOTALL)
-    text = re.sub(r"\s*([{};,])\s*|(:)\s+|\s+", lambda found: found[1] or found[2] or " ", text)
-    text = text.replace("TARGET", f"light-dark({TARGET[0]},{TARGET[1]})")
-    return text.replace("SHADES", "".join(shades))
+        back, front = (
+            f"light-dark({css(a)},{css(b)})" for a, b in ((light, dark), (ink(light), ink(dark)))
+        )
+        rules.append(f".s{step}{{background-color:{back};color:{front}}}")
+    return f"{_asset('_table.css')}:is(.bwlens, #bwlens){{{''.join(rules)}}}"
 
 
 def _script() -> str:
-    """The script, its three parts in one scope of their own, without comments and indentation."""
-    parts = map(_asset, ("_table_data.js", "_table_picture.js", "_table.js"))
-    lines = (re.sub(r"^\s*//.*|\s//\s.*", "", line).strip() for line in "".join(parts).splitlines())
-    text = "\n".join(filter(None, lines)).replace("FORMAT", str(FORMAT))
-    return f'(()=>{{"use strict";\n{text.replace("STEPS", str(STEPS))}\n}})();'
+    """The script, its three parts in one scope of their own."""
+    parts = "".join(map(_asset, ("_table_data.js", "_table_picture.js", "_table.js")))
+    start = f'(() => {{\n"use strict";\nconst FORMAT = {FORMAT};\nconst STEPS = {STEPS};\n'
+    return f"<script>{start}{parts}}})();</script>"
 
 
 def _asset(name: str) -> str:

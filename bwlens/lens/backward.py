@@ -370,9 +370,9 @@ class BackwardLens:
         return path
 
     def __rich__(self) -> Any:
-        from bwlens.show.terminal import text_table
+        from bwlens.show.terminal import TextTable
 
-        return text_table(self)
+        return TextTable(self)
 
     def __repr__(self) -> str:
         from bwlens.show.terminal import plain_text

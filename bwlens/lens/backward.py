@@ -366,7 +366,7 @@ class BackwardLens:
         from bwlens.show.report import report
 
         path = writable(path, (".html",))
-        report(self, path)
+        path.write_text(report(self), encoding="utf-8")
         return path
 
     def __rich__(self) -> Any:

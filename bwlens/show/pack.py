@@ -46,24 +46,21 @@ def pack(
     `faint` the percents of a doubtful vector that the norm's epsilon leaves, -1 without doubt. What
     two matrices share (W_in and W_gate have one x) is in `readings` once.
 
-    Args:
-        lens: The lens.
-        matrices: The matrices to take; None for all.
-        readings: The readings to take, as in `BackwardLens.readings`; None for all.
-        n_pos: The number of columns to take; None for all.
+    Of the lens' `matrices`, `readings` (as in `BackwardLens.readings`) and columns (`n_pos`), None
+    takes all.
     """
     matrices = lens.matrices if matrices is None else matrices
     views = {n: lens.as_normalized(n) for n in (lens.readings if readings is None else readings)}
     keep = slice(n_pos)
     sides = {
-        (normalized, matrix, end): [
-            _flat(part[:, keep].flatten(1)) for part in view.side(end, matrix)
-        ]
+        (normalized, matrix, end): [_flat(part[:, keep]) for part in view.side(end, matrix)]
         for normalized, view in views.items()
         for matrix in matrices
         for end in ENDS
     }
-    answer, vocabulary = _answer_id(lens), lens.vocabulary
+    # As the lens itself finds it: the softmax may merge what the logits tell apart.
+    answer = int(lens.gradients.next_logits[0].float().softmax(-1).argmax())
+    vocabulary = lens.vocabulary
     used = np.unique(np.concatenate([ids for ids, _ in sides.values()]))
     used = np.union1d(used[used >= 0], [*lens.target_ids[:1], answer])
 
@@ -109,11 +106,6 @@ def pack(
         "matrices": by_matrix,
         "readings": entries,
     }
-
-
-def _answer_id(lens: BackwardLens) -> int:
-    # As the lens itself finds it: the softmax may merge what the logits tell apart.
-    return int(lens.gradients.next_logits[0].float().softmax(-1).argmax())
 
 
 def _flat(tensor: Tensor) -> np.ndarray:

@@ -1,11 +1,8 @@
 """The lens as a piece of HTML: a table of layers by tokens, the words in it, norms as shade.
 
-What is written is a plain table with inline colours, which stands by itself where a viewer strips
-styles and scripts. Where they run, the script takes this table over: it adds the switches, the
-legend and the panel of words. Tokens are data: escaped here, set as text in the script.
-
-`table` is one piece that carries everything; a page with several takes `assets()` once and a
-`widget` for each lens.
+A plain table with inline colours stands by itself where a viewer strips styles and scripts; where
+they run, the script takes it over and adds switches, legend and the panel of words. Tokens are
+data: escaped here, set as text in the script. A page with several takes `assets()` once.
 """
 
 from __future__ import annotations
@@ -101,13 +98,8 @@ def part(
 ) -> str:
     """Heading and plain table of one lens.
 
-    Args:
-        lens: The lens.
-        name: What it is called beside another.
-        matrix: The matrix shown; None for W_out.
-        n_pos: The number of columns shown; None for all.
-        top: The norm that has the deepest shade; None for the largest.
-        marked: Cells (layer index, position) that differ from another lens.
+    Beside another it has a `name`, `marked` cells (layer index, position), `n_pos` columns and the
+    norm `top` of the deepest shade in common.
     """
     matrix = matrix or first_matrix(lens.matrices)
     norms = lens.norms(matrix)[:, :n_pos].tolist()

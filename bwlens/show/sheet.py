@@ -25,7 +25,7 @@ table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-num
 th,td{padding:.15rem .6rem;text-align:left;border-bottom:1px solid light-dark(#d8dee6,#333b45)}
 td.number,th.number{text-align:right}.scroll{overflow-x:auto}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}dd{margin:0}
-dl.small{font-size:.85rem}dt{opacity:.75}dd code{overflow-wrap:anywhere}
+dl.small{font-size:.85rem}dt{color:light-dark(#57606c,#9aa5b4)}dd code{overflow-wrap:anywhere}
 """
 
 

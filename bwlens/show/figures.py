@@ -47,7 +47,11 @@ def table(
             back = shade(norms[at, pos] / top)
             ax.add_patch(Rectangle((pos - 0.5, at - 0.5), 1, 1, color=css(back), lw=0))
             word = drawable(visible(words[at][pos][0]))
-            style = {"color": css(ink(back)), "ha": "center", "va": "center_baseline"}
+            style: dict[str, Any] = {
+                "color": css(ink(back)),
+                "ha": "center",
+                "va": "center_baseline",
+            }
             text = ax.text(pos, at, word, fontsize=6, parse_math=False, clip_on=True, **style)
             texts.append(text)
             if words[at][pos][0] == target:

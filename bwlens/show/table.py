@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,26 +151,20 @@ def part(
 
 
 def _heading(lens: BackwardLens, name: str) -> str:
-    words, at = [], 0
-    tokens = lens.tokens[: lens.n_prompt]
-    while at < len(tokens):  # neighbours of the subject share one line under them
-        end, inside = at, at in lens.subject
-        while end < len(tokens) and (end in lens.subject) == inside:
-            end += 1
-        text = _html("".join(map(spaced, tokens[at:end])))
-        words.append(f"<u>{text.strip()}</u>" if inside else text)
-        if inside and text.startswith(" "):
-            words.insert(-1, " ")
-        at = end
-    prompt = "".join(words).lstrip()
+    tokens, prompt = lens.tokens[: lens.n_prompt], ""
+    # Neighbours of the subject share one line under them.
+    for inside, places in groupby(range(len(tokens)), lens.subject.__contains__):
+        text = _html("".join(spaced(tokens[at]) for at in places))
+        line = f"{' ' * text.startswith(' ')}<u>{text.strip()}</u>"
+        prompt += line if inside else text
+    prompt = prompt.lstrip()
     size = " bw-long" if len("".join(tokens)) > 160 else ""
     says = f"The model says <b>{_html(quoted(lens.answer))}</b>"
     facts = [f"{says}, p = {_number(lens.answer_probability)}"]
     if lens.target:
         prompt = f'<bdi>{prompt}</bdi> → <b class="bw-target">{_html(target_words(lens))}</b>'
     if lens.target_probability is not None:
-        has = f"{_html(probability_of(lens))} has p = {_number(lens.target_probability)}"
-        facts.append(has)
+        facts.append(f"{_html(probability_of(lens))} has p = {_number(lens.target_probability)}")
     facts.append(f"{lens.loss_is} {_number(lens.loss)}")
     title = f'<p class="bw-name">{_html(name)}</p>' if name else ""
     return (

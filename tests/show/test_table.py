@@ -16,9 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bwlens.show import compare
+from bwlens.show import circuits, compare
 from bwlens.show.colors import STEPS, contrast, css, ink, scale, shade
 from bwlens.show.pack import compressed, pack
+from bwlens.show.report import report
 from bwlens.show.table import assets, page, table, widget
 from bwlens.show.words import spaced, visible
 from tests.fake_lens import HOSTILE, fake_lens, words_alike
@@ -114,6 +115,17 @@ def test_no_typesetter_finds_a_formula():
     assert 'class="bwlens tex2jax_ignore mathjax_ignore"' in html
     texts = re.split(r"<[^>]*>", html)
     assert not [text for text in texts if re.search(r"[$\\]", text) and len(text) > 1]
+
+
+def test_all_pages_are_one_page_that_loads_nothing(tmp_path):
+    lens = fake_lens(tokens=list("abcde"))
+    two = compare(lens, lens).save(tmp_path / "two.html").read_text(encoding="utf-8")
+    for html in (page(lens), two, report(lens), circuits.page([circuits.token_norms(lens)])):
+        head, _, body = html.partition("<body>")
+        assert html.count("<!doctype html>") == 1
+        assert "default-src 'none'" in head
+        assert "color-scheme:light dark" in head
+        assert body.endswith("</body></html>")
 
 
 def test_nothing_is_loaded():

@@ -68,7 +68,8 @@ function decode(lens) {
     list(state, end, cell) {
       const { ids, scores } = reading(state)[end];
       const places = Array.from({ length: k }, (_, at) => cell * k + at);
-      return places.map((at) => ({ index: ids[at], score: scores[at] })).filter(({ index }) => index);
+      const entries = places.map((at) => ({ index: ids[at], score: scores[at] / 100 }));
+      return entries.filter(({ index }) => index);
     },
   };
 }

@@ -42,7 +42,7 @@ def pack(
     """What the table's script reads, in flat lists by cell (layer index times width plus column).
 
     `words` are those that occur, after "" for none; `ids` are places among them, k to a cell.
-    Scores have the two decimals that are shown, norms five digits. Ranks are -1 without gradient,
+    Scores are in hundredths, as shown, norms have five digits. Ranks are -1 without gradient,
     `faint` the percents of a doubtful vector that the norm's epsilon leaves, -1 without doubt. What
     two matrices share (W_in and W_gate have one x) is in `readings` once.
 
@@ -82,8 +82,8 @@ def pack(
                 entry["target"] = _flat(view.target_ranks(matrix)[:, keep]).tolist()
             for end in ENDS:
                 ids, scores = sides[normalized, matrix, end]
-                scores = np.nan_to_num(scores.astype("f8")).round(2)
-                entry[end] = {"ids": places(ids), "scores": scores.tolist()}
+                hundredths = (100 * np.nan_to_num(scores.astype("f8")).clip(-1e12, 1e12)).round()
+                entry[end] = {"ids": places(ids), "scores": hundredths.astype("i8").tolist()}
             if entry not in entries:
                 entries.append(entry)
             at[READING[normalized]] = entries.index(entry)

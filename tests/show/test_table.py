@@ -191,7 +191,7 @@ def test_packed_lenses_say_what_the_lens_says():
             assert [[[words[i] for i in cell if i] for cell in row] for row in ids] == [
                 [[spaced(word) for word in cell] for cell in row] for row in view.words(end, matrix)
             ]
-            scores = torch.tensor(entry[end]["scores"]).reshape(ids.shape)
+            scores = torch.tensor(entry[end]["scores"]).reshape(ids.shape) / 100
             _, expected = view.side(end, matrix)
             alive = ~expected.isnan()
             torch.testing.assert_close(scores[alive], expected[alive], rtol=0, atol=0.00501)

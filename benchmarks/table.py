@@ -54,7 +54,12 @@ def _built(lens: Any) -> float:
 def _ready(html: str, repeats: int) -> list[float]:
     """Seconds from the page's first byte until its table can be used; empty without a browser."""
     # Reading a size makes the browser lay the page out there and then.
-    html += "<script>document.body.offsetHeight;window.ready=performance.now()</script>"
+    html += """<script>new MutationObserver((_, observer) => {
+        if (!document.querySelector("[data-live]")) return;
+        observer.disconnect();
+        document.body.offsetHeight;
+        window.ready = performance.now();
+    }).observe(document.body, { attributes: true, subtree: true })</script>"""
     since = "ready - performance.getEntriesByType('navigation')[0].responseStart"
     times = []
     with tempfile.TemporaryDirectory() as folder, _browser() as browser:
@@ -65,6 +70,7 @@ def _ready(html: str, repeats: int) -> list[float]:
         for _ in range(repeats + 1):
             view = browser.new_page(viewport={"width": 1200, "height": 900})
             view.goto(path.as_uri())
+            view.wait_for_function("window.ready")
             times.append(view.evaluate(since) / 1000)
             view.close()
     return times[1:]

@@ -33,6 +33,11 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
+def settled(page: Any) -> None:
+    """Wait until every table that a script has taken over is ready: it is unpacked in between."""
+    page.wait_for_function("!document.querySelector('[data-taken]:not([data-live])')")
+
+
 @pytest.fixture
 def show(chromium: Any) -> Iterator[Callable[..., Any]]:
     """`show(html, scheme="light", width=1200)`: a page; it must stay silent and ask for nothing."""
@@ -49,6 +54,7 @@ def show(chromium: Any) -> Iterator[Callable[..., Any]]:
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
         page.set_content(html)
+        settled(page)
         return page
 
     yield open_page

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
 
@@ -122,6 +124,35 @@ def test_the_names_for_the_type_checker_are_those_that_load():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'lense'"):
         bwlens.lense  # noqa: B018
+
+
+def test_what_is_imported_is_declared():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *project["optional-dependencies"]["gguf"]]
+    declared = {spelled(re.split(r"[^\w.-]", line)[0]) for line in lines}
+    packages = packages_distributions()
+    undeclared = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in ROOT.rglob("*.py")
+        for name in others(path)
+        if not declared & {spelled(package) for package in packages.get(name, [name])}
+    }
+    assert not undeclared
+
+
+def spelled(package):
+    return re.sub(r"[-_.]+", "-", package).lower()
+
+
+def others(path):
+    """The packages that a file imports: neither ours nor Python's."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or "bwlens"]
+        tops = {name.split(".")[0] for name in names}
+        yield from tops - sys.stdlib_module_names - {"bwlens"}
 
 
 @pytest.mark.parametrize("start", ["import bwlens", "import bwlens.cli"])

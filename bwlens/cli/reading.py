@@ -89,7 +89,7 @@ def lens(
             raise ValueError(f"--reading {reading!r}: there are plain, dual, cosine and effect")
         if positions not in (None, "last", "subject"):
             raise ValueError(f"--positions {positions!r}: there are 'last' and 'subject'")
-        from bwlens.show.terminal import text_table
+        from bwlens.show.terminal import TextTable
 
         found = _lens(
             console,
@@ -107,7 +107,7 @@ def lens(
             positions=positions,
             temper=temper,
         )
-        console.print(text_table(found, matrix))
+        console.print(TextTable(found, matrix))
         for path in (html, json):
             if path is not None:
                 _save(console, found, path)

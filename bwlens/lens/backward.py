@@ -366,13 +366,13 @@ class BackwardLens:
         from bwlens.show.report import report
 
         path = writable(path, (".html",))
-        report(self, path)
+        path.write_text(report(self), encoding="utf-8")
         return path
 
     def __rich__(self) -> Any:
-        from bwlens.show.terminal import text_table
+        from bwlens.show.terminal import TextTable
 
-        return text_table(self)
+        return TextTable(self)
 
     def __repr__(self) -> str:
         from bwlens.show.terminal import plain_text

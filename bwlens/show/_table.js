@@ -5,14 +5,16 @@
 
 let mounted = 0;
 
-function mount(root) {
-  root.dataset.live = "";
+async function mount(root) {
+  root.dataset.taken = "";
   try {
-    const held = root.querySelector("script[type='application/json']");
-    start(root, JSON.parse(held.textContent).lenses.map(decode));
+    const packed = root.querySelector("script[type='application/gzip']").textContent;
+    start(root, (await unpack(packed)).map(decode));
   } catch (error) {
-    console.warn("bwlens: the plain table stays as it is:", error);
+    const why = `Only the plain table is shown, as this browser could not unpack the rest (${error}).`;
+    root.append(make("p", "bw-doubt", why));
   }
+  root.dataset.live = "";
 }
 
 function start(root, lenses) {
@@ -243,8 +245,8 @@ function spokenOf(lens, state, at) {
   return `norm ${short(norm)}, promotes ${promoted}, suppresses ${suppressed}`;
 }
 
-const NAME = "bwlensTableFORMAT";
-const PLAIN = '.bwlens[data-format="FORMAT"]:not([data-live])';
+const NAME = `bwlensTable${FORMAT}`;
+const PLAIN = `.bwlens[data-format="${FORMAT}"]:not([data-taken])`;
 window[NAME] ??= mount;
 const mountAll = () => document.querySelectorAll(PLAIN).forEach(window[NAME]);
 mountAll();

@@ -39,17 +39,18 @@ function short(value) {
   return value >= 1000 ? value.toFixed(0) : value.toPrecision(3);
 }
 
-// What show/pack.py packed. A cell is a number: layer index times width, plus position.
+// What show/pack.py packed: JSON, gzip, base64.
+async function unpack(text) {
+  const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).json();
+}
+
+// A lens that answers for its cells. A cell is a number: layer index times width, plus position.
 function decode(lens) {
-  // Each word begins with as many letters of the one before as its line's first digit says.
-  let word = "";
-  const next = (line) => (word = word.slice(0, parseInt(line[0], 16)) + line.slice(1));
-  const words = ["", ...lens.words.split("\n").map(next)];
-  const arrays = [];
-  const array = (at) => (arrays[at] ??= numbers(lens.blobs[at]));
-  const { k, matrices } = lens;
+  const { k, matrices, words } = lens;
   const width = lens.tokens.length;
-  const reading = (state) => matrices[state.matrix].readings[state.reading];
+  const reading = (state) => lens.readings[matrices[state.matrix].readings[state.reading]];
   return {
     ...lens,
     width,
@@ -57,46 +58,18 @@ function decode(lens) {
     layerOf: (cell) => Math.floor(cell / width),
     posOf: (cell) => cell % width,
     through: (state) => matrices[state.matrix].through,
-    delta: (state) => array(matrices[state.matrix].delta),
-    x: (state) => array(matrices[state.matrix].x),
-    faint: (state) => array(reading(state).faint),
+    delta: (state) => matrices[state.matrix].delta,
+    x: (state) => matrices[state.matrix].x,
+    left: (state, cell) => reading(state).faint[cell], // -1 where there is no doubt
     has: (state, who) => who in reading(state),
-    rank: (state, who, cell) => array(reading(state)[who])[cell] - 1, // -1 is none
-    best: (state, end, cell) => array(reading(state)[end].ids)[cell * k],
+    rank: (state, who, cell) => reading(state)[who][cell], // -1 is none
+    best: (state, end, cell) => reading(state)[end].ids[cell * k],
     word: (index) => words[index],
     list(state, end, cell) {
-      const { ids, scores, low, step } = reading(state)[end];
-      const found = [];
-      for (let at = cell * k; at < cell * k + k && array(ids)[at]; at++) {
-        found.push({ index: array(ids)[at], score: low + array(scores)[at] * step });
-      }
-      return found;
+      const { ids, scores } = reading(state)[end];
+      const places = Array.from({ length: k }, (_, at) => cell * k + at);
+      const entries = places.map((at) => ({ index: ids[at], score: scores[at] / 100 }));
+      return entries.filter(({ index }) => index);
     },
   };
-}
-
-// "f4:" and floats, or "u14:" and integers of fourteen bits each, in base64.
-function numbers(blob) {
-  const [kind, text] = blob.split(":");
-  const bytes = Uint8Array.fromBase64?.(text) ?? bytesOf(atob(text));
-  return kind === "f4" ? new Float32Array(bytes.buffer) : integers(bytes, Number(kind.slice(1)));
-}
-
-function integers(bytes, width) {
-  const found = new Uint32Array(Math.floor((bytes.length * 8) / width));
-  let held = 0; // bits that are read and not yet used, and their number
-  let many = 0;
-  for (let at = 0, next = 0; at < found.length; at++) {
-    for (; many < width; many += 8) held = (held << 8) | bytes[next++];
-    many -= width;
-    found[at] = held >>> many;
-    held &= (1 << many) - 1;
-  }
-  return found;
-}
-
-function bytesOf(text) {
-  const bytes = new Uint8Array(text.length);
-  for (let at = 0; at < bytes.length; at++) bytes[at] = text.charCodeAt(at);
-  return bytes;
 }

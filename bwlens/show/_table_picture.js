@@ -7,7 +7,6 @@ function paint(widget) {
   const seen = new Set();
   for (const { lens, table, body, rows, cells, caption } of views) {
     const delta = lens.delta(state);
-    const faint = lens.faint(state);
     for (let at = 0; at < lens.size; at++) {
       const cell = cells[at];
       cell.removeAttribute("aria-label");
@@ -22,7 +21,7 @@ function paint(widget) {
       const marks = [`s${Math.round(scale.share(lens, at) * (STEPS - 1))}`];
       if (lens.target && best.includes(lens.target)) marks.push("bw-hit");
       else if (best.includes(lens.answer)) marks.push("bw-own");
-      if (faint[at]) marks.push("bw-faint");
+      if (lens.left(state, at) >= 0) marks.push("bw-faint");
       if (differs(widget, at)) marks.push("bw-other");
       for (const mark of marks) seen.add(mark);
       cell.className = marks.join(" ");
@@ -233,8 +232,8 @@ function detail({ state }, lens) {
 
 function doubt(lens, state, at) {
   if (!lens.delta(state)[at]) return "No gradient reaches this cell: a step writes nothing here.";
-  const left = lens.faint(state)[at];
-  if (!left) return "";
+  const left = lens.left(state, at);
+  if (left < 0) return "";
   if (lens.through(state) === "effect") {
     return "Steps of different sizes disagree, or the loss falls otherwise than predicted: these"
       + " words are not to be relied on.";
@@ -242,6 +241,6 @@ function doubt(lens, state, at) {
   const advice = Object.keys(lens.matrices[state.matrix].readings).length > 1
     ? "the normalised lens reads it at unit length" : "a normalised lens would not shrink it";
   return "A very short vector: the final norm\u2019s epsilon leaves"
-    + ` ${Math.round((100 * (left - 1)) / 254)} % of its length, so these words may be the`
+    + ` ${left} % of its length, so these words may be the`
     + ` norm\u2019s bias; ${advice}.`;
 }

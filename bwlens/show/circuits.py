@@ -1,22 +1,21 @@
 """Details of a lens in circuitsvis' own widgets, made to work offline.
 
-Each function returns circuitsvis' `RenderedHTML`. circuitsvis 1.43 has four faults that are worked
-around here: its notebook output probes the network and then links a CDN, which leaves a blank cell
-offline; its container is never closed and swallows what follows on a page; token text goes in as
-markup; and numpy scalars raise. `page` puts several widgets on one page, with one copy of the
-script.
+Four faults of circuitsvis 1.43 are worked around: its notebook output probes the network and then
+links a CDN, which leaves a blank cell offline; its container is never closed and swallows what
+follows on a page; token text goes in as markup; and numpy scalars raise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from circuitsvis import activations, tokens, topk_samples
 from circuitsvis.utils.render import RenderedHTML
 
+from bwlens.show.sheet import document
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
@@ -49,37 +48,36 @@ class OfflineHTML(RenderedHTML):
 
 
 def top_words(
-    lens: BackwardLens, layer: int, pos: int, matrix: str = "W_out", k: int = 10
+    lens: BackwardLens, layer: int, pos: int, *, matrix: str = "W_out", top_k: int = 10
 ) -> RenderedHTML:
-    """One cell's most promoted (blue) and most suppressed (red) words, with their scores.
+    """One cell's most promoted (blue) and most suppressed (red) words (`topk_samples`).
 
-    Drawn by circuitsvis' `topk_samples`; values are the distance of each word's score from the
-    middle of the two ends, so that their signs and depths compare.
+    Values are the distances of the scores from the middle of the two ends, so that their signs and
+    depths compare.
 
     Raises:
         ValueError: No such cell, or one without gradient.
     """
     layer = lens.resolve_layer(layer)
-    at = lens.layers.index(layer)
-    pos = _pos(lens, pos)
-    sides = {}
-    for which in ("promoted", "suppressed"):
-        ids, scores = lens.side(which, matrix)
-        kept = [i for i in ids[at, pos, :k].tolist() if i >= 0]
-        sides[which] = ([lens.vocabulary[i] for i in kept], scores[at, pos, : len(kept)])
-    (good, high), (bad, low) = sides["promoted"], sides["suppressed"]
-    if not good:
+    if not -len(lens.tokens) <= pos < len(lens.tokens):
+        raise ValueError(f"position {pos} is outside the {len(lens.tokens)} tokens of the prompt")
+    at, pos = lens.layers.index(layer), pos % len(lens.tokens)
+    words, scores = [], []
+    for end in ("promoted", "suppressed"):
+        words.append(lens.words(end, matrix)[at][pos][:top_k])
+        scores.append(lens.side(end, matrix)[1][at, pos, : len(words[-1])])
+    if not words[0]:
         raise ValueError(
             f"{matrix} has no gradient in layer {layer} at position {pos}"
             f" ({lens.tokens[pos]!r}), so there are no words to show"
         )
-    middle = (high.min() + low.max()) / 2 if high[0] >= low[0] else (high.max() + low.min()) / 2
-    strength = [(s - middle).abs().tolist() for s in (high, low)]
-    values = [strength[0], [-value for value in strength[1]]]
+    high, low = scores if scores[0][0] >= scores[1][0] else scores[::-1]
+    middle = (high.min() + low.max()) / 2
+    strength = [(end - middle).abs() for end in scores]
     return OfflineHTML(
         topk_samples.topk_samples(
-            tokens=[[[_apart(good), _apart(bad)]]],
-            activations=[[values]],
+            tokens=[[[_apart(end) for end in words]]],
+            activations=[[[strength[0].tolist(), (-strength[1]).tolist()]]],
             zeroth_dimension_name="Layer",
             first_dimension_name="Token",
             zeroth_dimension_labels=[str(layer)],
@@ -100,15 +98,18 @@ def token_norms(lens: BackwardLens, matrix: str = "W_out") -> RenderedHTML:
 
 
 def moved_neurons(
-    lens: BackwardLens, matrix: str = "W_out", k: int = 8, layers: Sequence[int] | None = None
+    lens: BackwardLens,
+    matrix: str = "W_out",
+    *,
+    layers: Sequence[int] | None = None,
+    top_k: int = 8,
 ) -> RenderedHTML:
     """The neurons whose weights the step moves most, and each token's share in that move.
 
-    A neuron is a row of W_out or a column of W_in and W_gate; in a mixture each expert has its own,
-    written as expert.neuron. The widget
-    (`text_neuron_activations`) lists the k whose part of the gradient is longest in each layer;
-    a token's value is its own term: `|x_ij| ||delta_i||` for neuron j of W_out,
-    `|delta_ij| ||x_i||` for W_in.
+    A neuron is a row of W_out or a column of W_in and W_gate; in a mixture, written as
+    expert.neuron. Those are listed whose part of the gradient is longest in each layer; a token's
+    value is its own term, `|x_ij| ||delta_i||` for neuron j of W_out, `|delta_ij| ||x_i||` for W_in
+    (`text_neuron_activations`).
 
     Raises:
         ValueError: A matrix without neurons (attention), or one that was not read.
@@ -124,7 +125,7 @@ def moved_neurons(
             terms, other = (x, delta) if matrix == "W_out" else (delta, x)
             # Squared norm of neuron j's part: sum over pairs of tokens, without the dense matrix.
             size = ((other @ other.T) @ terms * terms).sum(0)
-            top = size.topk(min(k, len(size)))
+            top = size.topk(min(top_k, len(size)))
             share = terms[:, top.indices].abs() * other.norm(dim=1, keepdim=True)
             every = share.new_zeros(len(lens.tokens), share.shape[1])
             sizes.append(top.values)
@@ -132,7 +133,7 @@ def moved_neurons(
             shares.append(every.index_copy(0, pos.to(every.device), share))
             names += [f"{j}" if expert is None else f"{expert}.{j}" for j in top.indices.tolist()]
         size = torch.cat(sizes)
-        best = size.topk(min(k, len(size))).indices
+        best = size.topk(min(top_k, len(size))).indices
         columns.append(torch.cat(shares, dim=1)[:, best])
         kind = "expert.neuron" if "." in names[0] else "neurons"
         labels.append(f"{layer} ({kind} {', '.join(names[j] for j in best.tolist())})")
@@ -149,25 +150,29 @@ def moved_neurons(
     )
 
 
+def strongest_cells(
+    lens: BackwardLens, matrix: str = "W_out", *, top_k: int = 3
+) -> list[tuple[int, int]]:
+    """The cells (layer, pos) with words where delta is longest, strongest first."""
+    norms = lens.norms(matrix).masked_fill(lens.silent(matrix), 0.0).flatten()
+    order = norms.argsort(descending=True)[:top_k].tolist()
+    return [(lens.layers[i // len(lens.tokens)], i % len(lens.tokens)) for i in order if norms[i]]
+
+
 def page(widgets: Sequence[RenderedHTML | str], title: str = "bwlens") -> str:
     """Several widgets, and pieces of HTML between them, as one page with one copy of the script."""
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<body>{together(widgets)}</body></html>"
-    )
+    return document(title, f'<div class="sheet">{together(widgets)}</div>')
 
 
 def together(widgets: Sequence[RenderedHTML | str]) -> str:
     """Widgets and pieces of HTML as one piece of HTML with one copy of circuitsvis' script."""
     pieces, calls, library = [], [], ""
-    for widget in widgets:
-        if isinstance(widget, str):
-            pieces.append(widget)
-            continue
-        offline = widget if isinstance(widget, OfflineHTML) else OfflineHTML(widget)
-        container, library, call = offline.parts()
-        pieces.append(container)
-        calls.append(call)
+    for piece in widgets:
+        if not isinstance(piece, str):
+            offline = piece if isinstance(piece, OfflineHTML) else OfflineHTML(piece)
+            piece, library, call = offline.parts()
+            calls.append(call)
+        pieces.append(piece)
     script = f'<script type="module">{library}\n{";".join(calls)}</script>' if calls else ""
     return "".join(pieces) + script
 
@@ -183,17 +188,3 @@ def _running(words: Sequence[str]) -> list[str]:
         ("&nbsp;" if word[:1] == " " and word.strip(" ") else "") + escape(visible(word))
         for word in words
     ]
-
-
-def _pos(lens: BackwardLens, pos: int) -> int:
-    if not -len(lens.tokens) <= pos < len(lens.tokens):
-        raise ValueError(f"position {pos} is outside the {len(lens.tokens)} tokens of the prompt")
-    return pos % len(lens.tokens)
-
-
-def strongest_cells(lens: BackwardLens, matrix: str = "W_out", n: int = 3) -> list[tuple[int, int]]:
-    """The cells (layer, pos) with words where delta is longest, strongest first."""
-    norms: Any = lens.norms(matrix).masked_fill(lens.silent(matrix), 0.0)
-    order = norms.flatten().argsort(descending=True)[:n].tolist()
-    width = norms.shape[1]
-    return [(lens.layers[i // width], i % width) for i in order if norms.flatten()[i] > 0]

@@ -1,7 +1,6 @@
 """One sequential scale for every picture: safe for colour-blind eyes, readable text on each step.
 
-The steps are those of the "Blues" family, monotone in lightness, so that they also order correctly
-in grey: from pale to deep on a light page, from dim to bright on a dark one.
+"Blues", monotone in lightness: from pale to deep on a light page, from dim to bright on a dark one.
 """
 
 from __future__ import annotations
@@ -21,10 +20,8 @@ def shade(value: float, dark: bool = False) -> tuple[int, int, int]:
     stops = _DARK if dark else _LIGHT
     place = min(max(value, 0.0), 1.0) * (len(stops) - 1)
     low = min(int(place), len(stops) - 2)
-    share = place - low
-    red, green, blue = (
-        round(a + share * (b - a)) for a, b in zip(stops[low], stops[low + 1], strict=True)
-    )
+    pairs = zip(stops[low], stops[low + 1], strict=True)
+    red, green, blue = (round(a + (place - low) * (b - a)) for a, b in pairs)
     return red, green, blue
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from bwlens.lens.backward import BackwardLens
 from bwlens.runs.paths import writable
 from bwlens.show.pack import READING, pack
-from bwlens.show.table import assets, document, element, first_matrix, part
-from bwlens.show.words import target_words, visible
+from bwlens.show.table import assets, element, first_matrix, part, tables, titled
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,8 +35,16 @@ class Comparison:
 
         A cell that is without gradient in one of the two only differs as well.
         """
-        layers = self.lenses[0].layers
-        return [(layers[at], pos) for at, pos in self._differing(self._matrix(matrix))]
+        matrix = matrix or first_matrix(self.matrices)
+        if matrix not in self.matrices:
+            raise ValueError(f"{matrix!r} is not compared; there are {', '.join(self.matrices)}")
+        a, b = (lens.words("promoted", matrix) for lens in self._views())
+        return [
+            (layer, pos)
+            for at, layer in enumerate(self.lenses[0].layers)
+            for pos in range(self.n_pos)
+            if a[at][pos][:1] != b[at][pos][:1]
+        ]
 
     def save(self, path: str | Path) -> Path:
         """Write the comparison as a page (.html).
@@ -47,53 +54,34 @@ class Comparison:
         """
         path = writable(path, (".html",))
         title = " / ".join(
-            visible(f"{name}: {lens.prompt}", trim=False)
-            + (f" → {target_words(lens)}" if lens.target else "")
-            for name, lens in zip(self.names, self.lenses, strict=True)
+            f"{name}: {titled(lens)}" for name, lens in zip(self.names, self.lenses, strict=True)
         )
-        path.write_text(document(title, self._element()), encoding="utf-8")
+        path.write_text(tables(title, self._element()), encoding="utf-8")
         return path
 
     def __repr__(self) -> str:
         n, of = len(self.differing()), len(self.lenses[0].layers) * self.n_pos
         return (
             f"Comparison({self.names[0]!r}, {self.names[1]!r}: the word promoted most by"
-            f" {self._matrix(None)} differs in {n} of {of} cells)"
+            f" {first_matrix(self.matrices)} differs in {n} of {of} cells)"
         )
 
     def _repr_html_(self) -> str:
         return self._element() + assets()
 
-    def _matrix(self, matrix: str | None) -> str:
-        if matrix is None:
-            return first_matrix(self.matrices)
-        if matrix not in self.matrices:
-            raise ValueError(f"{matrix!r} is not compared; there are {', '.join(self.matrices)}")
-        return matrix
-
-    def _views(self) -> tuple[BackwardLens, BackwardLens]:
-        a, b = (lens.as_normalized(self.readings[0]) for lens in self.lenses)
-        return a, b
-
-    def _differing(self, matrix: str) -> list[tuple[int, int]]:
-        a, b = (lens.words("promoted", matrix) for lens in self._views())
-        return [
-            (at, pos)
-            for at in range(len(a))
-            for pos in range(self.n_pos)
-            if a[at][pos][:1] != b[at][pos][:1]
-        ]
+    def _views(self) -> list[BackwardLens]:
+        return [lens.as_normalized(self.readings[0]) for lens in self.lenses]
 
     def _element(self) -> str:
-        matrix = self._matrix(None)
-        marked = frozenset(self._differing(matrix))
+        matrix, layers = first_matrix(self.matrices), self.lenses[0].layers
+        marked = frozenset((layers.index(layer), pos) for layer, pos in self.differing(matrix))
         top = max(float(lens.norms(matrix)[:, : self.n_pos].max()) for lens in self.lenses)
         parts = [
             part(lens, name, matrix, self.n_pos, top, marked)
             for lens, name in zip(self._views(), self.names, strict=True)
         ]
-        packed = [pack(lens, self.matrices, self.readings, self.n_pos) for lens in self.lenses]
-        return element(parts, {"lenses": packed})
+        packed = (pack(lens, self.matrices, self.readings, self.n_pos) for lens in self.lenses)
+        return element(parts, *packed)
 
 
 def compare(
@@ -102,15 +90,11 @@ def compare(
     """Lay two lenses side by side, the cells that differ marked, shades on one scale.
 
     The prompts must consist of the same tokens, and the same layers must have been read. Where
-    targets of several tokens differ, the tokens of the targets themselves are left out.
-
-    Args:
-        lens_a: The lens on the left.
-        lens_b: The lens on the right.
-        names: What the two are called, such as ("before", "after").
+    targets of several tokens differ, the tokens of the targets themselves are left out. `names` are
+    what the two are called, such as ("before", "after").
 
     Raises:
-        ValueError: The tokens or layers differ, or no matrix or reading is held by both; the
+        ValueError: The tokens or layers differ, or no matrix or reading is in both; the
             message says what differs.
 
     Example:
@@ -120,8 +104,8 @@ def compare(
         raise ValueError(f"names must be two, one for each lens; found {list(names)}")
     if lens_a.layers != lens_b.layers:
         raise ValueError(
-            f"the lenses read other layers: {_told(lens_a.layers)} and {_told(lens_b.layers)}; read"
-            " the same with backward_lens(..., layers=[...])"
+            f"the lenses read other layers: {_ranges(lens_a.layers)} and {_ranges(lens_b.layers)};"
+            " read the same with backward_lens(..., layers=[...])"
         )
     prompts = [lens.tokens[: lens.n_prompt] for lens in (lens_a, lens_b)]
     if prompts[0] != prompts[1]:
@@ -143,7 +127,7 @@ def compare(
     return Comparison((lens_a, lens_b), (names[0], names[1]), matrices, readings, n_pos)
 
 
-def _told(layers: Sequence[int]) -> str:
+def _ranges(layers: Sequence[int]) -> str:
     if list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]} to {layers[-1]}"
     return ", ".join(map(str, layers))

@@ -1,8 +1,7 @@
-"""What every static figure shares: sizes, colours, plain axes, and text as text (matplotlib).
+"""What every static figure shares: sizes (in inches), colours, plain axes, text as text.
 
-Sizes are in inches, made for one column (3.3) by default; text is set as text, never as
-mathematics, and characters that the font lacks are written by their code rather than as empty
-boxes.
+Text is never set as mathematics, and characters that the font lacks are written by their code
+rather than as empty boxes.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ class Drawing(Figure):
     """A figure that shows itself in a notebook, whether or not pyplot was ever imported."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        held = io.BytesIO()
-        self.savefig(held, format="png", dpi=220)
+        png = io.BytesIO()
+        self.savefig(png, format="png", dpi=220)
         width, height = (round(110 * inches) for inches in self.get_size_inches())
-        return held.getvalue(), {"width": width, "height": height}
+        return png.getvalue(), {"width": width, "height": height}
 
 
 def axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -102,15 +101,21 @@ def scale_bar(
         side.set_linewidth(0.4)
 
 
-def legend(ax: Axes, title: str | None = None, columns: int | None = None) -> None:
+def legend(ax: Axes, title: str | None = None) -> None:
     """The lines' names, at the right of the axes."""
-    held = ax.legend(
+    names = ax.legend(
         title=title, fontsize=5, title_fontsize=5, frameon=False,
-        ncols=columns or 1 + (len(ax.get_lines()) > 8),
+        ncols=1 + (len(ax.get_lines()) > 8),
         loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4, columnspacing=0.8,
     )  # fmt: skip
-    for text in held.get_texts():
+    for text in names.get_texts():
         text.set_parse_math(False)
+
+
+def few(items: Sequence[int], most: int = 8) -> tuple[list[int], list[str]]:
+    """Ticks for so many places at most: where they are, and what stands there."""
+    step = max(1, len(items) // most)
+    return list(range(0, len(items), step)), [str(item) for item in items[::step]]
 
 
 def panels(
@@ -147,17 +152,19 @@ def panels(
     grid = figure.subplots(n_rows, columns, squeeze=False, sharey=share_y, sharex=share_x)
     lines = [name for name in order if name in set(summary[line])]
     every = list(grid.flat)
-    for at, (ax, title, held) in enumerate(zip(every, titles, rows, strict=False)):
+    drawn: dict[str, Any] = {}  # panels need not show the same lines
+    for at, (ax, title, its_rows) in enumerate(zip(every, titles, rows, strict=False)):
         for number, name in enumerate(lines):
-            band = held.query(f"`{line}` == @name").sort_values(x)
+            band = its_rows.query(f"`{line}` == @name").sort_values(x)
             if band.empty:
                 continue
-            where = band[x].to_numpy(dtype=float)
-            color = line_color(number, name)
-            values = (band[end].to_numpy(dtype=float) for end in ("mean", "low", "high"))
-            mean, low, high = values
-            style = line_style(number, name)
-            ax.plot(where, mean, style, color=color, lw=1.1, marker="o", markersize=2, label=name)
+            where, mean, low, high = (
+                band[column].to_numpy(dtype=float) for column in (x, "mean", "low", "high")
+            )
+            color, style = line_color(number, name), line_style(number, name)
+            (drawn[name],) = ax.plot(
+                where, mean, style, color=color, lw=1.1, marker="o", ms=2, label=name
+            )
             ax.fill_between(where, low, high, color=color, alpha=0.18, lw=0)
         ax.set_title(title, fontsize=7, pad=3)
         if at % columns == 0:
@@ -170,17 +177,9 @@ def panels(
     for ax in every[len(rows) :]:
         ax.remove()
     if len(lines) > 1:
-        held = {}  # panels need not show the same lines
-        for ax in every[: len(rows)]:
-            held |= {name: line for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-        shown = [name for name in lines if name in held]
-        figure.legend(
-            [held[name] for name in shown],
-            shown,
-            loc="outside right center",
-            fontsize=6,
-            frameon=False,
-        )
+        shown = [name for name in lines if name in drawn]
+        handles = [drawn[name] for name in shown]
+        figure.legend(handles, shown, loc="outside right center", fontsize=6, frameon=False)
     return figure, every[: len(rows)]
 
 
@@ -202,10 +201,8 @@ def cosine_maps(maps: Mapping[str, tuple[Sequence[int], Any]]) -> Figure:
     grid = list(figure.subplots(1, len(maps), squeeze=False).flat)
     for ax, (title, (layers, values)) in zip(grid, maps.items(), strict=True):
         ax.imshow(values, origin="lower", cmap="RdBu", vmin=-1, vmax=1)
-        step = max(1, len(layers) // 8)
-        ticks = list(range(0, len(layers), step)), [str(layer) for layer in layers[::step]]
-        ax.set_xticks(*ticks)
-        ax.set_yticks(*ticks)
+        ax.set_xticks(*few(layers))
+        ax.set_yticks(*few(layers))
         ax.set(xlabel="layer", ylabel="layer")
         ax.set_title(title, fontsize=7, pad=3)
         plain(ax)

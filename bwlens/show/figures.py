@@ -1,7 +1,4 @@
-"""Static figures of a lens for papers: the table, norms, target ranks, spectra (matplotlib).
-
-Each function takes a lens and an optional `ax` and returns the `Figure`.
-"""
+"""Static figures of a lens for papers (matplotlib): a lens, perhaps an `ax`, in; a `Figure` out."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from bwlens.show import drawing
-from bwlens.show.colors import ink, shade
+from bwlens.show.colors import css, ink, shade
 from bwlens.show.drawing import COLUMN, LINES, SCALE, STYLES, TARGET, drawable
 from bwlens.show.words import quoted, target_words, visible
 
@@ -48,22 +45,24 @@ def table(
             if not words[at][pos]:
                 continue
             back = shade(norms[at, pos] / top)
-            color = tuple(c / 255 for c in back)
-            ax.add_patch(Rectangle((pos - 0.5, at - 0.5), 1, 1, color=color, lw=0))
-            word = visible(words[at][pos][0])
-            front = tuple(c / 255 for c in ink(back))
-            texts.append(_write(ax, pos, at, word, color=front, ha="center", va="center_baseline"))
+            ax.add_patch(Rectangle((pos - 0.5, at - 0.5), 1, 1, color=css(back), lw=0))
+            word = drawable(visible(words[at][pos][0]))
+            style: dict[str, Any] = {
+                "color": css(ink(back)),
+                "ha": "center",
+                "va": "center_baseline",
+            }
+            text = ax.text(pos, at, word, fontsize=6, parse_math=False, clip_on=True, **style)
+            texts.append(text)
             if words[at][pos][0] == target:
-                frame = Rectangle((pos - 0.47, at - 0.45), 0.94, 0.9, fill=False, lw=1.0)
-                frame.set_edgecolor(TARGET)
-                ax.add_patch(frame)
+                box = (pos - 0.47, at - 0.45), 0.94, 0.9
+                ax.add_patch(Rectangle(*box, fill=False, lw=1.0, edgecolor=TARGET))
     if lens.target:
         above = ax.set_title(drawing.label(f"→ {target_words(lens)}", 40), fontsize=7, loc="right")
         above.set_parse_math(False)
     ax.set(xlim=(-0.5, n_pos - 0.5), ylim=(-0.5, n_layers - 0.5), ylabel="layer")
     _tokens_below(ax, lens)
-    step = max(1, n_layers // 12)
-    ax.set_yticks(range(0, n_layers, step), [str(k) for k in lens.layers[::step]])
+    ax.set_yticks(*drawing.few(lens.layers, 12))
     drawing.plain(ax)
     for side in ax.spines.values():
         side.set_visible(False)
@@ -87,7 +86,7 @@ def norms(
     figure, ax = drawing.axes(ax, (width, 2.2))
     ax.imshow(values, origin="lower", aspect="auto", cmap=SCALE, vmin=0, vmax=values.max() or 1.0)
     _tokens_below(ax, lens)
-    _layers_beside(ax, lens)
+    ax.set_yticks(*drawing.few(lens.layers))
     ax.set_ylabel("layer")
     drawing.plain(ax)
     name = "\\delta" if of == "delta" else "x"
@@ -100,9 +99,8 @@ def target_ranks(
 ) -> Figure:
     """Rank of the target's first token in each cell's reading by layer, a line for each token.
 
-    In delta of W_out a rank near the bottom means that the cell's reading promotes the target.
-    That is so at the top of many models, but neither in every layer nor always in the last one.
-    Cells without gradient are left out.
+    In delta of W_out a rank near the bottom means that the cell's reading promotes the target:
+    at the top of many models, not in every layer. Cells without gradient are left out.
 
     Source: Backward Lens, figures 6 and 18.
     """
@@ -127,7 +125,7 @@ def target_ranks(
     ax.yaxis.label.set_parse_math(False)
     # The rank's own order: the most probable word stands at the top.
     ax.set_ylim(lens.d_vocab * 1.04, -lens.d_vocab * 0.04)
-    _layers_below(ax, lens)
+    ax.set_xticks([int(layer) for layer in drawing.few(lens.layers)[1]])
     drawing.plain(ax)
     drawing.legend(ax)
     return figure
@@ -143,20 +141,18 @@ def spectrum(
     Source: Backward Lens, Lemma 4.1 and figure 3.
     """
     figure, ax = drawing.axes(ax, (width, 2.3))
-    floor = 1e-9
     n_layers = len(lens.layers)
     for at, layer in enumerate(lens.layers):
         parts = lens.gradients_of(matrix, layer).values()
         values = np.concatenate([part.singular_values().numpy() for part in parts])
         values = np.sort(values)[::-1]
-        kept = values[values > floor * values.max()] if len(values) and values.max() > 0 else []
+        kept = values[values > 1e-9 * values.max()] if len(values) and values.max() > 0 else []
         if not len(kept):
             continue
-        shade_at = 0.25 + 0.75 * at / max(1, n_layers - 1)
         ax.semilogy(
             range(1, len(kept) + 1),
             kept / kept[0],
-            color=tuple(c / 255 for c in shade(shade_at)),
+            color=css(shade(0.25 + 0.75 * at / max(1, n_layers - 1))),
             marker="o",
             markersize=2.5,
             linewidth=1,
@@ -167,10 +163,6 @@ def spectrum(
     drawing.plain(ax)
     drawing.legend(ax, title="layer")
     return figure
-
-
-def _write(ax: Axes, x: int, y: int, text: str, **style: Any) -> Any:
-    return ax.text(x, y, drawable(text), fontsize=6, parse_math=False, clip_on=True, **style)
 
 
 def _tokens_below(ax: Axes, lens: BackwardLens) -> None:
@@ -185,15 +177,6 @@ def _tokens_below(ax: Axes, lens: BackwardLens) -> None:
             label.set_rotation_mode("anchor")
         if pos in lens.subject:
             label.set_fontweight("bold")
-
-
-def _layers_beside(ax: Axes, lens: BackwardLens) -> None:
-    step = max(1, len(lens.layers) // 8)
-    ax.set_yticks(range(0, len(lens.layers), step), [str(k) for k in lens.layers[::step]])
-
-
-def _layers_below(ax: Axes, lens: BackwardLens) -> None:
-    ax.set_xticks(list(lens.layers[:: max(1, len(lens.layers) // 8)]))
 
 
 def _fit(figure: Figure, ax: Axes, texts: list[Any], n_pos: int) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from html import escape
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bwlens.runs.paths import writable
 from bwlens.show import circuits
 from bwlens.show.sheet import definitions, document, svg
-from bwlens.show.table import table
-from bwlens.show.words import target_words, visible
+from bwlens.show.table import first_matrix, table, titled
+from bwlens.show.words import visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -52,39 +50,28 @@ _FIGURES: tuple[tuple[Literal["norms", "target_ranks", "spectrum"], str], ...] =
 )
 
 
-def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -> str:
-    """The whole page as text, written to `path` if one is given.
-
-    Args:
-        lens: What to show.
-        path: A file to write.
-        cells: How many of the strongest cells get a circuitsvis detail of their own.
-    """
-    if path is not None:
-        writable(path, (".html",))
-    matrix = "W_out" if "W_out" in lens.matrices else lens.matrices[0]
-    title = visible(lens.prompt, trim=False) + (f" → {target_words(lens)}" if lens.target else "")
-    html = document(
-        title,
+def report(lens: BackwardLens, cells: int = 2) -> str:
+    """The whole page, with details (circuitsvis) of so many of the strongest cells."""
+    matrix = first_matrix(lens.matrices)
+    settings = [(name, str(value)) for name, value in lens.settings.items()]
+    return document(
+        titled(lens),
         "<h1>What one gradient step would write</h1>"
         f"{table(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
         f"<h2>The strongest cells of {matrix}</h2>{_details(lens, matrix, cells)}"
-        f"<h2>To make this again</h2>{_settings(lens)}",
+        f"<h2>To make this again</h2>{definitions(settings, 'small', code=True)}",
     )
-    if path is not None:
-        writable(path, (".html",)).write_text(html, encoding="utf-8")
-    return html
 
 
 def _details(lens: BackwardLens, matrix: str, cells: int) -> str:
     """circuitsvis' widgets for the strongest cells, on a light sheet as they know no dark."""
     pieces: list[Any] = []
-    for layer, pos in circuits.strongest_cells(lens, matrix, cells):
+    for layer, pos in circuits.strongest_cells(lens, matrix, top_k=cells):
         token = escape(visible(lens.tokens[pos]))
         pieces.append(f"<h3>Layer {layer}, “{token}”: promoted in blue, suppressed in red</h3>")
-        pieces.append(circuits.top_words(lens, layer, pos, matrix))
+        pieces.append(circuits.top_words(lens, layer, pos, matrix=matrix))
     pieces += ["<h3>Norm of delta over the prompt</h3>", circuits.token_norms(lens, matrix)]
     return f'<div class="sheet">{circuits.together(pieces)}</div>'
 
@@ -97,7 +84,3 @@ def _figures(lens: BackwardLens, matrix: str) -> str:
         if kind != "target_ranks" or lens.target
     ]
     return f'<div class="figures">{"".join(drawn)}</div>'
-
-
-def _settings(lens: BackwardLens) -> str:
-    return definitions([(k, str(v)) for k, v in lens.settings.items()], "small", code=True)

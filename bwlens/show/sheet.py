@@ -25,12 +25,12 @@ table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-num
 th,td{padding:.15rem .6rem;text-align:left;border-bottom:1px solid light-dark(#d8dee6,#333b45)}
 td.number,th.number{text-align:right}.scroll{overflow-x:auto}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem;margin:0}dd{margin:0}
-dl.small{font-size:.85rem}dt{opacity:.75}dd code{overflow-wrap:anywhere}
+dl.small{font-size:.85rem}dt{color:light-dark(#57606c,#9aa5b4)}dd code{overflow-wrap:anywhere}
 """
 
 
-def document(title: str, body: str) -> str:
-    """The whole page around a body of HTML."""
+def document(title: str, body: str, style: str = "") -> str:
+    """The page around a body of HTML, with a style beside that of all pages."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         # The page loads nothing, and lets nothing be loaded.
@@ -38,15 +38,15 @@ def document(title: str, body: str) -> str:
         " style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
         '<link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body>{body}</body></html>"
+        f"<style>{_STYLE}{style}</style></head><body>{body}</body></html>"
     )
 
 
 def svg(figure: Figure) -> str:
     """A figure as an SVG element."""
-    held = io.StringIO()
-    figure.savefig(held, format="svg", metadata={"Date": None})
-    _, tag, rest = held.getvalue().partition("<svg")
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    _, tag, rest = drawn.getvalue().partition("<svg")
     return tag + rest
 
 

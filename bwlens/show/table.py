@@ -1,11 +1,8 @@
 """The lens as a piece of HTML: a table of layers by tokens, the words in it, norms as shade.
 
-What is written is a plain table with inline colours, which stands by itself where a viewer strips
-styles and scripts. Where they run, the script takes this table over: it adds the switches, the
-legend and the panel of words. Tokens are data: escaped here, set as text in the script.
-
-`table` is one piece that carries everything; a page with several takes `assets()` once and a
-`widget` for each lens.
+A plain table with inline colours stands by itself where a viewer strips styles and scripts; where
+they run, the script takes it over and adds switches, legend and the panel of words. Tokens are
+data: escaped here, set as text in the script. A page with several takes `assets()` once.
 """
 
 from __future__ import annotations
@@ -14,17 +11,19 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bwlens.show.colors import STEPS, TARGET, css, ink, scale
-from bwlens.show.pack import pack, script_json
+from bwlens.show.pack import compressed, pack
+from bwlens.show.sheet import document
 from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-FORMAT = 1
+FORMAT = 2
 """Of the data that the script reads; a page may hold outputs of several versions."""
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search
@@ -45,45 +44,43 @@ def table(lens: BackwardLens) -> str:
 
 def widget(lens: BackwardLens) -> str:
     """The lens as an HTML element for a page that has `assets()` elsewhere."""
-    return element([part(lens)], {"lenses": [pack(lens)]})
+    return element([part(lens)], pack(lens))
 
 
 @cache
 def assets() -> str:
     """The style and the script of all tables of a page, once; more copies do no harm."""
-    return f"<style>{_style()}</style><script>{_script()}</script>"
+    return f"<style>{_style()}</style>{_script()}"
 
 
 def page(*lenses: BackwardLens) -> str:
     """Lenses as a whole HTML page."""
-    lens = lenses[0]
-    title = visible(lens.prompt, trim=False) + (f" → {target_words(lens)}" if lens.target else "")
-    return document(title, "".join(map(widget, lenses)))
+    return tables(titled(lenses[0]), "".join(map(widget, lenses)))
 
 
-def document(title: str, body: str) -> str:
-    """A whole HTML page around widgets: it loads nothing and lets nothing be loaded."""
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
-        " img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        '<link rel="icon" href="data:,">'
-        f"<title>{escape(title)}</title>"
-        "<style>:root{color-scheme:light dark}"
-        "body{margin:24px;background:light-dark(#fff,#14181d)}"
-        ".bwlens+.bwlens{margin-top:40px}"
+def titled(lens: BackwardLens) -> str:
+    """A page's title: the prompt and the target."""
+    prompt = visible(lens.prompt, trim=False)
+    return prompt + (f" → {target_words(lens)}" if lens.target else "")
+
+
+def tables(title: str, widgets: str) -> str:
+    """The page around widgets, as wide as the window."""
+    return document(
+        title,
         # Where scripts run, the plain table need not be drawn first.
-        "[data-scripts] .bwlens:not([data-live]) table{display:none}"
-        f"{_style()}</style><script>document.documentElement.dataset.scripts=''</script><main>{body}</main><script>{_script()}</script></html>"
+        "<script>document.documentElement.dataset.scripts=''</script>"
+        f"<main>{widgets}</main>{_script()}",
+        "body{max-width:none;margin:24px;padding:0}.bwlens+.bwlens{margin-top:40px}"
+        f"[data-scripts] .bwlens:not([data-live]) table{{display:none}}{_style()}",
     )
 
 
-def element(parts: Sequence[str], data: dict[str, Any]) -> str:
+def element(parts: Sequence[str], *packed: dict[str, Any]) -> str:
     """The element that the script takes over: static parts and the data of their lenses."""
     return (
         f'<div class="bwlens {_UNTYPESET}" data-format="{FORMAT}">{"".join(parts)}'
-        f'<script type="application/json">{script_json(data)}</script></div>'
+        f'<script type="application/gzip">{compressed(packed)}</script></div>'
     )
 
 
@@ -102,13 +99,8 @@ def part(
 ) -> str:
     """Heading and plain table of one lens.
 
-    Args:
-        lens: The lens.
-        name: What it is called beside another.
-        matrix: The matrix shown; None for W_out.
-        n_pos: The number of columns shown; None for all.
-        top: The norm that has the deepest shade; None for the largest.
-        marked: Cells (layer index, position) that differ from another lens.
+    Beside another it has a `name`, `marked` cells (layer index, position), `n_pos` columns and the
+    norm `top` of the deepest shade in common.
     """
     matrix = matrix or first_matrix(lens.matrices)
     norms = lens.norms(matrix)[:, :n_pos].tolist()
@@ -159,26 +151,20 @@ def part(
 
 
 def _heading(lens: BackwardLens, name: str) -> str:
-    words, at = [], 0
-    tokens = lens.tokens[: lens.n_prompt]
-    while at < len(tokens):  # neighbours of the subject share one line under them
-        end, inside = at, at in lens.subject
-        while end < len(tokens) and (end in lens.subject) == inside:
-            end += 1
-        text = _html("".join(map(spaced, tokens[at:end])))
-        words.append(f"<u>{text.strip()}</u>" if inside else text)
-        if inside and text.startswith(" "):
-            words.insert(-1, " ")
-        at = end
-    prompt = "".join(words).lstrip()
+    tokens, prompt = lens.tokens[: lens.n_prompt], ""
+    # Neighbours of the subject share one line under them.
+    for inside, places in groupby(range(len(tokens)), lens.subject.__contains__):
+        text = _html("".join(spaced(tokens[at]) for at in places))
+        line = f"{' ' * text.startswith(' ')}<u>{text.strip()}</u>"
+        prompt += line if inside else text
+    prompt = prompt.lstrip()
     size = " bw-long" if len("".join(tokens)) > 160 else ""
     says = f"The model says <b>{_html(quoted(lens.answer))}</b>"
     facts = [f"{says}, p = {_number(lens.answer_probability)}"]
     if lens.target:
         prompt = f'<bdi>{prompt}</bdi> → <b class="bw-target">{_html(target_words(lens))}</b>'
     if lens.target_probability is not None:
-        has = f"{_html(probability_of(lens))} has p = {_number(lens.target_probability)}"
-        facts.append(has)
+        facts.append(f"{_html(probability_of(lens))} has p = {_number(lens.target_probability)}")
     facts.append(f"{lens.loss_is} {_number(lens.loss)}")
     title = f'<p class="bw-name">{_html(name)}</p>' if name else ""
     return (
@@ -217,25 +203,20 @@ def _html(text: str) -> str:
 
 def _style() -> str:
     """The style sheet, with a rule for each shade and the ink on it, on light and dark pages."""
-    shades: list[str] = []
-    inks: dict[str, list[str]] = {}
+    rules = [f"--target:light-dark({TARGET[0]},{TARGET[1]});"]
     for step, (light, dark) in enumerate(zip(scale(), scale(dark=True), strict=True)):
-        shades.append(f".s{step}{{background-color:light-dark({css(light)},{css(dark)})}}")
-        pair = f"light-dark({css(ink(light))},{css(ink(dark))})"
-        inks.setdefault(pair, []).append(f".s{step}")
-    shades += [f"{','.join(steps)}{{color:{pair}}}" for pair, steps in inks.items()]
-    text = re.sub(r"/\*.*?\*/", "", _asset("_table.css"), flags=re.DOTALL)
-    text = re.sub(r"\s*([{};,])\s*|(:)\s+|\s+", lambda found: found[1] or found[2] or " ", text)
-    text = text.replace("TARGET", f"light-dark({TARGET[0]},{TARGET[1]})")
-    return text.replace("SHADES", "".join(shades))
+        back, front = (
+            f"light-dark({css(a)},{css(b)})" for a, b in ((light, dark), (ink(light), ink(dark)))
+        )
+        rules.append(f".s{step}{{background-color:{back};color:{front}}}")
+    return f"{_asset('_table.css')}:is(.bwlens, #bwlens){{{''.join(rules)}}}"
 
 
 def _script() -> str:
-    """The script, its three parts in one scope of their own, without comments and indentation."""
-    parts = map(_asset, ("_table_data.js", "_table_picture.js", "_table.js"))
-    lines = (re.sub(r"^\s*//.*|\s//\s.*", "", line).strip() for line in "".join(parts).splitlines())
-    text = "\n".join(filter(None, lines)).replace("FORMAT", str(FORMAT))
-    return f'(()=>{{"use strict";\n{text.replace("STEPS", str(STEPS))}\n}})();'
+    """The script, its three parts in one scope of their own."""
+    parts = "".join(map(_asset, ("_table_data.js", "_table_picture.js", "_table.js")))
+    start = f'(() => {{\n"use strict";\nconst FORMAT = {FORMAT};\nconst STEPS = {STEPS};\n'
+    return f"<script>{start}{parts}}})();</script>"
 
 
 def _asset(name: str) -> str:

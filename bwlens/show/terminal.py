@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bwlens.show.colors import css, ink, shade
+from bwlens.show.table import first_matrix
 from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
 
 if TYPE_CHECKING:
@@ -25,19 +26,20 @@ DOUBT = "~"
 
 
 class TextTable:
-    """A lens for rich: columns that do not fit beside each other go below."""
+    """The lens of one matrix (W_out if it was read) for rich; columns that do not fit go below."""
 
     def __init__(self, lens: BackwardLens, matrix: str | None = None) -> None:
         self._lens = lens
-        self._matrix = matrix or ("W_out" if "W_out" in lens.matrices else lens.matrices[0])
+        self._matrix = matrix or first_matrix(lens.matrices)
 
     def __rich_console__(self, console: Console, options: Any) -> Any:
         lens, matrix = self._lens, self._matrix
         norms = lens.norms(matrix)
         top = float(norms.max()) or 1.0
-        cells = _Cells(lens, matrix)
+        words = _words(lens, matrix)
+        places = _places(lens, matrix, words)
         widths = [
-            max([cells.width(pos), min(_WIDEST + 2, len(visible(token)))])
+            max(_widest(words, pos) + _widest(places, pos), min(_WIDEST + 2, len(visible(token))))
             for pos, token in enumerate(lens.tokens)
         ]
         yield heading(lens, matrix)
@@ -45,72 +47,61 @@ class TextTable:
             table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
             table.add_column("layer", justify="right", style="dim", no_wrap=True)
             for pos in columns:
-                table.add_column(
-                    _token(lens, pos), width=widths[pos], no_wrap=True, overflow="ellipsis"
+                name = Text(
+                    visible(lens.tokens[pos]), Style(bold=True, underline=pos in lens.subject)
                 )
+                table.add_column(name, width=widths[pos], no_wrap=True, overflow="ellipsis")
             for at in reversed(range(len(lens.layers))):
-                shares = (float(norms[at, pos]) / top for pos in columns)
-                row = [
-                    cells.text(at, pos, share, widths[pos])
-                    for pos, share in zip(columns, shares, strict=True)
-                ]
-                table.add_row(str(lens.layers[at]), *row)
+                cells = (
+                    _cell(words[at][p], places[at][p], float(norms[at, p]) / top, widths[p])
+                    for p in columns
+                )
+                table.add_row(str(lens.layers[at]), *cells)
             yield table
-        yield _legend(lens, top, cells)
+        yield _legend(lens, matrix, top)
 
 
-class _Cells:
-    """What stands in the cells: a mark of doubt, the word promoted most, the target's place."""
-
-    def __init__(self, lens: BackwardLens, matrix: str) -> None:
-        found = lens.words("promoted", matrix)
-        doubtful = lens.readout(matrix).eps_regime.tolist()
-        places = lens.target_places(matrix).tolist() if lens.target_ids else None
-        self.ranked = places is not None
-        self.doubtful = any(map(any, doubtful))
-        self._words = [
-            [
-                _short((DOUBT if doubt else "") + visible(cell[0])) if cell else ""
-                for cell, doubt in zip(row, doubts, strict=True)
-            ]
-            for row, doubts in zip(found, doubtful, strict=True)
+def _words(lens: BackwardLens, matrix: str) -> list[list[str]]:
+    """What cells say: a mark of doubt and the word promoted most, cut; "" without gradient."""
+    doubts = lens.readout(matrix).eps_regime.tolist()
+    return [
+        [
+            _short(DOUBT * doubt + visible(cell[0])) if cell else ""
+            for cell, doubt in zip(*row, strict=True)
         ]
-        self._places = [
-            [_place(places[at][pos]) if places and word else "" for pos, word in enumerate(row)]
-            for at, row in enumerate(self._words)
-        ]
-
-    def width(self, pos: int) -> int:
-        """Of the column, in letters: its longest word, and its longest rank behind a space."""
-        return self._wide(self._words, pos) + (
-            1 + self._wide(self._places, pos) if self.ranked else 0
-        )
-
-    def text(self, at: int, pos: int, share: float, width: int) -> Text:
-        """One cell, shaded."""
-        word, place = self._words[at][pos], self._places[at][pos]
-        if not word:  # a zero gradient writes nothing
-            return Text("·", "dim")
-        back = shade(share)
-        gap = " " * max(1, width - cell_len(word) - cell_len(place)) if place else ""
-        style = Style(color=css(ink(back)), bgcolor=css(back))
-        return Text.assemble((word, Style(bold=place == "#1")), gap, place, style=style)
-
-    @staticmethod
-    def _wide(texts: list[list[str]], pos: int) -> int:
-        return max(cell_len(row[pos]) for row in texts)
+        for row in zip(lens.words("promoted", matrix), doubts, strict=True)
+    ]
 
 
-def text_table(lens: BackwardLens, matrix: str | None = None) -> TextTable:
-    """The lens of one matrix (W_out if it was read) as something rich can print."""
-    return TextTable(lens, matrix)
+def _places(lens: BackwardLens, matrix: str, words: list[list[str]]) -> list[list[str]]:
+    """The target's place from the promoted end, behind a space; "" where there is none."""
+    if not lens.target_ids:
+        return [[""] * len(row) for row in words]
+    return [
+        [f" {_place(place)}" if word else "" for word, place in zip(*row, strict=True)]
+        for row in zip(words, lens.target_places(matrix).tolist(), strict=True)
+    ]
+
+
+def _widest(texts: list[list[str]], pos: int) -> int:
+    return max(cell_len(row[pos]) for row in texts)
+
+
+def _cell(word: str, place: str, share: float, width: int) -> Text:
+    """One cell, shaded, the place at its right edge."""
+    if not word:  # a zero gradient writes nothing
+        return Text("·", "dim")
+    back = shade(share)
+    gap = " " * (width - cell_len(word) - cell_len(place)) if place else ""
+    style = Style(color=css(ink(back)), bgcolor=css(back))
+    return Text.assemble((word, Style(bold=place == " #1")), gap, place, style=style)
 
 
 def plain_text(lens: BackwardLens, width: int = 80) -> str:
     """The lens as text without colour."""
     console = Console(width=width, no_color=True, color_system=None, highlight=False)
     with console.capture() as capture:
-        console.print(text_table(lens))
+        console.print(TextTable(lens))
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
@@ -168,22 +159,18 @@ def _place(place: int) -> str:
     return f"#{thousands:.1f}k" if thousands < 9.95 else f"#{thousands:.0f}k"
 
 
-def _token(lens: BackwardLens, pos: int) -> Text:
-    return Text(visible(lens.tokens[pos]), Style(bold=True, underline=pos in lens.subject))
-
-
-def _legend(lens: BackwardLens, top: float, cells: _Cells) -> Text:
+def _legend(lens: BackwardLens, matrix: str, top: float) -> Text:
     line = Text("Shade: norm of delta, 0 ", "dim")
     for step in range(9):
         line.append("  ", Style(bgcolor=css(shade(step / 8))))
     line.append(f" {top:.3g}\n· no gradient here: a step writes nothing", "dim")
-    if cells.ranked:
+    if lens.target_ids:
         line.append(
             f"\n#n place of {probability_of(lens)} among {lens.d_vocab:,} words, #1 the most"
             f" promoted",
             "dim",
         )
-    if cells.doubtful:
+    if lens.readout(matrix).eps_regime.any():
         why = (
             "steps of different sizes disagree: not to be relied on"
             if lens.reading == "effect"

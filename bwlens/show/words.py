@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
 _SIGNS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "␣", "\u00a0": "⍽"}
+
+_PLAIN = re.compile(" ?[!-~]+").fullmatch  # shows as it is; most words do
 
 # Letters and marks that draw nothing: fillers, the blank braille cell, the grapheme joiner.
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
@@ -37,6 +40,8 @@ def spaced(text: str) -> str:
     >>> spaced(" Paris"), spaced("Paris"), spaced("  x"), spaced(" ")
     (' Paris', 'Paris', ' ␣x', '␣')
     """
+    if _PLAIN(text):
+        return text
     return " " * (text[:1] == " " and bool(text.strip(" "))) + visible(text)
 
 

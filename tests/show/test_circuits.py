@@ -31,7 +31,7 @@ def all_widgets(lens):
     return [
         circuits.top_words(lens, 1, 2),
         circuits.token_norms(lens),
-        circuits.moved_neurons(lens, k=3),
+        circuits.moved_neurons(lens, top_k=3),
     ]
 
 
@@ -55,7 +55,7 @@ def test_ten_widgets_share_one_script(lens):
 
 def test_neurons_are_those_that_the_dense_gradient_moves_most(lens):
     for matrix, axis in (("W_out", 1), ("W_in", 0)):
-        html = circuits.moved_neurons(lens, matrix, k=3).local_src
+        html = circuits.moved_neurons(lens, matrix, top_k=3).local_src
         named = re.findall(r"(\d) \(neurons ([\d, ]+)\)", html)
         assert [int(layer) for layer, _ in named] == [0, 1, 2, 3]
         for layer, neurons in named:
@@ -65,7 +65,7 @@ def test_neurons_are_those_that_the_dense_gradient_moves_most(lens):
 
 def test_strongest_cells(lens):
     norms = lens.norms()
-    (layer, pos), *rest = circuits.strongest_cells(lens, n=20)
+    (layer, pos), *rest = circuits.strongest_cells(lens, top_k=20)
     assert norms[layer, pos] == norms.max()
     assert len(rest) == int((norms > 0).sum()) - 1  # never one without gradient
 
@@ -125,8 +125,7 @@ def test_hostile_tokens_stay_inert(chromium):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_report_is_whole_and_silent(chromium, lens, scheme, tmp_path):
     path = tmp_path / "report.html"
-    html = report(lens, path)
-    assert path.read_text(encoding="utf-8") == html
+    html = lens.report(path).read_text(encoding="utf-8")
     assert len(html.encode()) <= 3e6
     page, said, asked = opened(chromium, html, scheme)
     page.wait_for_selector("text=Samples per page")

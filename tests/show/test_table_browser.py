@@ -11,6 +11,7 @@ from bwlens.show import compare
 from bwlens.show.colors import STEPS, contrast, css, ink, scale
 from bwlens.show.table import assets, page, table, widget
 from bwlens.show.words import visible
+from tests.browser import settled
 from tests.fake_lens import HOSTILE, fake_lens
 
 LAYERS, TOKENS = 4, 5
@@ -306,6 +307,7 @@ def test_outputs_that_a_notebook_adds_later_come_alive(show, lens):
             }""",
             [place, table(lens)],
         )
+    settled(view)
     assert view.locator(".bw-bar").count() == 2
     cell(view, 0, 0, at=1).hover()
     assert view.locator("#b .bw-cell span").first.inner_text() is not None
@@ -342,6 +344,20 @@ def test_without_scripts_or_styles_the_plain_table_remains(show, lens):
                 assert rgb(back) == scale()[step]
                 assert contrast(rgb(front), rgb(back)) >= 4.5
         assert view.get_by_text("Shade: norm of delta").is_visible()
+
+
+def test_a_browser_that_cannot_unpack_says_so_and_keeps_the_plain_table(chromium, lens):
+    view = chromium.new_page()
+    view.add_init_script("delete window.DecompressionStream")
+    view.goto("about:blank")
+    view.set_content(page(lens))
+    settled(view)
+    assert "DecompressionStream is not defined" in view.locator(".bw-doubt").inner_text()
+    words = [visible(cell[0]) for row in lens.words()[::-1] for cell in row if cell]
+    cells = view.locator("tbody td").all()
+    assert [at.inner_text() for at in cells if at.inner_text() != "·"] == words
+    assert view.get_by_text("Shade: norm of delta").is_visible()
+    view.close()
 
 
 def test_switches_that_have_nothing_to_switch_are_absent(show):
@@ -416,5 +432,6 @@ def test_a_saved_page_opens_from_a_file(show, lens, tmp_path):
     view.on("request", lambda request: asked.append(request.url))
     path = lens.save(tmp_path / "lens.html")
     view.goto(path.as_uri())
+    settled(view)
     assert view.locator(".bw-bar").count() == 1
     assert asked == [path.as_uri()]

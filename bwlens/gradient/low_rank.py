@@ -10,6 +10,10 @@ Sign: a gradient is dL/dW, the direction of ascent. A descent step is W - lr * g
 Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, section 4 and Lemma 4.1.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 import math
 import numbers
 import operator
@@ -375,7 +379,9 @@ class LowRankMatrix:
         return kind.sum([self, other])
 
     def __radd__(self: M, other: Any) -> M:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # for sum()
+        if isinstance(other, int) and other == 0:  # for sum()
+            return self
+        return NotImplemented
 
     def __sub__(self, other: Any) -> "LowRankMatrix":
         return self + -other if isinstance(other, LowRankMatrix) else NotImplemented
@@ -387,7 +393,9 @@ class LowRankMatrix:
         number = (
             scalar.ndim == 0 if isinstance(scalar, Tensor) else isinstance(scalar, numbers.Real)
         )
-        return replace(self, delta=self.delta * scalar) if number else NotImplemented
+        if not number:
+            return NotImplemented
+        return replace(self, delta=self.delta * scalar)
 
     __rmul__ = __mul__
 

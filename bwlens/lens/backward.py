@@ -42,7 +42,7 @@ from bwlens.lens.rows import neuron_norms, parts_of, stream_rows
 from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Edit, Prompts
-from bwlens.model.sites import default_matrices, resolve_layers, resolve_matrices
+from bwlens.model.sites import Layers, default_matrices, resolve_layers, resolve_matrices
 from bwlens.model.tokens import subject_positions, token_texts
 from bwlens.reading.readouts import Readout
 from bwlens.runs.paths import writable
@@ -179,32 +179,43 @@ class BackwardLens:
         silent = self.silent(matrix)[..., None]
         return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
 
-    def promoted(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
+    def promoted(
+        self,
+        k: int = 5,
+        matrix: str = "W_out",
+        *,
+        layers: Layers = None,
+        positions: Positions = None,
+    ) -> pd.DataFrame:
         """The k words a descent step promotes most, a row for each layer, position and word.
 
-        Raises:
-            ValueError: `k` is not between 1 and the number of words that the lens keeps.
-        """
-        return frames.words(self, "promoted", k, matrix)
-
-    def suppressed(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
-        """The k words a descent step suppresses most, a row for each layer, position and word.
+        `layers` and `positions` as for `backward_lens`; None for all that were read.
 
         Raises:
-            ValueError: As `promoted` does.
+            ValueError: `k` is not between 1 and the number of words that the lens keeps; a layer
+                that was not read, or positions out of range.
         """
-        return frames.words(self, "suppressed", k, matrix)
+        return frames.words(self, "promoted", k, matrix, layers, positions)
+
+    def suppressed(
+        self,
+        k: int = 5,
+        matrix: str = "W_out",
+        *,
+        layers: Layers = None,
+        positions: Positions = None,
+    ) -> pd.DataFrame:
+        """The k words a descent step suppresses most; all as for `promoted`."""
+        return frames.words(self, "suppressed", k, matrix, layers, positions)
 
     def norms(
         self, matrix: str = "W_out", of: Literal["x", "delta"] = "delta"
     ) -> Float[Tensor, "layer pos"]:
         """L2 norms of delta (the colour of the paper's tables) or x, raw also if normalised.
 
-        In a mixture of experts a token has a row in each of its experts. The norm of the factor
-        that is read (x of W_in and W_gate, delta of W_out) is that of the one vector which the
-        experts share, see `bwlens.lens.rows`; the norm of the other one (delta of W_in and W_gate,
-        x of W_out), whose entries belong to each expert's own neurons, is taken over all of them:
-        the root of the sum of the experts' squared norms.
+        In a mixture of experts, the norm of the factor that is read is that of the one vector which
+        a token's experts share (`bwlens.lens.rows`); that of the other, whose entries are each
+        expert's own neurons, is the root of the sum of the experts' squared norms.
 
         Raises:
             ValueError: A matrix that was not read, or neither "x" nor "delta".
@@ -304,6 +315,27 @@ class BackwardLens:
             why = "" if there else f", the model has {n_layers} layers"
             raise ValueError(f"layer {layer} was not read{why}; {read}")
         return number
+
+    def resolve_layers(self, layers: Layers = None) -> tuple[int, ...]:
+        """Numbers from 0, ascending, of one, several or a slice of the model's layers.
+
+        None, and a slice, give those of them that were read.
+
+        Raises:
+            ValueError: A layer named by itself was not read, or none is left.
+        """
+        if layers is None:
+            return self.layers
+        chosen: Iterable[int]
+        if isinstance(layers, slice):
+            chosen = set(range(self.n_layers or self.layers[-1] + 1)[layers]) & {*self.layers}
+        else:
+            several = layers if isinstance(layers, Iterable) else [layers]
+            chosen = {self.resolve_layer(layer) for layer in several}
+        if not chosen:
+            read = ", ".join(map(str, self.layers))
+            raise ValueError(f"layers={layers!r} names no layer; this lens has read {read}")
+        return tuple(sorted(chosen))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per matrix, layer and position: norms, ranks, words, and the marks of doubt."""
@@ -405,7 +437,7 @@ def backward_lens(
     *,
     subject: str | None = None,
     matrices: str | Sequence[str] | None = None,
-    layers: Iterable[int] | int | slice | None = None,
+    layers: Layers = None,
     top_k: int = 10,
     normalize: bool | Literal["both"] = False,
     prepend_bos: bool | None = None,
@@ -422,8 +454,8 @@ def backward_lens(
         target: What the model is to say next, taken as it is written: " Paris" and "Paris" are
             other tokens. Or an objective. None takes the edit's.
         subject: A part of the prompt that the fact is about; its tokens are marked.
-        matrices: Matrices to read, out of `bwlens.MATRICES`; None for those of the MLP.
-        layers: Layers from 0, negative ones from the end; None for all.
+        matrices: One or several out of `bwlens.MATRICES`; None for those of the MLP.
+        layers: One, several or a slice, from 0, negative ones from the model's end; None for all.
         top_k: Words kept at each end of each cell, from 1; at most all that there are.
         normalize: Read each vector at unit length (appendix H), so that the final norm's epsilon
             weighs the same on all; norms stay the raw ones. "both" keeps the two readings: the

@@ -13,6 +13,10 @@ Two checks are taken with it. The change of the loss itself, predicted to be -na
 (`agreement`, the correlation of the two over the vocabulary).
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +110,10 @@ class EffectOf:
         every = Replay(model, self._tokens, range(len(self._tokens))).logits
         self._whole = every.detach().clone()[None].requires_grad_()
         loss = objective(self._whole, grads.batch).sum()
-        (slope,) = torch.autograd.grad(loss, self._whole, allow_unused=True)
+        slopes: tuple[Tensor | None, ...] = torch.autograd.grad(
+            loss, self._whole, allow_unused=True
+        )
+        slope = slopes[0]
         self._whole = self._whole.detach()
         reads = [] if slope is None else slope[0].abs().amax(-1).nonzero().flatten().tolist()
         if not reads:

@@ -1,8 +1,7 @@
 """One forward pass, one backward pass: x and delta of every weight matrix asked for.
 
-The backward pass stops at the tensors z = x W and goes no further: `torch.autograd.grad` at these
-tensors computes no weight gradient, touches no `.grad`, and leaves out every layer below the
-lowest one asked for. dL/dW = x^T delta is then exact, for any loss and any batch.
+`torch.autograd.grad` stops at the tensors z = x W: it computes no weight gradient, touches no
+`.grad`, and leaves out the layers below. dL/dW = x^T delta is exact, for any loss and any batch.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -86,7 +86,7 @@ class Gradients(Mapping[Site, LowRankGradient]):
 
     def _site(self, key: Any) -> Site:
         site = as_site(key)
-        if isinstance(site.layer, int) and -self.n_layers <= site.layer < 0:
+        if -self.n_layers <= site.layer < 0:
             return replace(site, layer=site.layer + self.n_layers)
         return site
 
@@ -311,8 +311,11 @@ class _Rows:
         self._keep = batch.mask.flatten()
         self._all = bool(self._keep.all())
         n_prompts, n_pos = batch.tokens.shape
-        grid = torch.arange(n_prompts * n_pos, device=batch.tokens.device)
-        self._prompt, self._pos = grid // n_pos, grid % n_pos
+        prompts, positions = (
+            torch.arange(n, device=batch.tokens.device) for n in (n_prompts, n_pos)
+        )
+        self._prompt = repeat(prompts, "prompt -> (prompt pos)", pos=n_pos)
+        self._pos = repeat(positions, "pos -> (prompt pos)", prompt=n_prompts)
 
     def gradient(self, flow: Flow, delta: Tensor) -> LowRankGradient:
         x = as_rows(flow.x.detach())

@@ -152,12 +152,8 @@ class LowRankMatrix:
     def inner(self, other: "LowRankMatrix") -> Float64[Tensor, ""]:
         """The Frobenius inner product <A, B> = sum((x_A x_B^T) * (delta_A delta_B^T)).
 
-        Each may have its own n; with many rows it is summed over strips of the two matrices, which
-        is cheaper. Raises ValueError where shapes or devices differ.
-
-        >>> a = LowRankMatrix(torch.ones(1, 4), torch.ones(1, 9))
-        >>> a.inner(2 * a)
-        tensor(72., dtype=torch.float64)
+        Each may have its own n; many rows are summed over strips of the two matrices, which is
+        cheaper. Raises ValueError where shapes or devices differ.
         """
         self._check_fits(other)
         x, delta, x_, delta_ = map(_double, (self.x, self.delta, other.x, other.delta))
@@ -173,8 +169,6 @@ class LowRankMatrix:
     def cosine(self, other: "LowRankMatrix") -> Float64[Tensor, ""]:
         """The cosine <A, B> / (||A|| ||B||); nan where either is zero, which has no direction.
 
-        Raises ValueError where shapes or devices differ.
-
         >>> a = LowRankMatrix(torch.ones(1, 4), torch.ones(1, 9))
         >>> a.cosine(-3 * a)
         tensor(-1., dtype=torch.float64)
@@ -186,8 +180,8 @@ class LowRankMatrix:
     def svd(self) -> SVD:
         """The reduced SVD: U [d_in, r], S [r], Vh [r, d_out], with r = min(n, d_in, d_out).
 
-        Thin QR x^T = Q_x R_x and delta^T = Q_d R_d, then the SVD of the small R_x R_d^T. U and V
-        are orthonormal also where S is zero. Raises ValueError where a row is not finite.
+        Thin QR of x^T and delta^T, then the SVD of the small R_x R_d^T. U and V are orthonormal
+        also where S is zero. Raises ValueError where a row is not finite.
 
         >>> delta = torch.tensor([[0.0, 5.0], [1.0, 0.0]])
         >>> LowRankMatrix(torch.eye(2, 3), delta).svd().S.round(decimals=9)
@@ -201,12 +195,8 @@ class LowRankMatrix:
     def singular_values(self) -> Float64[Tensor, " r"]:
         """The first r = min(n, d_in, d_out) singular values, descending; all others are zero.
 
-        From the R factors of `svd` alone and never from squares: the error of each is about that
-        of float64 on sum_i ||x_i|| ||delta_i||. Raises ValueError where a row is not finite.
-
-        >>> delta = torch.tensor([[0.0, 5.0], [1.0, 0.0]])
-        >>> LowRankMatrix(torch.eye(2, 3), delta).singular_values().round(decimals=9)
-        tensor([5., 1.], dtype=torch.float64)
+        From the R factors of `svd` alone, never from squares: the error of each is about that of
+        float64 on sum_i ||x_i|| ||delta_i||. Raises ValueError where a row is not finite.
         """
         return torch.linalg.svdvals(self._core())
 
@@ -257,32 +247,19 @@ class LowRankMatrix:
     # The matrix, or parts of it.
 
     def dense(self) -> Float[Tensor, "{self.d_in} {self.d_out}"]:
-        """The matrix x^T delta itself, [d_in, d_out], as `W.grad` would hold it.
-
-        >>> LowRankMatrix(torch.ones(1, 2), torch.tensor([[3.0, 4.0]])).dense()
-        tensor([[3., 4.],
-                [3., 4.]])
-        """
+        """The matrix x^T delta itself, [d_in, d_out], as `W.grad` would hold it."""
         return _contract(self.x, self.delta)
 
     @property
     def factored(self) -> Any:
-        """TransformerLens' `FactoredMatrix`, A = x^T [d_in, n] and B = delta [n, d_out]; no copy.
-
-        >>> LowRankMatrix(torch.ones(5, 8), torch.ones(5, 7)).factored.shape
-        torch.Size([8, 7])
-        """
+        """TransformerLens' `FactoredMatrix`, A = x^T [d_in, n], B = delta [n, d_out]; no copy."""
         from transformer_lens import FactoredMatrix  # its import takes seconds
 
         return FactoredMatrix(self.x.T, self.delta)
 
     @property
     def T(self: M) -> M:
-        """The transpose delta^T x, for a weight that is stored [d_out, d_in] as in `nn.Linear`.
-
-        >>> LowRankMatrix(torch.ones(5, 8), torch.ones(5, 7)).T
-        LowRankMatrix(W [7, 8], n=5, float32, cpu)
-        """
+        """The transpose delta^T x, for a weight that is stored [d_out, d_in] as in `nn.Linear`."""
         return replace(self, x=self.delta, delta=self.x)
 
     __array_ufunc__ = None  # numpy leaves `array @ gradient` to __rmatmul__

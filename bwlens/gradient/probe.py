@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,13 +65,12 @@ class Probe:
     def gradients_of(self, tensors: list[Tensor]) -> list[Tensor | None]:
         """dL/dtensor of each; None where the loss does not hang on it."""
         total = self.run.losses.sum() * self.run.scale
-        deltas: Sequence[Any] = torch.autograd.grad(
-            total, tensors, retain_graph=True, allow_unused=True
+        deltas = cast(  # torch's own type leaves out the None
+            "tuple[Tensor | None, ...]",
+            torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True),
         )
         scale = self.run.scale
-        if scale == 1:
-            return list(deltas)
-        return [d.float() / scale if isinstance(d, Tensor) else None for d in deltas]
+        return [d if d is None or scale == 1 else d.float() / scale for d in deltas]
 
     def deltas(self, *sites: Site) -> dict[Site, Tensor]:
         """dL/dz of some sites or of all, over all columns of z: [n, d_out], float32 at least."""

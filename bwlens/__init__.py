@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bwlens.gradient.capturing import capture as capture
     from bwlens.gradient.capturing import vjps as vjps
     from bwlens.gradient.low_rank import LowRankGradient as LowRankGradient
+    from bwlens.gradient.low_rank import LowRankMatrix as LowRankMatrix
     from bwlens.gradient.objectives import NLL as NLL
     from bwlens.gradient.objectives import LogitDifference as LogitDifference
     from bwlens.gradient.objectives import Objective as Objective
@@ -53,7 +54,7 @@ _HOMES = {
     "evaluation.evaluation": ("Evaluation",),
     "evaluation.harness": ("evaluate",),
     "gradient.capturing": ("Gradients", "capture", "vjps"),
-    "gradient.low_rank": ("LowRankGradient",),
+    "gradient.low_rank": ("LowRankGradient", "LowRankMatrix"),
     "gradient.objectives": ("NLL", "LogitDifference", "Objective"),
     "lens.backward": ("BackwardLens", "backward_lens"),
     "model.chat": ("chat",),

@@ -1,17 +1,17 @@
 """One forward pass, one backward pass: x and delta of every weight matrix asked for.
 
-The backward pass stops at the tensors z = x W and goes no further: `torch.autograd.grad` at these
-tensors computes no weight gradient, touches no `.grad`, and leaves out every layer below the
-lowest one asked for. dL/dW = x^T delta is then exact, for any loss and any batch.
+`torch.autograd.grad` stops at the tensors z = x W: it computes no weight gradient, touches no
+`.grad`, and leaves out the layers below. dL/dW = x^T delta is exact, for any loss and any batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from einops import repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -37,57 +37,60 @@ from bwlens.model.sites import (
 class Gradients(Mapping[Site, LowRankGradient]):
     """The gradient of every weight matrix that was asked for, as its x and delta.
 
-    `grads["W_in", 3]` is a `LowRankGradient`; with experts, `grads["W_in", 3, expert]`. Iterating
-    gives `Site`s. Rows run over the (prompt, position) pairs of the batch, padding left out.
+    `grads["W_in", 3]` is a `LowRankGradient`; with experts, `grads["W_in", 3, expert]`. Negative
+    layers count from the model's end. Iterating gives `Site`s. Rows run over the (prompt, position)
+    pairs of the batch, padding left out.
 
     Attributes:
         losses: One loss per prompt [batch].
         next_logits: Logits after each prompt's last token [batch, d_vocab]: the model's own answer.
         batch: The tokens.
+        n_layers: How many layers the model has, read or not; 0 where that is not known.
     """
 
     losses: Float[Tensor, " batch"]
     next_logits: Float[Tensor, "batch d_vocab"]
     batch: Batch
-    _held: dict[Site, LowRankGradient] = field(repr=False)
+    _parts: dict[Site, LowRankGradient] = field(repr=False)
+    n_layers: int = 0
 
     def __getitem__(self, key: Any) -> LowRankGradient:
-        site = as_site(key)
-        if site not in self._held:
-            there = sorted(other for other in self._held if other.matrix == site.matrix)
-            layers = sorted({other.layer for other in there})
-            experts = sorted(
-                (
-                    other.expert
-                    for other in there
-                    if other.layer == site.layer and other.expert is not None
-                ),
-                key=str,
-            )
-            if experts:  # one that no token was sent to has no gradient
-                has = f"tokens were sent to the experts {experts} there: name one of them"
-            elif there:
-                has = f"there is {site.matrix} of layers {layers}"
-            else:
-                has = f"there are {', '.join(dict.fromkeys(s.matrix for s in self._held))}"
-            raise KeyError(f"{site} was not captured; {has}")
-        return self._held[site]
+        site = self._site(key)
+        if site in self._parts:
+            return self._parts[site]
+        same = [other for other in self._parts if other.matrix == site.matrix]
+        experts = sorted(
+            {str(s.expert) for s in same if s.layer == site.layer and s.expert is not None}
+        )
+        if experts:  # one that no token was sent to has no gradient
+            has = f"tokens were sent to the experts {', '.join(experts)} there: name one of them"
+        elif same:
+            has = f"there is {site.matrix} of layers {sorted({other.layer for other in same})}"
+        else:
+            has = f"there are {', '.join(dict.fromkeys(s.matrix for s in self._parts))}"
+        raise KeyError(f"{site} was not captured; {has}")
 
     def __contains__(self, key: object) -> bool:
         try:
-            return as_site(key) in self._held
+            return self._site(key) in self._parts
         except KeyError:
             return False
 
+    def _site(self, key: Any) -> Site:
+        site = as_site(key)
+        if -self.n_layers <= site.layer < 0:
+            return replace(site, layer=site.layer + self.n_layers)
+        return site
+
     def __iter__(self) -> Iterator[Site]:
-        return iter(self._held)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._parts)
 
     def __repr__(self) -> str:
-        matrices = list(dict.fromkeys(site.matrix for site in self._held))
-        layers = sorted({site.layer for site in self._held})
+        matrices = list(dict.fromkeys(site.matrix for site in self._parts))
+        layers = sorted({site.layer for site in self._parts})
         return (
             f"Gradients({', '.join(matrices)}; layers {layers[0]}-{layers[-1]};"
             f" {len(self.batch)} prompts, {self.batch.n_rows} tokens)"
@@ -100,12 +103,14 @@ class Gradients(Mapping[Site, LowRankGradient]):
         index %= len(self.batch)
         keep, batch = slice(index, index + 1), self.batch.only(index)
         # An expert that none of this prompt's tokens was sent to has no gradient.
-        held = {
+        parts = {
             site: gradient.for_prompt(index)
-            for site, gradient in self._held.items()
+            for site, gradient in self._parts.items()
             if index in gradient.prompts
         }
-        return Gradients(self.losses[keep], self.next_logits[keep], batch, held)
+        return Gradients(
+            self.losses[keep], self.next_logits[keep], batch, parts, n_layers=self.n_layers
+        )
 
 
 def capture(
@@ -125,9 +130,8 @@ def capture(
     One forward pass and one `autograd.grad` that stops at the matrices' outputs. The model runs in
     eval mode and is left as it was: weights, `.grad`, `requires_grad`, train/eval mode, hooks.
 
-    The first time that a layer is read, four tokens go through the model to see that z = x W with
-    the weight that it holds, and that a small step along -delta does to the loss what ||delta||
-    says; `bwlens.checking.trusted()` leaves that out, `bwlens.check(model)` says more.
+    The first time that a layer is read, a pass of four tokens sees that z = x W and that a small
+    step along -delta changes the loss as ||delta|| says; `bwlens.checking.trusted()` leaves it out.
 
     Args:
         model: A TransformerBridge (TransformerLens 3.9-4) or HookedTransformer (3.9).
@@ -135,9 +139,9 @@ def capture(
         objective: The target after the prompt (text or token ids; its NLL is the loss), an
             objective such as `LogitDifference`, or any function of (logits, batch) that returns
             one loss per prompt.
-        matrices: Names out of `bwlens.MATRICES`.
-        layers: Layers from 0, negative ones from the end; None for all. The backward pass stops
-            at the lowest of them.
+        matrices: One or several names out of `bwlens.MATRICES`.
+        layers: One, several or a slice of them, from 0, negative ones from the model's end; None
+            for all. The backward pass stops at the lowest of them.
         prepend_bos: Whether text prompts get a BOS token; None is the model's own default.
         attention_mask: 1 at real tokens, 0 at padding (left or right), for token prompts.
         device: Where x and delta go; None leaves them where they are.
@@ -169,14 +173,18 @@ def capture(
         deltas = run.gradients([flow.z for flow in flows], [flow.name for flow in flows])
     dtype = dtype or _storage_dtype(run.logits.dtype)
     rows = _Rows(batch, device, dtype)
-    held: dict[Site, LowRankGradient] = {}
+    parts: dict[Site, LowRankGradient] = {}
     for flow, delta in zip(flows, deltas, strict=True):
         for site, columns in flow.parts:
             if site.matrix in matrices:
-                held[site] = rows.gradient(flow, as_rows(delta)[:, columns])
-    order = sorted(held, key=lambda site: (site.layer, matrices.index(site.matrix), site))
+                parts[site] = rows.gradient(flow, as_rows(delta)[:, columns])
+    order = sorted(parts, key=lambda site: (site.layer, matrices.index(site.matrix), site))
     return Gradients(
-        run.losses.detach(), run.next_logits(batch), batch, {site: held[site] for site in order}
+        run.losses.detach(),
+        run.next_logits(batch),
+        batch,
+        {site: parts[site] for site in order},
+        n_layers=len(model.blocks),
     )
 
 
@@ -286,8 +294,11 @@ class _Rows:
         self._keep = batch.mask.flatten()
         self._all = bool(self._keep.all())
         n_prompts, n_pos = batch.tokens.shape
-        grid = torch.arange(n_prompts * n_pos, device=batch.tokens.device)
-        self._prompt, self._pos = grid // n_pos, grid % n_pos
+        prompts, positions = (
+            torch.arange(n, device=batch.tokens.device) for n in (n_prompts, n_pos)
+        )
+        self._prompt = repeat(prompts, "prompt -> (prompt pos)", pos=n_pos)
+        self._pos = repeat(positions, "pos -> (prompt pos)", prompt=n_prompts)
 
     def gradient(self, flow: Flow, delta: Tensor) -> LowRankGradient:
         x = as_rows(flow.x.detach())

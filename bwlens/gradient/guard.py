@@ -9,7 +9,7 @@ prompt of four tokens, for every layer once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -27,7 +27,7 @@ _stepped: WeakSet[Any] = WeakSet()
 
 
 @contextmanager
-def trusted() -> Iterator[None]:
+def trusted() -> Generator[None, None, None]:
     """Captures within take a model at its word: the two checks before the first one are left out.
 
     Example:

@@ -1,23 +1,27 @@
-"""A weight gradient as the vectors that span it.
+"""A matrix as the rows that span it: a weight's gradient, a change of a weight.
 
 A weight W [d_in, d_out] computes z = x W, one row per token position. Its gradient is a sum of one
 outer product per row, dL/dW = sum_i outer(x_i, delta_i) = x^T delta, with x_i the row that entered
-W and delta_i = dL/dz_i its vector-Jacobian product. `LowRankGradient` keeps these rows and answers
-from them; only `.dense()` forms the matrix.
+W and delta_i = dL/dz_i its vector-Jacobian product. `LowRankMatrix` is any such sum, and answers
+from its rows; only `.dense()` forms the matrix. `LowRankGradient` knows where each row came from.
 
-Sign: this is dL/dW, the direction of ascent. A descent step is W - lr * gradient.
+Sign: a gradient is dL/dW, the direction of ascent. A descent step is W - lr * gradient.
 
 Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, section 4 and Lemma 4.1.
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
 
 import math
 import numbers
 import operator
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias, overload
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
@@ -32,7 +36,8 @@ from bwlens.runs.paths import writable
 Many: TypeAlias = slice | Sequence[int] | Tensor
 """Several rows or columns of W: a slice, a list, or a 1-D tensor of numbers or a mask."""
 
-_FORMAT = {"format": "bwlens.LowRankGradient", "version": "1"}
+M = TypeVar("M", bound="LowRankMatrix")
+
 _STRIPS = 16  # With many rows, inner products walk over W in this many strips.
 _CANCELLED = 1e-6  # Below this share of its diagonal, a Gram sum is mostly rounding.
 
@@ -46,32 +51,30 @@ class SVD(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LowRankGradient:
-    """The gradient dL/dW = x^T delta of a weight W [d_in, d_out], kept as its n spanning rows.
+class LowRankMatrix:
+    """A matrix x^T delta [d_in, d_out], kept as the n rows that span it.
 
-    - `x` [n, d_in]: the rows that entered W, in the units of the activations.
-    - `delta` [n, d_out]: dL/dz, loss per unit of W's output; dtype and device as `x`.
-    - `prompt`, `pos` [n], optional: the prompt and the token position each row came from.
+    - `x` [n, d_in] and `delta` [n, d_out]: one dtype, one device; the matrix is the sum of the
+      outer products of their rows.
 
     Tensors are detached, not copied. Norms and decompositions are computed and returned in
     float64; `dense`, `@`, rows and columns are computed in at least float32 and returned in the
     stored dtype. Raises ValueError where the tensors do not fit together.
 
     >>> x, delta = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[3.0, 4.0]])
-    >>> gradient = LowRankGradient(x, delta)
-    >>> gradient
-    LowRankGradient(W [3, 2], n=1, float32, cpu)
-    >>> gradient[2], gradient @ torch.tensor([1.0, 0.0])
+    >>> matrix = LowRankMatrix(x, delta)
+    >>> matrix
+    LowRankMatrix(W [3, 2], n=1, float32, cpu)
+    >>> matrix[2], matrix @ torch.tensor([1.0, 0.0])
     (tensor([6., 8.]), tensor([3., 0., 6.]))
     """
 
     x: Float[Tensor, "n d_in"]
     delta: Float[Tensor, "n d_out"]
-    prompt: Int[Tensor, " n"] | None = None
-    pos: Int[Tensor, " n"] | None = None
 
     def __post_init__(self) -> None:
-        x, delta = self.x, self.delta
+        x: Any = self.x
+        delta: Any = self.delta
         for name, rows in (("x", x), ("delta", delta)):
             if not isinstance(rows, Tensor):
                 raise ValueError(
@@ -80,7 +83,7 @@ class LowRankGradient:
                 )
             if rows.ndim != 2 or not rows.is_floating_point():
                 raise ValueError(
-                    f"{name} is {_told(rows)}; expected floating-point rows [n, d], one per "
+                    f"{name} is {_shown(rows)}; expected floating-point rows [n, d], one per "
                     f"(prompt, position). Flatten batch and position: {name}.flatten(0, -2)."
                 )
         if len(x) != len(delta):
@@ -90,24 +93,16 @@ class LowRankGradient:
             )
         if (x.dtype, x.device) != (delta.dtype, delta.device):
             raise ValueError(
-                f"x is {_told(x)} on {x.device} and delta {_told(delta)} on {delta.device}; "
+                f"x is {_shown(x)} on {x.device} and delta {_shown(delta)} on {delta.device}; "
                 "expected one dtype and one device. Convert one: delta.to(x)."
             )
-        for name, index in (("prompt", self.prompt), ("pos", self.pos)):
-            if index is None:
-                continue
-            whole = not (index.is_floating_point() or index.is_complex())
-            if index.shape != x.shape[:1] or not whole or index.dtype == torch.bool:
-                raise ValueError(
-                    f"{name} is {_told(index)}; expected {len(x)} integers, one per row of x."
-                )
-            object.__setattr__(self, name, index.to(x.device))
         object.__setattr__(self, "x", x.detach())
         object.__setattr__(self, "delta", delta.detach())
 
     def __repr__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"LowRankGradient(W {list(self.shape)}, n={self.n}, {dtype}, {self.device})"
+        kind = type(self).__name__
+        return f"{kind}(W {list(self.shape)}, n={self.n}, {dtype}, {self.device})"
 
     @property
     def n(self) -> int:
@@ -146,7 +141,7 @@ class LowRankGradient:
 
         Where rows nearly cancel and that sum would be mostly rounding, by thin QR instead.
 
-        >>> LowRankGradient(torch.ones(1, 4), torch.ones(1, 9)).norm()
+        >>> LowRankMatrix(torch.ones(1, 4), torch.ones(1, 9)).norm()
         tensor(6., dtype=torch.float64)
         """
         squared = self.inner(self)
@@ -154,15 +149,11 @@ class LowRankGradient:
             return torch.linalg.matrix_norm(self._core())
         return squared.clamp(min=0).sqrt()
 
-    def inner(self, other: "LowRankGradient") -> Float64[Tensor, ""]:
+    def inner(self, other: "LowRankMatrix") -> Float64[Tensor, ""]:
         """The Frobenius inner product <A, B> = sum((x_A x_B^T) * (delta_A delta_B^T)).
 
-        Each may have its own n; with many rows it is summed over strips of the two matrices, which
-        is cheaper. Raises ValueError where shapes or devices differ.
-
-        >>> a = LowRankGradient(torch.ones(1, 4), torch.ones(1, 9))
-        >>> a.inner(2 * a)
-        tensor(72., dtype=torch.float64)
+        Each may have its own n; many rows are summed over strips of the two matrices, which is
+        cheaper. Raises ValueError where shapes or devices differ.
         """
         self._check_fits(other)
         x, delta, x_, delta_ = map(_double, (self.x, self.delta, other.x, other.delta))
@@ -175,12 +166,10 @@ class LowRankGradient:
             total += (strip * (strip if other is self else columns_.T @ delta_)).sum()
         return total
 
-    def cosine(self, other: "LowRankGradient") -> Float64[Tensor, ""]:
+    def cosine(self, other: "LowRankMatrix") -> Float64[Tensor, ""]:
         """The cosine <A, B> / (||A|| ||B||); nan where either is zero, which has no direction.
 
-        Raises ValueError where shapes or devices differ.
-
-        >>> a = LowRankGradient(torch.ones(1, 4), torch.ones(1, 9))
+        >>> a = LowRankMatrix(torch.ones(1, 4), torch.ones(1, 9))
         >>> a.cosine(-3 * a)
         tensor(-1., dtype=torch.float64)
         """
@@ -191,11 +180,11 @@ class LowRankGradient:
     def svd(self) -> SVD:
         """The reduced SVD: U [d_in, r], S [r], Vh [r, d_out], with r = min(n, d_in, d_out).
 
-        Thin QR x^T = Q_x R_x and delta^T = Q_d R_d, then the SVD of the small R_x R_d^T. U and V
-        are orthonormal also where S is zero. Raises ValueError where a row is not finite.
+        Thin QR of x^T and delta^T, then the SVD of the small R_x R_d^T. U and V are orthonormal
+        also where S is zero. Raises ValueError where a row is not finite.
 
         >>> delta = torch.tensor([[0.0, 5.0], [1.0, 0.0]])
-        >>> LowRankGradient(torch.eye(2, 3), delta).svd().S.round(decimals=9)
+        >>> LowRankMatrix(torch.eye(2, 3), delta).svd().S.round(decimals=9)
         tensor([5., 1.], dtype=torch.float64)
         """
         x, delta = self._finite()
@@ -206,30 +195,23 @@ class LowRankGradient:
     def singular_values(self) -> Float64[Tensor, " r"]:
         """The first r = min(n, d_in, d_out) singular values, descending; all others are zero.
 
-        From the R factors of `svd` alone and never from squares: the error of each is about that
-        of float64 on sum_i ||x_i|| ||delta_i||. Raises ValueError where a row is not finite.
-
-        >>> delta = torch.tensor([[0.0, 5.0], [1.0, 0.0]])
-        >>> LowRankGradient(torch.eye(2, 3), delta).singular_values().round(decimals=9)
-        tensor([5., 1.], dtype=torch.float64)
+        From the R factors of `svd` alone, never from squares: the error of each is about that of
+        float64 on sum_i ||x_i|| ||delta_i||. Raises ValueError where a row is not finite.
         """
         return torch.linalg.svdvals(self._core())
 
     def rank(self, rtol: float | None = None) -> int:
         """The number of singular values above a threshold; at most n (Backward Lens, Lemma 4.1).
 
-        By default the threshold is the rounding of the rows, eps * sqrt(sum_i ||x_i||^2
-        ||delta_i||^2) with eps that of the stored dtype: rounding its two factors moves each outer
-        product by up to eps of its norm, and independent errors add in squares. It does not grow
-        with the width of W, and a sum that cancels is held to the rounding of its parts. The
-        float64 arithmetic here adds a little: 4 eps_float64 * sum_i ||x_i|| ||delta_i||.
+        With `rtol` the threshold is rtol * the largest singular value. By default it is the
+        rounding of the rows, eps * sqrt(sum_i ||x_i||^2 ||delta_i||^2) with eps that of the stored
+        dtype (rounding moves each outer product by up to eps of its norm, and independent errors
+        add in squares), plus that of the arithmetic, 4 eps_float64 * sum_i ||x_i|| ||delta_i||.
+        `torch.linalg.matrix_rank` takes max(d_in, d_out) * eps, for a matrix whose entries were
+        rounded: above 1 for a wide W in bfloat16. Raises ValueError where a row is not finite or
+        rtol is negative.
 
-        With `rtol` it is rtol * the largest singular value. `torch.linalg.matrix_rank` takes
-        max(d_in, d_out) * eps, meant for a matrix whose entries were rounded: hundreds of times
-        stricter here, and above 1 for a wide W in bfloat16. Raises ValueError where a row is not
-        finite or rtol is negative.
-
-        >>> LowRankGradient(torch.ones(5, 8), torch.randn(5, 8)).rank()  # one x, five times
+        >>> LowRankMatrix(torch.ones(5, 8), torch.randn(5, 8)).rank()  # one x, five times
         1
         """
         S = self.singular_values()
@@ -241,56 +223,43 @@ class LowRankGradient:
         Raises ValueError where a row is not finite. Source: Roy and Vetterli, "The effective
         rank", EUSIPCO 2007.
 
-        >>> LowRankGradient(torch.eye(4, 6), torch.eye(4, 5)).effective_rank().round(decimals=9)
+        >>> LowRankMatrix(torch.eye(4, 6), torch.eye(4, 5)).effective_rank().round(decimals=9)
         tensor(4., dtype=torch.float64)
         """
         S = self.singular_values()
         total = S.sum()
         return torch.where(total > 0, torch.special.entr(S / total).sum().exp(), 0.0)
 
-    def compress(self, rtol: float | None = None) -> "LowRankGradient":
+    def compress(self: M, rtol: float | None = None) -> M:
         """The same gradient in `rank(rtol)` rows: x_k = sqrt(S_k) U_k, delta_k = sqrt(S_k) V_k.
 
         Equal but for the singular values dropped and the rounding of the stored dtype. The rows
-        are mixtures, so `prompt` and `pos` are dropped. Raises ValueError as `rank` does.
+        are mixtures: a gradient's `prompt` and `pos` are dropped. Raises ValueError as `rank` does.
 
-        >>> LowRankGradient(torch.ones(5, 8), torch.randn(5, 8)).compress()
-        LowRankGradient(W [8, 8], n=1, float32, cpu)
+        >>> LowRankMatrix(torch.ones(5, 8), torch.randn(5, 8)).compress()
+        LowRankMatrix(W [8, 8], n=1, float32, cpu)
         """
         U, S, Vh = self.svd()
         kept = self._threshold(S, rtol) < S
         root = S[kept, None].sqrt()
-        return LowRankGradient((root * U.T[kept]).to(self.x), (root * Vh[kept]).to(self.delta))
+        return type(self)((root * U.T[kept]).to(self.x), (root * Vh[kept]).to(self.delta))
 
     # The matrix, or parts of it.
 
     def dense(self) -> Float[Tensor, "{self.d_in} {self.d_out}"]:
-        """The matrix x^T delta itself, [d_in, d_out], as `W.grad` would hold it.
-
-        >>> LowRankGradient(torch.ones(1, 2), torch.tensor([[3.0, 4.0]])).dense()
-        tensor([[3., 4.],
-                [3., 4.]])
-        """
+        """The matrix x^T delta itself, [d_in, d_out], as `W.grad` would hold it."""
         return _contract(self.x, self.delta)
 
     @property
     def factored(self) -> Any:
-        """TransformerLens' `FactoredMatrix`, A = x^T [d_in, n] and B = delta [n, d_out]; no copy.
-
-        >>> LowRankGradient(torch.ones(5, 8), torch.ones(5, 7)).factored.shape
-        torch.Size([8, 7])
-        """
+        """TransformerLens' `FactoredMatrix`, A = x^T [d_in, n], B = delta [n, d_out]; no copy."""
         from transformer_lens import FactoredMatrix  # its import takes seconds
 
         return FactoredMatrix(self.x.T, self.delta)
 
     @property
-    def T(self) -> "LowRankGradient":
-        """The transpose delta^T x, for a weight that is stored [d_out, d_in] as in `nn.Linear`.
-
-        >>> LowRankGradient(torch.ones(5, 8), torch.ones(5, 7)).T
-        LowRankGradient(W [7, 8], n=5, float32, cpu)
-        """
+    def T(self: M) -> M:
+        """The transpose delta^T x, for a weight that is stored [d_out, d_in] as in `nn.Linear`."""
         return replace(self, x=self.delta, delta=self.x)
 
     __array_ufunc__ = None  # numpy leaves `array @ gradient` to __rmatmul__
@@ -334,12 +303,12 @@ class LowRankGradient:
         | tuple[Many, SupportsIndex],
     ) -> Tensor: ...
     @overload
-    def __getitem__(self, key: Many | tuple[Many, Many]) -> "LowRankGradient": ...
-    def __getitem__(self, key: Any) -> "Tensor | LowRankGradient":
+    def __getitem__(self, key: Many | tuple[Many, Many]) -> "LowRankMatrix": ...
+    def __getitem__(self, key: Any) -> "Tensor | LowRankMatrix":
         """g[i] is row i [d_out], g[:, j] column j [d_in], g[i, j] an entry []: all dense.
 
         An MLP's neuron j is W_in's column j and W_out's row j. Slices, lists, 1-D tensors of
-        numbers or masks give a smaller LowRankGradient; two of them take rows times columns.
+        numbers or masks give a smaller LowRankMatrix; two of them take rows times columns.
         Raises IndexError outside W.
         """
         parts = key if isinstance(key, tuple) else (key, slice(None))
@@ -354,91 +323,68 @@ class LowRankGradient:
 
     # Sums and multiples.
 
-    @staticmethod
-    def sum(gradients: "Iterable[LowRankGradient]") -> "LowRankGradient":
-        """The sum of gradients of one weight: all their rows, copied once.
+    @classmethod
+    def sum(cls: type[M], matrices: "Iterable[LowRankMatrix]") -> M:
+        """The sum of matrices of one shape: all their rows, copied once.
 
-        `prompt` and `pos` are kept where every part has them, numbers unchanged: parts that share
-        a number share a prompt. Raises ValueError for no parts, or where they do not fit.
+        What is known of the rows (a gradient's prompts and positions) is kept where every part
+        has it, numbers unchanged: parts that share a number share a prompt. Raises ValueError for
+        no parts, or where they do not fit.
 
-        >>> g = LowRankGradient(torch.ones(5, 8), torch.ones(5, 7))
-        >>> LowRankGradient.sum([g, g, -g])
-        LowRankGradient(W [8, 7], n=15, float32, cpu)
+        >>> a = LowRankMatrix(torch.ones(5, 8), torch.ones(5, 7))
+        >>> LowRankMatrix.sum([a, a, -a])
+        LowRankMatrix(W [8, 7], n=15, float32, cpu)
         """
-        parts = list(gradients)
+        parts = list(matrices)
         if not parts:
             raise ValueError("no gradients to add; expected at least one, which gives the shape.")
         for part in parts:
             parts[0]._check_fits(part)
-
-        def joined(indices: list[Tensor | None]) -> Tensor | None:
-            kept = [index for index in indices if index is not None]
-            return torch.cat(kept) if len(kept) == len(parts) else None
-
-        return LowRankGradient(
-            torch.cat([part.x for part in parts]),
-            torch.cat([part.delta for part in parts]),
-            joined([part.prompt for part in parts]),
-            joined([part.pos for part in parts]),
+        rows = {f.name: [getattr(part, f.name, None) for part in parts] for f in fields(cls)}
+        return cls(
+            **{
+                name: torch.cat(known)
+                for name, several in rows.items()
+                if len(known := [each for each in several if each is not None]) == len(parts)
+            }
         )
 
-    def __add__(self, other: "LowRankGradient") -> "LowRankGradient":
-        if not isinstance(other, LowRankGradient):
+    def __add__(self, other: Any) -> "LowRankMatrix":
+        if not isinstance(other, LowRankMatrix):
             return NotImplemented
-        return LowRankGradient.sum([self, other])
+        kind = type(self) if isinstance(other, type(self)) else LowRankMatrix
+        return kind.sum([self, other])
 
-    def __radd__(self, other: int) -> "LowRankGradient":
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # for sum()
+    def __radd__(self: M, other: Any) -> M:
+        if isinstance(other, int) and other == 0:  # for sum()
+            return self
+        return NotImplemented
 
-    def __sub__(self, other: "LowRankGradient") -> "LowRankGradient":
-        return self + -other if isinstance(other, LowRankGradient) else NotImplemented
+    def __sub__(self, other: Any) -> "LowRankMatrix":
+        return self + -other if isinstance(other, LowRankMatrix) else NotImplemented
 
-    def __neg__(self) -> "LowRankGradient":
+    def __neg__(self: M) -> M:
         return replace(self, delta=-self.delta)
 
-    def __mul__(self, scalar: Any) -> "LowRankGradient":
+    def __mul__(self: M, scalar: Any) -> M:
         number = (
             scalar.ndim == 0 if isinstance(scalar, Tensor) else isinstance(scalar, numbers.Real)
         )
-        return replace(self, delta=self.delta * scalar) if number else NotImplemented
+        if not number:
+            return NotImplemented
+        return replace(self, delta=self.delta * scalar)
 
     __rmul__ = __mul__
 
-    def __truediv__(self, scalar: Any) -> "LowRankGradient":
+    def __truediv__(self: M, scalar: Any) -> M:
         return self * (1 / scalar)
-
-    # The batch, taken apart.
-
-    @property
-    def prompts(self) -> list[int]:
-        """The numbers of the prompts with rows here, ascending; ValueError if none were kept."""
-        return self._index("prompt").unique().tolist()
-
-    def for_prompt(self, prompt: int) -> "LowRankGradient":
-        """One prompt's part of the gradient; ValueError if it has no rows."""
-        return self._rows_where("prompt", prompt)
-
-    def at(self, pos: int) -> "LowRankGradient":
-        """One token position's part, over all prompts; ValueError if it has no rows."""
-        return self._rows_where("pos", pos)
-
-    def split(self) -> "list[LowRankGradient]":
-        """One gradient per prompt, in the order of `prompts`; their sum is this gradient.
-
-        Raises ValueError if no prompt numbers were kept.
-
-        >>> g = LowRankGradient(torch.ones(3, 8), torch.ones(3, 7), prompt=torch.tensor([0, 0, 1]))
-        >>> [part.n for part in g.split()]
-        [2, 1]
-        """
-        return [self.for_prompt(prompt) for prompt in self.prompts]
 
     # Elsewhere.
 
     def to(
-        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> "LowRankGradient":
-        """The same gradient on another device or in another floating-point dtype."""
+        self: M, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> M:
+        """The same matrix on another device or in another floating-point dtype."""
         place, kind = device or self.device, dtype or self.dtype
         return replace(self, x=self.x.to(place, kind), delta=self.delta.to(place, kind))
 
@@ -448,7 +394,7 @@ class LowRankGradient:
         Raises ValueError where there is no such folder.
         """
         path = writable(path)
-        tensors = {name: getattr(self, name) for name in ("x", "delta", "prompt", "pos")}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         # Copies, because the file wants every tensor contiguous and in memory of its own.
         copies = {
             name: tensor.clone(memory_format=torch.contiguous_format)
@@ -456,30 +402,35 @@ class LowRankGradient:
             if tensor is not None
         }
         with whole(path) as part:
-            save_file(copies, part, metadata=_FORMAT)
+            save_file(copies, part, metadata=self._format())
         return path
 
-    @staticmethod
-    def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> "LowRankGradient":
+    @classmethod
+    def load(cls: type[M], path: str | os.PathLike[str], device: str | torch.device = "cpu") -> M:
         """Read what `save` wrote; ValueError for any other file, FileNotFoundError for none."""
+        expected, writer = cls._format(), f"{cls.__name__}.save"
         try:
+            file: Any  # safetensors has no types of its own
             with safe_open(path, framework="pt", device=str(device)) as file:
-                found = file.metadata() or {}
-                if {name: found.get(name) for name in _FORMAT} != _FORMAT:
+                metadata: dict[str, str] = file.metadata() or {}
+                if {name: metadata.get(name) for name in expected} != expected:
                     raise ValueError(
-                        f"{path} is a safetensors file with metadata {found}; expected {_FORMAT}, "
-                        "as LowRankGradient.save of this version of bwlens writes."
+                        f"{path} is a safetensors file with metadata {metadata}; expected"
+                        f" {expected}, as {writer} of this version of bwlens writes."
                     )
-                return LowRankGradient(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is not a safetensors file ({error}); expected one written by "
-                "LowRankGradient.save."
+                f"{path} is not a safetensors file ({error}); expected one written by {writer}."
             ) from error
 
     # Private.
 
-    def _check_fits(self, other: "LowRankGradient") -> None:
+    @classmethod
+    def _format(cls) -> dict[str, str]:
+        return {"format": f"bwlens.{cls.__name__}", "version": "1"}
+
+    def _check_fits(self, other: "LowRankMatrix") -> None:
         if (self.shape, self.device) != (other.shape, other.device):
             raise ValueError(
                 f"gradients of a weight {list(self.shape)} on {self.device} and of a weight "
@@ -525,6 +476,58 @@ class LowRankGradient:
         wide = torch.promote_types(dtype, torch.float32)
         return self.x.to(wide), self.delta.to(wide), v.to(wide), dtype
 
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRankGradient(LowRankMatrix):
+    """The gradient dL/dW = x^T delta of a weight W [d_in, d_out], and where its rows came from.
+
+    - `x` [n, d_in]: the rows that entered W, in the units of the activations.
+    - `delta` [n, d_out]: dL/dz, loss per unit of W's output.
+    - `prompt`, `pos` [n], optional: the prompt and the token position each row came from.
+
+    >>> LowRankGradient(torch.ones(1, 3), torch.ones(1, 2), prompt=torch.tensor([7])).prompts
+    [7]
+    """
+
+    prompt: Int[Tensor, " n"] | None = None
+    pos: Int[Tensor, " n"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, index in (("prompt", self.prompt), ("pos", self.pos)):
+            if index is None:
+                continue
+            integers = not (index.is_floating_point() or index.is_complex())
+            if index.shape != (self.n,) or not integers or index.dtype == torch.bool:
+                raise ValueError(
+                    f"{name} is {_shown(index)}; expected {self.n} integers, one per row of x."
+                )
+            object.__setattr__(self, name, index.to(self.device))
+
+    @property
+    def prompts(self) -> list[int]:
+        """The numbers of the prompts with rows here, ascending; ValueError if none were kept."""
+        return self._index("prompt").unique().tolist()
+
+    def for_prompt(self, prompt: int) -> "LowRankGradient":
+        """One prompt's part of the gradient; ValueError if it has no rows."""
+        return self._rows_where("prompt", prompt)
+
+    def at(self, pos: int) -> "LowRankGradient":
+        """One token position's part, over all prompts; ValueError if it has no rows."""
+        return self._rows_where("pos", pos)
+
+    def split(self) -> "list[LowRankGradient]":
+        """One gradient per prompt, in the order of `prompts`; their sum is this gradient.
+
+        Raises ValueError if no prompt numbers were kept.
+
+        >>> g = LowRankGradient(torch.ones(3, 8), torch.ones(3, 7), prompt=torch.tensor([0, 0, 1]))
+        >>> [part.n for part in g.split()]
+        [2, 1]
+        """
+        return [self.for_prompt(prompt) for prompt in self.prompts]
+
     def _index(self, name: str) -> Int[Tensor, " n"]:
         index = getattr(self, name)
         if index is None:
@@ -545,7 +548,7 @@ class LowRankGradient:
         return LowRankGradient(self.x[rows], self.delta[rows], *parts)
 
 
-def _told(tensor: Tensor) -> str:
+def _shown(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 

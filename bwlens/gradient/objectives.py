@@ -5,6 +5,10 @@ returns one loss a prompt. Its optional fields `target` and `other` name answers
 carries their token ids.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Sequence

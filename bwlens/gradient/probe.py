@@ -1,10 +1,14 @@
 """Measured on a short prompt: is z = x W, and does a step along -delta do what ||delta|| says?"""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +55,12 @@ class Probe:
 
     def gradients_of(self, tensors: list[Tensor]) -> list[Tensor | None]:
         """dL/dtensor of each; None where the loss does not hang on it."""
-        found = torch.autograd.grad(self.run.total, tensors, retain_graph=True, allow_unused=True)
+        deltas = cast(  # torch's own type leaves out the None
+            "tuple[Tensor | None, ...]",
+            torch.autograd.grad(self.run.total, tensors, retain_graph=True, allow_unused=True),
+        )
         scale = self.run.scale
-        return [d if d is None or scale == 1 else d.float() / scale for d in found]
+        return [d if d is None or scale == 1 else d.float() / scale for d in deltas]
 
     def deltas(self, *sites: Site) -> dict[Site, Tensor]:
         """dL/dz of some sites or of all, over all columns of z: [n, d_out], float32 at least."""
@@ -264,7 +271,8 @@ def holder_of(tap: Tap | ExpertTap) -> nn.Module:
 
 def _linear(tap: Tap | ExpertTap, site: Site | None = None) -> nn.Module:
     holder = holder_of(tap)
-    return holder._modules.get(site.matrix if site else "", None) or holder
+    inner: dict[str, nn.Module | None] = vars(holder)["_modules"]
+    return inner.get(site.matrix if site else "") or holder
 
 
 def _kind(tap: Tap | ExpertTap, site: Site | None = None) -> str:

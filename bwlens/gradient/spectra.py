@@ -5,6 +5,10 @@ matrices are tiny. Here the rows of all prompts are padded with zero rows, which
 x^T delta, and go through one batched QR and one batched SVD.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

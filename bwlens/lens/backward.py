@@ -8,9 +8,8 @@ matrix is read through the one that is as wide as the residual stream:
 - **shift**: delta of W_out (and W_O). A descent step *subtracts* the gradient, so delta's *least*
   probable tokens are what the step promotes, and its most probable ones what it suppresses.
 
-These signs are written here, once: `promoted` and `suppressed` speak of a descent step. What the
-lens of a delta promotes need not be the target: how well such a reading says what the step does
-grows towards the top and differs between models (low down, and in a last layer, it may be far off).
+These signs are written here, once: `promoted` and `suppressed` speak of a descent step. How well a
+reading of delta says what the step does grows towards the top and differs between models.
 
 Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 4 and 5.
 """
@@ -42,7 +41,7 @@ from bwlens.lens.rows import neuron_norms, parts_of, stream_rows
 from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Edit, Prompts
-from bwlens.model.sites import default_matrices, resolve_layers, resolve_matrices
+from bwlens.model.sites import Layers, default_matrices, resolve_layers, resolve_matrices
 from bwlens.model.tokens import subject_positions, token_texts
 from bwlens.reading.readouts import Readout
 from bwlens.runs.paths import writable
@@ -69,12 +68,10 @@ class BackwardLens:
         answer: The model's own next word, before any step.
         answer_probability: The probability the model gives it.
         target_probability: The probability it gives the target's first token; None without target.
-        loss: The loss whose gradient this is; `loss_is` says what it is, as of a target of several
-            tokens it is their mean (or their sum).
+        loss: The loss whose gradient this is.
         layers: The layers read, ascending.
         matrices: The matrices read.
-        normalized: Whether vectors were brought to unit length before reading. A lens made with
-            `normalize="both"` holds the two readings; see `as_normalized`.
+        normalized: Whether vectors were read at unit length; see `as_normalized`.
         gradients: x and delta of every matrix.
         settings: What is needed to make this lens again.
         loss_is: What the loss is, in words: "loss", "mean loss of the target's 2 tokens".
@@ -128,10 +125,7 @@ class BackwardLens:
         return MappingProxyType(self._words)
 
     def readout(self, matrix: str = "W_out") -> Readout:
-        """The vocabulary reading of a matrix, as a `Readout` over [layer, pos].
-
-        Its targets are the target's tokens, then the model's own answer.
-        """
+        """The `Readout` [layer, pos] of a matrix; its targets are the target's, then the answer."""
         return self._readings[self.normalized][self._known(matrix)]
 
     @property
@@ -157,10 +151,7 @@ class BackwardLens:
     def words(
         self, which: Literal["promoted", "suppressed"] = "promoted", matrix: str = "W_out"
     ) -> list[list[list[str]]]:
-        """The words of every cell, [layer][pos][k], strongest first; no words where delta is zero.
-
-        See the module's note on signs: for W_out the promoted words are delta's least probable.
-        """
+        """The words of every cell, [layer][pos][k], strongest first; none where delta is zero."""
         ids, _ = self.side(which, matrix)
         return [[[self._words[i] for i in cell if i >= 0] for cell in row] for row in ids.tolist()]
 
@@ -179,32 +170,43 @@ class BackwardLens:
         silent = self.silent(matrix)[..., None]
         return ids.masked_fill(silent, -1), scores.masked_fill(silent, float("nan"))
 
-    def promoted(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
+    def promoted(
+        self,
+        k: int = 5,
+        matrix: str = "W_out",
+        *,
+        layers: Layers = None,
+        positions: Positions = None,
+    ) -> pd.DataFrame:
         """The k words a descent step promotes most, a row for each layer, position and word.
 
-        Raises:
-            ValueError: `k` is not between 1 and the number of words that the lens keeps.
-        """
-        return frames.words(self, "promoted", k, matrix)
-
-    def suppressed(self, k: int = 5, matrix: str = "W_out") -> pd.DataFrame:
-        """The k words a descent step suppresses most, a row for each layer, position and word.
+        `layers` and `positions` as for `backward_lens`; None for all that were read.
 
         Raises:
-            ValueError: As `promoted` does.
+            ValueError: `k` is not between 1 and the number of words that the lens keeps; a layer
+                that was not read, or positions out of range.
         """
-        return frames.words(self, "suppressed", k, matrix)
+        return frames.words(self, "promoted", k, matrix, layers, positions)
+
+    def suppressed(
+        self,
+        k: int = 5,
+        matrix: str = "W_out",
+        *,
+        layers: Layers = None,
+        positions: Positions = None,
+    ) -> pd.DataFrame:
+        """The k words a descent step suppresses most; all as for `promoted`."""
+        return frames.words(self, "suppressed", k, matrix, layers, positions)
 
     def norms(
         self, matrix: str = "W_out", of: Literal["x", "delta"] = "delta"
     ) -> Float[Tensor, "layer pos"]:
         """L2 norms of delta (the colour of the paper's tables) or x, raw also if normalised.
 
-        In a mixture of experts a token has a row in each of its experts. The norm of the factor
-        that is read (x of W_in and W_gate, delta of W_out) is that of the one vector which the
-        experts share, see `bwlens.lens.rows`; the norm of the other one (delta of W_in and W_gate,
-        x of W_out), whose entries belong to each expert's own neurons, is taken over all of them:
-        the root of the sum of the experts' squared norms.
+        In a mixture of experts, the norm of the factor that is read is that of the one vector which
+        a token's experts share (`bwlens.lens.rows`); that of the other, whose entries are each
+        expert's own neurons, is the root of the sum of the experts' squared norms.
 
         Raises:
             ValueError: A matrix that was not read, or neither "x" nor "delta".
@@ -230,8 +232,7 @@ class BackwardLens:
     def target_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
         """Rank of the target's first token in each cell's reading (0 most, V-1 least probable).
 
-        In delta of W_out a *high* rank means that the step promotes the target; -1 marks zero
-        vectors, which have no reading.
+        In delta of W_out a *high* rank means that the step promotes the target; -1: no reading.
 
         Raises:
             ValueError: The objective has no target.
@@ -304,6 +305,27 @@ class BackwardLens:
             why = "" if there else f", the model has {n_layers} layers"
             raise ValueError(f"layer {layer} was not read{why}; {read}")
         return number
+
+    def resolve_layers(self, layers: Layers = None) -> tuple[int, ...]:
+        """Numbers from 0, ascending, of one, several or a slice of the model's layers.
+
+        None, and a slice, give those of them that were read.
+
+        Raises:
+            ValueError: A layer named by itself was not read, or none is left.
+        """
+        if layers is None:
+            return self.layers
+        chosen: Iterable[int]
+        if isinstance(layers, slice):
+            chosen = set(range(self.n_layers or self.layers[-1] + 1)[layers]) & {*self.layers}
+        else:
+            several = layers if isinstance(layers, Iterable) else [layers]
+            chosen = {self.resolve_layer(layer) for layer in several}
+        if not chosen:
+            read = ", ".join(map(str, self.layers))
+            raise ValueError(f"layers={layers!r} names no layer; this lens has read {read}")
+        return tuple(sorted(chosen))
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per matrix, layer and position: norms, ranks, words, and the marks of doubt."""
@@ -405,7 +427,7 @@ def backward_lens(
     *,
     subject: str | None = None,
     matrices: str | Sequence[str] | None = None,
-    layers: Iterable[int] | int | slice | None = None,
+    layers: Layers = None,
     top_k: int = 10,
     normalize: bool | Literal["both"] = False,
     prepend_bos: bool | None = None,
@@ -419,21 +441,19 @@ def backward_lens(
         model: A TransformerBridge or HookedTransformer (`bwlens.load_model` makes one).
         prompt: One prompt: a text, token ids ([pos] or [1, pos], a tensor or a list), or an `Edit`
             or record, whose text, new target and subject are taken.
-        target: What the model is to say next, taken as it is written: " Paris" and "Paris" are
-            other tokens. Or an objective. None takes the edit's.
+        target: What the model is to say next, as it is written (" Paris" is not "Paris"), or an
+            objective. None takes the edit's.
         subject: A part of the prompt that the fact is about; its tokens are marked.
-        matrices: Matrices to read, out of `bwlens.MATRICES`; None for those of the MLP.
-        layers: Layers from 0, negative ones from the end; None for all.
+        matrices: One or several out of `bwlens.MATRICES`; None for those of the MLP.
+        layers: One, several or a slice, from 0, negative ones from the model's end; None for all.
         top_k: Words kept at each end of each cell, from 1; at most all that there are.
-        normalize: Read each vector at unit length (appendix H), so that the final norm's epsilon
-            weighs the same on all; norms stay the raw ones. "both" keeps the two readings: the
-            raw one first, the other by `BackwardLens.as_normalized` and by a switch on the page.
+        normalize: Read each vector at unit length (appendix H); norms stay the raw ones. "both"
+            keeps the two readings, see `BackwardLens.as_normalized`.
         prepend_bos: Whether a text prompt gets a BOS token; None is the model's own default.
         reading: How delta becomes words. "plain", the paper's, applies the final norm and the
-            unembedding; "dual" and "cosine" undo the unembedding instead (`bwlens.reading.
-            standardised`), which names what the step asks for further down; both leave the reading
-            of x as it is. "effect" measures what a step on each cell does to the words that follow,
-            for every matrix (`bwlens.reading.effect`), and takes two forward passes a cell or more.
+            unembedding; "dual" and "cosine" undo the unembedding of delta instead (`bwlens.reading.
+            standardised`). "effect" measures what a step on each cell does to the words that follow
+            (`bwlens.reading.effect`), at two forward passes a cell or more.
         positions: Positions to read: "last", "subject", one, several, a slice; None for all. Others
             have no words. "effect" reads at most 512 cells: beyond, the subject's and the last.
         temper: For "effect": words are ordered by p^temper times the change of their

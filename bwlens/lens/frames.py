@@ -7,6 +7,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from bwlens.lens.asking import whole_number
+from bwlens.lens.reading import Positions, resolve_positions
+from bwlens.model.sites import Layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,11 +50,14 @@ def cells(lens: BackwardLens) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def words(lens: BackwardLens, which: str, k: int, matrix: str) -> pd.DataFrame:
+def words(
+    lens: BackwardLens, which: str, k: int, matrix: str, layers: Layers, positions: Positions
+) -> pd.DataFrame:
     """A row for each layer, position and word of one end of a lens, strongest words first.
 
     Raises:
-        ValueError: `k` is not between 1 and the number of words that the lens keeps.
+        ValueError: `k` is not between 1 and the number of words that the lens keeps; a layer that
+            was not read; positions out of range.
     """
     import pandas as pd
 
@@ -63,11 +68,14 @@ def words(lens: BackwardLens, which: str, k: int, matrix: str) -> pd.DataFrame:
             f"k={k}, but this lens keeps {kept} words a cell: take 1 to {kept}, or make it again"
             f" with a larger top_k"
         )
-    norms = lens.norms(matrix)
+    norms = lens.norms(matrix).tolist()
+    n_pos = len(lens.tokens)
+    chosen = resolve_positions(positions, n_pos, lens.subject, lens.n_prompt - 1)
     rows = [
-        (layer, pos, lens.tokens[pos], norm, place, lens.vocabulary[i], score)
-        for at, layer in enumerate(lens.layers)
-        for pos, norm in enumerate(norms[at].tolist())
+        (layer, pos, lens.tokens[pos], norms[at][pos], place, lens.vocabulary[i], score)
+        for layer in lens.resolve_layers(layers)
+        for at in (lens.layers.index(layer),)
+        for pos in (range(n_pos) if chosen is None else chosen)
         for place, (i, score) in enumerate(
             zip(ids[at, pos, :k].tolist(), scores[at, pos, :k].tolist(), strict=True)
         )

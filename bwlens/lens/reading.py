@@ -47,13 +47,12 @@ def resolve_positions(
                 f"positions is {positions!r}; expected 'last', 'subject', numbers or a slice{needs}"
             )
         return tuple(subject)
-    listed: list[Any]
-    if isinstance(positions, slice):
-        listed = list(range(n_pos))[positions]
-    else:
-        listed = list(positions) if isinstance(positions, Iterable) else [positions]
     try:
-        numbers = [operator.index(one) for one in listed]
+        if isinstance(positions, slice):
+            numbers = list(range(n_pos)[positions])
+        else:
+            several: Iterable[Any] = positions if isinstance(positions, Iterable) else [positions]
+            numbers = [operator.index(one) for one in several]
     except TypeError:
         raise ValueError(f"positions are {positions!r}; expected whole numbers") from None
     if not numbers or not all(-n_pos <= one < n_pos for one in numbers):
@@ -104,7 +103,9 @@ class Reading:
                     [stream_rows(self.grads, matrix, layer, factor) for layer in self.layers]
                 )
                 chosen = head if factor == "x" else of_delta
-                read[key] = readout(chosen, self._kept(rows), k, list(self.followed), normalized)
+                read[key] = readout(
+                    chosen, self._kept(rows), k, list(self.followed), normalize=normalized
+                )
             found[matrix] = read[key]
         return found
 

@@ -111,9 +111,9 @@ def _leading(token: int, ids: Sequence[int]) -> int:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token says by itself, leading space included.
+    r"""What each token says by itself, leading space included.
 
-    Tokens that hold part of a character show its bytes (`\\xe2\\x80`) rather than a replacement
+    Tokens that hold part of a character show its bytes (`\xe2\x80`) rather than a replacement
     sign; an id past the tokenizer's own vocabulary, as padded embeddings have, shows as `<id>`.
     """
     pieces = tokenizer.convert_ids_to_tokens([int(i) for i in ids])
@@ -146,8 +146,10 @@ def _decoded(held: bytes) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: those that are so already as
-    themselves, the rest, in order, from U+0100 on."""
+    """Which byte each character of byte-level BPE stands for.
+
+    Bytes that are printable stand for themselves, the rest, in order, from U+0100 on.
+    """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {chr(b): b for b in printable}
     rest = [b for b in range(256) if b not in set(printable)]

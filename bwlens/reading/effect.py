@@ -6,12 +6,14 @@ there and take the central difference of the logits that the loss reads. With c 
 the loss falls by `nats` to first order, whatever the cell, so that cells, layers and matrices
 compare: an effect is in nats of a word's logit for each nat by which the loss falls.
 
-No reading is presumed: it holds for every matrix, where a norm follows, and in any architecture.
-
-Two checks are taken with it. The change of the loss itself, predicted to be -nats, is measured
-(`fall`, 1 where the gradient is right); and a second, larger step must give the same effect
-(`agreement`, the correlation of the two over the vocabulary).
+No reading is presumed: it holds for every matrix of any architecture. The change of the loss is
+measured with it (`fall`, 1 where the gradient is right), and so is a second, larger step, which
+must have the same effect (`agreement`, the correlation over the vocabulary).
 """
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -106,7 +109,7 @@ class EffectOf:
         every = Replay(model, self._tokens, range(len(self._tokens))).logits
         self._whole = every.detach().clone()[None].requires_grad_()
         loss = objective(self._whole, grads.batch).sum()
-        (slope,) = torch.autograd.grad(loss, self._whole, allow_unused=True)
+        slope: Any = torch.autograd.grad(loss, self._whole, allow_unused=True)[0]
         self._whole = self._whole.detach()
         reads = [] if slope is None else slope[0].abs().amax(-1).nonzero().flatten().tolist()
         if not reads:
@@ -190,7 +193,9 @@ class EffectOf:
             columns = tap.columns(width)
             rows[here, pos, columns] = (steps * nats[i])[:, None] * down
         lowest = min(site.layer for site, _ in cells)
-        logits = self._replay(additions, lowest).unflatten(0, (-1, len(_STEPS)))
+        logits = rearrange(
+            self._replay(additions, lowest), "(cell step) ... -> cell step ...", step=len(_STEPS)
+        )
         losses = self._losses(logits).double()
         log_p = logits[:, :, 0].log_softmax(-1)
         small = (log_p[:, 0] - log_p[:, 1]) / (2 * nats[:, None])
@@ -203,11 +208,11 @@ class EffectOf:
         """The loss of each row; only what it reads differs from the logits before."""
         whole, before = self._whole, self._whole[0, self._reads].clone()
         losses = []
-        for row in logits.flatten(0, 1):
+        for row in rearrange(logits, "cell step ... -> (cell step) ..."):
             whole[0, self._reads] = row.to(whole)
             losses.append(self._objective(whole, self._grads.batch)[0])
         whole[0, self._reads] = before
-        return torch.stack(losses).unflatten(0, logits.shape[:2])
+        return rearrange(torch.stack(losses), "(cell step) -> cell step", step=logits.shape[1])
 
     def _tap(self, site: Site) -> Tap:
         for tap in find_taps(self._model, [site.matrix], site.layer):

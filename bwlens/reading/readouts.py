@@ -13,6 +13,10 @@ with a bias the lens is not odd, so that "the other direction" is `sign=-1`, nev
 Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 2 and 4, appendix H.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -114,6 +118,7 @@ def readout(
     vectors: Float[Tensor, "*lead d_model"] | Float[np.ndarray, "*lead d_model"],
     top_k: int = 10,
     targets: int | Sequence[int] | Int[Tensor, "..."] | None = None,
+    *,
     normalize: bool = False,
     sign: int = 1,
     log_probs: bool = False,
@@ -150,13 +155,13 @@ def readout(
     (tensor([[1, 2]]), tensor([[0, 2]]), tensor([[0]]))
     """
     head = model if isinstance(model, Head) else head_of(model)
-    if isinstance(vectors, np.ndarray):
-        vectors = torch.from_numpy(vectors)
-    if not isinstance(vectors, Tensor):
+    given: Any = torch.from_numpy(vectors) if isinstance(vectors, np.ndarray) else vectors
+    if not isinstance(given, Tensor):
         raise TypeError(
-            f"vectors are a {type(vectors).__name__}; expected a tensor [..., d_model], such as"
+            f"vectors are a {type(given).__name__}; expected a tensor [..., d_model], such as"
             f" grads['W_out', 3].delta"
         )
+    vectors = given
     with torch.no_grad():
         _check(head, vectors, top_k, sign, normalize)
         lead = vectors.shape[:-1]

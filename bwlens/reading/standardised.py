@@ -11,6 +11,10 @@ that were meant. Here each token is asked how well it explains delta:
 Neither knows of a final norm's statistics or bias, so no epsilon and no bias is read.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -18,12 +18,12 @@ _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
 
 
 def visible(text: str, trim: bool = True) -> str:
-    """A token with its white space, controls and zero-width characters made visible.
+    r"""A token with its white space, controls and zero-width characters made visible.
 
     One leading space is left out with `trim`, as most words begin with one; spaces at the edges
     or in a row, and a token that is nothing but spaces, always show. The empty string shows as "∅".
 
-    >>> visible(" Paris"), visible("\\n"), visible("  "), visible("a\\u200bb"), visible("")
+    >>> visible(" Paris"), visible("\n"), visible("  "), visible("a\u200bb"), visible("")
     ('Paris', '⏎', '␣␣', 'a⟨200B⟩b', '∅')
     """
     if not text:

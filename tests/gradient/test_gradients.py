@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bwlens.gradient.low_rank
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.low_rank import LowRankGradient, LowRankMatrix
 
 EPS64 = torch.finfo(torch.float64).eps
 
@@ -759,3 +759,29 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no folder"):
         gradient.save(tmp_path / "no" / "gradient.safetensors")
     assert gradient.save(tmp_path / "g.safetensors") == tmp_path / "g.safetensors"
+
+
+def test_a_matrix_is_a_gradient_without_prompts(tmp_path) -> None:
+    index = torch.tensor([4, 4, 6])
+    gradient = LowRankGradient(plain.x, plain.delta, prompt=index, pos=index)
+    matrix = LowRankMatrix(plain.x, plain.delta)
+    assert repr(matrix) == "LowRankMatrix(W [8, 5], n=3, float32, cpu)"
+    assert float(matrix.cosine(gradient)) == pytest.approx(1)
+    for act in (
+        lambda a: a.T,
+        lambda a: -2 * a / 3,
+        lambda a: a[2:5],
+        lambda a: a.to(dtype=torch.float64),
+    ):
+        one, other = act(matrix), act(gradient)
+        assert (type(one), type(other)) == (LowRankMatrix, LowRankGradient)
+        assert torch.equal(one.dense(), other.dense())
+        assert other.prompts == [4, 6]
+    for total in (gradient + matrix, matrix + gradient, matrix - gradient, sum([matrix, gradient])):
+        assert type(total) is LowRankMatrix
+        assert total.n == 6
+    assert (gradient + gradient).prompts == [4, 6]
+    path = matrix.save(tmp_path / "matrix")
+    assert torch.equal(LowRankMatrix.load(path).x, matrix.x)
+    with pytest.raises(ValueError, match=r"bwlens\.LowRankMatrix.*as LowRankGradient\.save"):
+        LowRankGradient.load(path)

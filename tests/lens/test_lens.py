@@ -277,6 +277,34 @@ def test_matrices_and_layers_in_every_form(model):
     assert lens.layers == (0, 2)
 
 
+def test_words_of_some_layers_and_positions(model):
+    lens = bwlens.backward_lens(
+        model, PROMPT, "t17", subject="t9 t30", layers=[0, 1], prepend_bos=False
+    )
+    every = lens.promoted(k=2)
+
+    def shown(**some):
+        rows = lens.promoted(k=2, **some)
+        kept = every[every.layer.isin(rows.layer) & every.pos.isin(rows.pos)]
+        assert rows.equals(kept.reset_index(drop=True))
+        return sorted(set(rows.layer)), sorted(set(rows.pos))
+
+    pos = sorted(set(every.pos))
+    assert shown(layers=-2) == shown(layers=[1]) == shown(layers=slice(1, None)) == ([1], pos)
+    assert shown(layers=-2, positions="last") == ([1], [4])
+    assert shown(positions="subject") == shown(positions=slice(1, 3)) == ([0, 1], [1, 2])
+    assert shown(layers=[0, -2], positions=[-1, 0]) == ([0, 1], [0, 4])
+    for bad in (2, -1, slice(2, None), [], [0, 3]):
+        with pytest.raises(ValueError, match="this lens has read 0, 1"):
+            lens.suppressed(layers=bad)
+    with pytest.raises(ValueError, match="the prompt has the positions 0 to 4"):
+        lens.suppressed(positions=5)
+    assert lens.gradients["W_out", -2] is lens.gradient("W_out", 1)
+    assert ("W_out", -1) not in lens.gradients
+    with pytest.raises(KeyError, match=r"W_out of layer 2 was not captured.*layers \[0, 1\]"):
+        lens.gradients["W_out", -1]
+
+
 def test_negative_layers_count_from_the_models_end(model):
     lens = bwlens.backward_lens(model, PROMPT, "t17", layers=[0, 1], prepend_bos=False)
     assert lens.gradient("W_out", -2) is lens.gradients["W_out", 1]

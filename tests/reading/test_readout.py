@@ -354,7 +354,9 @@ def test_a_constant_vector_is_nothing_to_layer_norm() -> None:
 def test_zero_rows_have_no_reading(normalize: bool) -> None:
     head, vectors = make_head(d_vocab=700), vectors_of(2, 3, 6)
     vectors[0, 1] = vectors[1, 2] = 0
-    found = readout(head, vectors, 2, [1, 2], normalize, log_probs=True, max_memory=60_000)
+    found = readout(
+        head, vectors, 2, [1, 2], normalize=normalize, log_probs=True, max_memory=60_000
+    )
     assert found.zero.tolist() == [[False, True, False], [False, False, True]]
     none = found[found.zero]
     for ids in (none.top_ids, none.bottom_ids, none.ranks):
@@ -366,7 +368,7 @@ def test_zero_rows_have_no_reading(normalize: bool) -> None:
     assert not none.norms.any()
     assert not none.shrinkage.any()
     assert not none.eps_regime.any()
-    rest = readout(head, vectors[~found.zero], 2, [1, 2], normalize, log_probs=True)
+    rest = readout(head, vectors[~found.zero], 2, [1, 2], normalize=normalize, log_probs=True)
     assert_same(found[~found.zero], rest, rtol=1e-12)
     own = torch.arange(6).view(2, 3, 1)
     zero = found.zero

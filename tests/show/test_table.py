@@ -228,7 +228,7 @@ def test_readings_shared_by_two_matrices_are_stored_once():
     twice = fake_lens(matrices=("W_in", "W_out"))
     twice._readings[False]["W_gate"] = twice._readings[False]["W_in"]
     object.__setattr__(twice, "matrices", ("W_in", "W_gate", "W_out"))
-    held = twice.gradients._held
+    held = twice.gradients._parts
     held |= {type(s)("W_gate", s.layer): g for s, g in held.items() if s.matrix == "W_in"}
     assert len(pack(twice)["readings"]) == len(pack(lens)["readings"]) == 2
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from typing import Any
 
 import torch
@@ -58,6 +59,13 @@ class Replay:
             hooks += [(point.module, once.at(point)) for point in points]
         logits = self._run(n_rows, hooks, layer)
         return logits
+
+    def reading(self, places: Sequence[int]) -> Replay:
+        """The same with only some of its positions, as places among them; no pass is run."""
+        other = copy(self)
+        other.logits = self.logits[list(places)]
+        other._positions = self._positions[list(places)]
+        return other
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

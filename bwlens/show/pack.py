@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from bwlens.show import trusting
 from bwlens.show.words import probability_of, spaced
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def pack(
         "said": probability_of(lens),
         "matrices": held,
         "blobs": blobs.held,
+        "trust": trusting.packed(lens, READING[lens.normalized]),
     }
 
 

@@ -10,6 +10,7 @@ from bwlens.runs.paths import writable
 from bwlens.show import circuits
 from bwlens.show.sheet import definitions, document, svg
 from bwlens.show.table import table
+from bwlens.show.trusting import section
 from bwlens.show.words import target_words, visible
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def report(lens: BackwardLens, path: str | Path | None = None, cells: int = 2) -
     html = document(
         title,
         "<h1>What one gradient step would write</h1>"
-        f"{table(lens)}"
+        f"{table(lens)}{section(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
         f"<h2>The strongest cells of {matrix}</h2>{_details(lens, matrix, cells)}"

@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bwlens.show import trusting
 from bwlens.show.colors import STEPS, TARGET, css, ink, scale
 from bwlens.show.pack import pack, script_json
 from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
@@ -122,6 +123,7 @@ def part(
     ]
     say = {i: _html(visible(lens.vocabulary[i])) for i in {i for row in ids for i in row} if i >= 0}
     target = lens.target_ids[0] if lens.target_ids else None
+    trust = trusting.trust_of(lens, matrix)
     rows = []
     for at in reversed(range(len(lens.layers))):
         cells = []
@@ -143,7 +145,8 @@ def part(
             cells.append(f"<td style={style}>{word}")
         # The ink of pale cells is the row's; what has no shade is legible on any page.
         rows.append(
-            f'<tr style="color:#000"><th scope="row" style="{_PLAIN}">{lens.layers[at]}</th>'
+            f'<tr style="color:#000{";opacity:.6" if trusting.pale(trust, at) else ""}">'
+            f'<th scope="row" style="{_PLAIN}">{lens.layers[at]}{trusting.strip(trust, at)}</th>'
             f"{''.join(cells)}</tr>"
         )
     return (
@@ -154,7 +157,7 @@ def part(
         f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed:'
         f" {_html(probability_of(lens)) if lens.target else 'the target'}."
         " · no gradient here. Slanted: a vector so short that the final norm's epsilon outweighs"
-        " it.</p></section>"
+        f" it.{_html(f' Strip: {trusting.key(lens)}. Pale: {trusting.PALE}.') if trust else ''}</p></section>"
     )
 
 

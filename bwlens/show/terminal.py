@@ -13,6 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from bwlens.show import trusting
 from bwlens.show.colors import css, ink, shade
 from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
 
@@ -40,10 +41,13 @@ class TextTable:
             max([cells.width(pos), min(_WIDEST + 2, len(visible(token)))])
             for pos, token in enumerate(lens.tokens)
         ]
+        trust = trusting.trust_of(lens, matrix)
         yield heading(lens, matrix)
-        for columns in _blocks(widths, options.max_width - 6):
+        for columns in _blocks(widths, options.max_width - (16 if trust else 6)):
             table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
             table.add_column("layer", justify="right", style="dim", no_wrap=True)
+            if trust:
+                table.add_column("trust", style="dim", no_wrap=True)
             for pos in columns:
                 table.add_column(
                     _token(lens, pos), width=widths[pos], no_wrap=True, overflow="ellipsis"
@@ -54,9 +58,13 @@ class TextTable:
                     cells.text(at, pos, share, widths[pos])
                     for pos, share in zip(columns, shares, strict=True)
                 ]
-                table.add_row(str(lens.layers[at]), *row)
+                told = [trusting.short(trust, at)] if trust else []
+                pale = "dim" if trusting.pale(trust, at) else None
+                table.add_row(str(lens.layers[at]), *told, *row, style=pale)
             yield table
         yield _legend(lens, top, cells)
+        if trust:
+            yield Text(f"trust: {trusting.key(lens)}; none: {trusting.PALE}", "dim")
 
 
 class _Cells:

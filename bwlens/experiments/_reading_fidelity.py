@@ -64,7 +64,6 @@ class ReadingFidelity(Experiment):
     needs: ClassVar[tuple[str, ...] | None] = ("W_out",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "objects", tuple(map(tuple, self.objects)))
         for name in self.readings:
             kind, _, temper = name.partition("^")
             if kind not in ("plain", "cosine", "dual", "effect") or not _is_share(temper or "0"):
@@ -140,7 +139,8 @@ class ReadingFidelity(Experiment):
             at = group.index(edit.target_new)
             own = _first(reading, edit, edit.target_new)
             for word in (*group[at + 1 :], *group[:at]):
-                if word != edit.target_true and (first := _first(reading, edit, word)) != own:
+                first = _first(reading, edit, word)
+                if word != edit.target_true and first not in (own, -1):
                     return first
         return -1
 
@@ -210,7 +210,11 @@ def _places(scores: Tensor, word: int) -> Tensor:
 
 
 def _first(reading: Reading, edit: Edit, word: str) -> int:
-    batch = make_batch(reading.model, edit.text, word, prepend_bos=reading.prepend_bos)
+    """The first token of a word as the prompt goes on with it; -1 where the tokenizer has none."""
+    try:
+        batch = make_batch(reading.model, edit.text, word, prepend_bos=reading.prepend_bos)
+    except ValueError:
+        return -1
     return batch.targets[0][0]
 
 

@@ -243,8 +243,12 @@ def _fitting(
 def _made(name: str, settings: dict[str, Any]) -> Experiment:
     from bwlens.experiments import EXPERIMENTS
 
-    held = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return EXPERIMENTS[name](**held)
+    return EXPERIMENTS[name](**{k: _tuples(v) for k, v in settings.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as JSON has them, at any depth, as settings have them."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]]:

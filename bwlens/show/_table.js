@@ -110,9 +110,8 @@ function view(widget, part, which) {
   // What was written for viewers without styles gives way to the style sheet.
   for (const element of body.querySelectorAll("[style]")) element.removeAttribute("style");
   part.querySelector(".bw-note").remove();
-  rows.forEach((row, at) => {
-    const strip = row.querySelector(".bw-trust") ?? (lens.trust && addStrip(row, lens.trust, at));
-    strip?.style.setProperty("--r", lens.trust.r[at]);
+  part.querySelectorAll(".bw-trust").forEach((strip, at) => {
+    strip.style.setProperty("--r", lens.trust.r.at(-1 - at));
   });
   heads.forEach((head, pos) => {
     head.title = `position ${pos}: ${exact(lens.tokens[pos])}`;
@@ -130,14 +129,6 @@ function view(widget, part, which) {
   const places = new Map(cells.map((cell, at) => [cell, at]));
   const shown = detail(widget, lens);
   return { part, lens, table, body, rows, cells, heads, places, caption, scroll, detail: shown };
-}
-
-// The plain table has none where it shows another matrix first.
-function addStrip(row, trust, at) {
-  const strip = make("i", "bw-trust");
-  strip.title = trust.says[at];
-  row.cells[0].append(strip);
-  return strip;
 }
 
 // The cell to begin with: the strongest that promotes the target, else the strongest.

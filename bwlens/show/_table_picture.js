@@ -39,8 +39,7 @@ function paint(widget) {
     const trust = lens.judged(state);
     table.classList.toggle("bw-judged", Boolean(trust));
     rows.forEach((row, at) => row.classList.toggle("bw-pale", Boolean(trust?.pale[at])));
-    if (trust) seen.add("bw-trust");
-    if (trust?.pale.includes(true)) seen.add("bw-chance");
+    if (trust) seen.add("bw-trust").add("bw-chance");
     say(caption, sentence(widget, lens));
     const inOrder = state.top === "last" ? [...rows].reverse() : rows;
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
@@ -178,8 +177,9 @@ function drawLegend(widget, scale, seen) {
     ? "steps of different sizes disagree"
     : "vector so short that the final norm\u2019s epsilon outweighs it");
   key("bw-nil", "no gradient");
-  key("bw-trust", lenses.find((each) => each.trust)?.trust.key);
-  key("bw-chance", lenses.find((each) => each.trust)?.trust.why);
+  const trust = lenses.map((each) => each.trust).find(Boolean);
+  key("bw-trust", trust?.key);
+  key("bw-chance", trust?.why);
   legend.replaceChildren(bar, keys);
 }
 

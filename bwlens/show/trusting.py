@@ -32,12 +32,14 @@ def trust_of(lens: BackwardLens, matrix: str) -> Trust | None:
     return lens.trust if lens.has_trust and lens.trust.matrix == matrix else None
 
 
-def strip(trust: Trust | None, at: int) -> str:
-    """The strip of one layer, for the row's heading; nothing without trust."""
-    if trust is None:
+def strip(lens: BackwardLens, matrix: str, at: int) -> str:
+    """The strip of one layer, for the row's heading; hidden beside the words of another matrix."""
+    if not lens.has_trust:
         return ""
-    r = share(trust, at)
+    trust = lens.trust
+    r, hidden = share(trust, at), "" if trust.matrix == matrix else "visibility:hidden;"
     style = (
+        f"{hidden}"
         "display:inline-block;width:8px;height:14px;margin-left:6px;vertical-align:-2px;"
         f"background:rgba(118,118,118,{r:.2f});border:1px solid #767676;box-sizing:border-box"
     )

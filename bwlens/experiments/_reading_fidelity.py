@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -152,7 +152,8 @@ class ReadingFidelity(Experiment):
         means = summarize(rows, ["reading", "layer"], values)
         medians = []
         places = [c for c in rows if "place" in c]
-        for (name, layer), group in rows.groupby(["reading", "layer"], sort=False):
+        for at, group in rows.groupby(["reading", "layer"], sort=False, observed=True):
+            name, layer = cast("tuple[str, int]", at)
             for place in places:
                 held = group[place].dropna().to_numpy()
                 if len(held):
@@ -181,7 +182,7 @@ class ReadingFidelity(Experiment):
         figure, _ = panels(
             summary, [quantities[name] for name in there],
             [summary[summary["quantity"] == name] for name in there],
-            "reading", self.readings, "share, or r", share_y=False,
+            "reading", self.readings, "share, or r", share_y=True,
         )  # fmt: skip
         return figure
 

@@ -283,8 +283,14 @@ def measure_trust(
         for r in controls(deltas, others)
     )
     return Trust(
-        f"{reading}, temper {temper}" if temper else reading,
-        matrix, position, tuple(layers), *(part.cpu() for part in own), fall.cpu(),
-        noise.plausible.cpu(), noise.vocabulary.cpu(), other.plausible.cpu(),
-        other.vocabulary.cpu(),
-    )  # fmt: skip
+        reading=f"{reading}, temper {temper}" if temper else reading,
+        matrix=matrix,
+        position=position,
+        layers=tuple(layers),
+        **{name: part.cpu() for name, part in own._asdict().items()},
+        fall=fall.cpu(),
+        random=noise.plausible.cpu(),
+        random_vocabulary=noise.vocabulary.cpu(),
+        other=other.plausible.cpu(),
+        other_vocabulary=other.vocabulary.cpu(),
+    )

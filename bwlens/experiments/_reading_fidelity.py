@@ -52,7 +52,7 @@ class ReadingFidelity(Experiment):
 
     name: ClassVar[str] = "reading_fidelity"
     title: ClassVar[str] = "Which reading says what a step does"
-    source: ClassVar[str] = "no figure of the paper"
+    source: ClassVar[str] = "Figures of its own"
     reading: ClassVar[str] = (
         "Solid: the target among the ten words promoted most, and the correlation with the measured"
         " effect over the 1,000 likeliest words. A reading says something only where it stands"

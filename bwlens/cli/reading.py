@@ -68,6 +68,9 @@ def lens(
     temper: Annotated[
         float, typer.Option(help="For effect: likely words before unlikely ones, e.g. 0.1.")
     ] = 0.0,
+    trust: Annotated[
+        bool, typer.Option(help="Measure how far each layer's words are what a step does.")
+    ] = False,
     bos: Bos = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the lens as a page to this file.")
@@ -106,6 +109,7 @@ def lens(
             reading=reading,
             positions=positions,
             temper=temper,
+            trust=trust,
         )
         console.print(TextTable(found, matrix))
         for path in (html, json):

@@ -28,7 +28,7 @@ from bwlens.runs.paths import writable_folder
 
 EXPERIMENTS = (
     "gradient_rank, segment_norms, target_rank, layer_cosine, naive_reading, imprint_shift,"
-    " step_sizes"
+    " step_sizes, reading_fidelity"
 )
 """The experiments there are, for `--help`, which waits for no library."""
 
@@ -36,7 +36,7 @@ EXPERIMENTS = (
 def sweep(
     experiment: Annotated[
         list[str],
-        typer.Argument(help=f"'paper' for all experiments, or names of some: {EXPERIMENTS}."),
+        typer.Argument(help=f"'paper' for all of its own, or names of some: {EXPERIMENTS}."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the results.")],
     data: Data = None,

@@ -1,4 +1,4 @@
-"""The paper's experiments, each a function from a model and edits to rows and a figure.
+"""The paper's experiments and more, each a function from a model and edits to rows and a figure.
 
 >>> from bwlens import experiments
 >>> list(experiments.EXPERIMENTS)[:4]
@@ -15,6 +15,8 @@ from bwlens.experiments._naive_reading import NaiveMap as NaiveMap
 from bwlens.experiments._naive_reading import NaiveReading as NaiveReading
 from bwlens.experiments._naive_reading import naive_map as naive_map
 from bwlens.experiments._naive_reading import naive_reading as naive_reading
+from bwlens.experiments._reading_fidelity import ReadingFidelity as ReadingFidelity
+from bwlens.experiments._reading_fidelity import reading_fidelity as reading_fidelity
 from bwlens.experiments._segment_norms import SegmentNorms as SegmentNorms
 from bwlens.experiments._segment_norms import segment_norms as segment_norms
 from bwlens.experiments._step_sizes import StepSizes as StepSizes
@@ -39,6 +41,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         NaiveReading,
         ImprintShift,
         StepSizes,
+        ReadingFidelity,
     )
 }
-"""Every experiment of the paper, by its name."""
+"""Every experiment, by its name."""

@@ -120,6 +120,8 @@ class Experiment(ABC):
     """How to read the figure."""
     published: ClassVar[str] = ""
     """What the published figure shows."""
+    in_paper: ClassVar[bool] = True
+    """Whether the paper has it."""
     needs: ClassVar[tuple[str, ...] | None] = ()
     """Matrices to capture where the experiment has no field `matrices`."""
 
@@ -134,6 +136,10 @@ class Experiment(ABC):
     @abstractmethod
     def draw(self, summary: pd.DataFrame) -> Figure:
         """The figure."""
+
+    def given(self, data: Any) -> Experiment:
+        """This experiment, with what it takes from the data as a whole: nothing."""
+        return self
 
     def wanted(self, model: Any) -> tuple[str, ...]:
         """The matrices whose gradients it reads."""

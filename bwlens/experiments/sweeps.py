@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bwlens.data.given import Edits, as_edits
+from bwlens.data.records import Records, checked_limit, read_records
 from bwlens.experiments.base import MAX_MEMORY, Batches, Experiment, Result, joined
 from bwlens.model.identity import fingerprint, model_label
 from bwlens.model.prompts import Edit
@@ -128,8 +129,8 @@ def sweep(
     `accelerate launch`, each process takes its share of the parts.
 
     Args:
-        experiments: "paper" for all, a name out of `EXPERIMENTS`, an experiment with settings of
-            its own, or several.
+        experiments: "paper" for all of its own, a name out of `EXPERIMENTS`, an experiment with its
+            own settings, or several.
         model: A TransformerBridge or HookedTransformer.
         data: Edits, records, or what `read_records` takes.
         out: The folder.
@@ -147,7 +148,10 @@ def sweep(
     """
     asked = [experiments] if isinstance(experiments, str | Experiment) else list(experiments)
     chosen = resolve(asked)
+    if isinstance(data, str | Path):
+        data = read_records(data)
     edits, source, problems = _edits(data, limit)
+    chosen = [experiment.given(data) for experiment in chosen]
     if "paper" in asked:  # as many of them as the model can take
         chosen, unfit = _fitting(chosen, model)
         problems += unfit
@@ -206,11 +210,12 @@ def resolve(asked: Sequence[str | Experiment]) -> list[Experiment]:
     """
     from bwlens.experiments import EXPERIMENTS
 
-    names = [name for one in asked for name in (EXPERIMENTS if one == "paper" else [one])]
+    paper = [name for name, kind in EXPERIMENTS.items() if kind.in_paper]
+    names = [name for one in asked for name in (paper if one == "paper" else [one])]
     unknown = [n for n in names if isinstance(n, str) and n not in EXPERIMENTS]
     if unknown or not names:
         found = f"no experiment {unknown[0]!r}" if unknown else "no experiment named"
-        raise ValueError(f"{found}; there are paper (all of them), {', '.join(EXPERIMENTS)}")
+        raise ValueError(f"{found}; there are paper (all of its own), {', '.join(EXPERIMENTS)}")
     chosen = [EXPERIMENTS[n]() if isinstance(n, str) else n for n in names]
     held = [experiment.name for experiment in chosen]
     twice = [name for name in held if held.count(name) > 1]
@@ -238,17 +243,17 @@ def _fitting(
 def _made(name: str, settings: dict[str, Any]) -> Experiment:
     from bwlens.experiments import EXPERIMENTS
 
-    held = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return EXPERIMENTS[name](**held)
+    return EXPERIMENTS[name](**{k: _tuples(v) for k, v in settings.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as JSON has them, at any depth, as settings have them."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]]:
     """The edits, where they come from, and the records that could not be read."""
-    from bwlens.data.records import Records, checked_limit, read_records
-
     limit = checked_limit(limit)
-    if isinstance(data, str | Path):
-        data = read_records(data)
     if isinstance(data, Records):
         problems = [
             # Its index counts records, the rows' items and their failures count edits.

@@ -44,6 +44,7 @@ from bwlens.model.prompts import Edit, Prompts
 from bwlens.model.sites import Layers, default_matrices, resolve_layers, resolve_matrices
 from bwlens.model.tokens import subject_positions, token_texts
 from bwlens.reading.readouts import Readout
+from bwlens.reading.trust import Trust, measure_trust
 from bwlens.runs.paths import writable
 
 if TYPE_CHECKING:
@@ -100,6 +101,28 @@ class BackwardLens:
     n_layers: int = 0
     reading: str = "plain"
     positions: tuple[int, ...] | None = None
+    _trust: Trust | None = field(default=None, repr=False)
+
+    @property
+    def trust(self) -> Trust:
+        """How far the words of each layer say what a step does: see `bwlens.reading.trust`.
+
+        Measured with the lens, of the model as it was then.
+
+        Raises:
+            ValueError: The lens was made without it.
+        """
+        if self._trust is None:
+            raise ValueError(
+                "trust was not measured, and a lens holds no model to measure it on; make it with"
+                " backward_lens(..., trust=True)"
+            )
+        return self._trust
+
+    @property
+    def has_trust(self) -> bool:
+        """Whether it was measured."""
+        return self._trust is not None
 
     def through(self, matrix: str = "W_out") -> Literal["x", "delta", "effect"]:
         """What the words of a matrix are read from.
@@ -434,6 +457,7 @@ def backward_lens(
     reading: str = "plain",
     positions: Positions = None,
     temper: float = 0.0,
+    trust: bool = False,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -459,11 +483,15 @@ def backward_lens(
         temper: For "effect": words are ordered by p^temper times the change of their
             log-probability. 0 lets words lead that nobody would say; .1 reads better on SmolLM2,
             and worse where the target is all but impossible beforehand (the demo).
+        trust: Also measure how far the words of W_out (of W_O, where W_out is not read) at the last
+            position read say what a step does, as `BackwardLens.trust`; the tables show it.
 
     Raises:
         ValueError: An unknown reading, or `normalize` with another than the plain one; positions
             out of range; more than one prompt, no target, a subject that is not in the prompt,
-            another `normalize` or `top_k`, or anything that `capture` and `readout` refuse.
+            another `normalize` or `top_k`, or anything that `capture` and `readout` refuse; `trust`
+            without a matrix that is read through delta.
+        UntrueGradientError: `trust` found that the loss does not fall as delta says.
         NotImplementedError: No MLP was found and no matrices were named, or what `capture` refuses.
 
     Source: Backward Lens, sections 4.2 and 5, figures 4 and 11-15.
@@ -486,6 +514,12 @@ def backward_lens(
     matrices = default_matrices(model) if matrices is None else resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
     marked = _subject(model, prompt, subject, prepend_bos, start)
+    judged = next((m for m in ("W_out", "W_O") if m in matrices), None)
+    if trust and judged is None:
+        raise ValueError(
+            f"trust is measured of delta's words, and {', '.join(matrices)} are not read through"
+            f" delta; read W_out or W_O as well"
+        )
     if reading != "effect":
         head_of(model)  # refused before the work, where there is none
     grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
@@ -502,6 +536,13 @@ def backward_lens(
         readouts = {False: task.effects(objective, temper)}
     else:
         readouts = {normalized: task.of_vectors(reading, normalized) for normalized in readings}
+    known = None
+    if trust and judged is not None:
+        position = task.positions[-1] if task.positions else int(grads.batch.last[0])
+        known = measure_trust(
+            model, grads, objective, judged, wanted, position,
+            reading=reading, temper=temper, normalize=readings[0],
+        )  # fmt: skip
     read = chain.from_iterable(each.values() for each in readouts.values())
     words = _vocabulary(model, read, [*ids, *followed])
     return BackwardLens(
@@ -537,6 +578,7 @@ def backward_lens(
         n_layers=len(model.blocks),
         reading=reading,
         positions=task.positions,
+        _trust=known,
     )
 
 

@@ -8,6 +8,7 @@ logits are wanted pass the unembedding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -63,6 +64,13 @@ class Replay:
             giving=dict.fromkeys(self._model.blocks[:layer], left),
         )
         return wide(passed.logits)
+
+    def reading(self, places: Sequence[int]) -> Replay:
+        """The same with only some of its positions, as places among them; no pass is run."""
+        other = copy(self)
+        other.logits = self.logits[list(places)]
+        other._positions = self._positions[list(places)]
+        return other
 
 
 def _expanded(left: Any, n_rows: int) -> Any:

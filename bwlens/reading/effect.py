@@ -36,9 +36,9 @@ NATS = 0.02
 """By how much the step is to lower the loss, to first order."""
 
 _STEPS = (1.0, -1.0, 2.0, -2.0)
-_AGREES = 0.98
+AGREES = 0.98
 """Least correlation of two step sizes' effects for a cell to count as measured."""
-_WRONG = 0.05
+WRONG = 0.05
 """Share by which the loss may fall otherwise than predicted."""
 _TRIES = (1.0, 0.2, 5.0, 0.04, 25.0)
 """Where a step is too large to be linear or drowns in rounding, others are tried in this order."""
@@ -67,7 +67,7 @@ class Effects:
     @property
     def measured(self) -> Tensor:
         """Cells whose two step sizes agree, and whose loss falls as predicted [cell]."""
-        return (self.agreement >= _AGREES) & ((self.fall - 1).abs() <= _WRONG)
+        return (self.agreement >= AGREES) & ((self.fall - 1).abs() <= WRONG)
 
 
 def tempered(
@@ -106,8 +106,8 @@ class EffectOf:
             raise ValueError(f"effects are read of one prompt, found {len(grads.batch)}")
         self._model, self._grads, self._objective = model, grads, objective
         self._tokens = grads.batch.tokens[0]
-        every = Replay(model, self._tokens, range(len(self._tokens))).logits
-        self._whole = every.detach().clone()[None].requires_grad_()
+        every = Replay(model, self._tokens, range(len(self._tokens)))
+        self._whole = every.logits.detach().clone()[None].requires_grad_()
         loss = objective(self._whole, grads.batch).sum()
         slope: Any = torch.autograd.grad(loss, self._whole, allow_unused=True)[0]
         self._whole = self._whole.detach()
@@ -119,13 +119,24 @@ class EffectOf:
             )
         self.position: int = reads[0]
         self._reads = reads
-        self._replay = Replay(model, self._tokens, reads)
+        self._replay = every.reading(reads)
+        self._loss = loss.detach().double()
         self._log_p = self._replay.logits[0].log_softmax(-1)
         cfg = model.cfg
         wide = 12 * cfg.d_model + 3 * (getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
         heads = getattr(cfg, "n_heads", 1) * len(self._tokens)
         per_row = 4 * (len(self._tokens) * (wide + heads) + 3 * len(reads) * cfg.d_vocab)
         self._cells = max(1, max_memory // (per_row * len(_STEPS)))
+
+    @property
+    def probabilities(self) -> Float[Tensor, " d_vocab"]:
+        """The model's own at the position read, before any step."""
+        return self._log_p.exp()
+
+    @property
+    def device(self) -> torch.device:
+        """Where effects are."""
+        return self._log_p.device
 
     def of(
         self,
@@ -154,14 +165,35 @@ class EffectOf:
                     if better[row]:
                         scores[i], fall[i], agreement[i] = effect[row], fell[row], agrees[row]
                         sizes[i] = nats * factor
-                        if error[row] > _WRONG or agrees[row] < _AGREES:
+                        if error[row] > WRONG or agrees[row] < AGREES:
                             left.append(i)
-                    elif not (fall[i] - 1).abs() <= _WRONG or agreement[i] < _AGREES:
+                    elif not (fall[i] - 1).abs() <= WRONG or agreement[i] < AGREES:
                         left.append(i)
             advance(len(unsettled) - len(left))
             unsettled = left
         advance(len(unsettled))
         return Effects(scores, fall, agreement, sizes, self._log_p.exp())
+
+    def along(
+        self,
+        cells: Sequence[tuple[Site, int]],
+        deltas: Sequence[Tensor],
+        nats: float = NATS / 10,
+    ) -> tuple[Float[Tensor, "cell d_vocab"], Float[Tensor, " cell"]]:
+        """Effects of steps along -delta with any vectors for delta, and each step's `fall`.
+
+        A quarter of `of`'s passes: one small step, against none. nan where a vector is zero.
+        """
+        scores = self._log_p.new_full((len(cells), self._log_p.shape[-1]), float("nan"))
+        fall = scores.new_full((len(cells),), float("nan"))
+        there = [i for i, delta in enumerate(deltas) if delta.any()]
+        for batch in self._batches(cells, there):
+            sizes = scores.new_full((len(batch),), nats)
+            rows = [deltas[i] for i in batch]
+            logits = self._stepped([cells[i] for i in batch], rows, sizes, (1.0,))
+            scores[batch] = (logits[:, 0, 0].log_softmax(-1) - self._log_p) / nats
+            fall[batch] = ((self._loss - self._losses(logits)[:, 0].double()) / nats).to(fall)
+        return scores, fall
 
     def _batches(
         self, cells: Sequence[tuple[Site, int]], chosen: Sequence[int]
@@ -178,31 +210,41 @@ class EffectOf:
     def _measure(
         self, cells: Sequence[tuple[Site, int]], nats: Float[Tensor, " cell"]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        steps = torch.tensor(_STEPS, device=nats.device, dtype=nats.dtype)
-        n_rows, n_pos = len(cells) * len(_STEPS), len(self._tokens)
-        additions: dict[tuple[Point, ...], Tensor] = {}
-        for i, (site, pos) in enumerate(cells):
-            tap = self._tap(site)
-            delta = self._row(site, pos).to(nats)
-            down = -delta / delta.norm().square()
-            width = len(delta) * (2 if tap.gated_heads else 1)
-            rows = additions.get(tap.z)
-            if rows is None:
-                rows = additions.setdefault(tap.z, nats.new_zeros(n_rows, n_pos, width))
-            here = slice(i * len(_STEPS), (i + 1) * len(_STEPS))
-            columns = tap.columns(width)
-            rows[here, pos, columns] = (steps * nats[i])[:, None] * down
-        lowest = min(site.layer for site, _ in cells)
-        logits = rearrange(
-            self._replay(additions, lowest), "(cell step) ... -> cell step ...", step=len(_STEPS)
-        )
+        rows = [self._row(site, pos) for site, pos in cells]
+        logits = self._stepped(cells, rows, nats, _STEPS)
         losses = self._losses(logits).double()
         log_p = logits[:, :, 0].log_softmax(-1)
         small = (log_p[:, 0] - log_p[:, 1]) / (2 * nats[:, None])
         large = (log_p[:, 2] - log_p[:, 3]) / (4 * nats[:, None])
         fall = (losses[:, 1] - losses[:, 0]) / (2 * nats.double())
         # The error of a central difference is quadratic in the step: taken out by the two sizes.
-        return (4 * small - large) / 3, fall.to(nats), _correlation(small, large)
+        return (4 * small - large) / 3, fall.to(nats), correlation(small, large)
+
+    def _stepped(
+        self,
+        cells: Sequence[tuple[Site, int]],
+        deltas: Sequence[Tensor],
+        nats: Float[Tensor, " cell"],
+        sizes: Sequence[float],
+    ) -> Float[Tensor, "cell step position d_vocab"]:
+        """The logits after each of the steps on each cell."""
+        steps = torch.tensor(sizes, device=nats.device, dtype=nats.dtype)
+        n_rows, n_pos = len(cells) * len(sizes), len(self._tokens)
+        additions: dict[tuple[Point, ...], Tensor] = {}
+        for i, ((site, pos), delta) in enumerate(zip(cells, deltas, strict=True)):
+            tap = self._tap(site)
+            delta = delta.to(nats)
+            down = -delta / delta.norm().square()
+            width = len(delta) * (2 if tap.gated_heads else 1)
+            rows = additions.get(tap.z)
+            if rows is None:
+                rows = additions.setdefault(tap.z, nats.new_zeros(n_rows, n_pos, width))
+            here = slice(i * len(sizes), (i + 1) * len(sizes))
+            columns = tap.columns(width)
+            rows[here, pos, columns] = (steps * nats[i])[:, None] * down
+        lowest = min(site.layer for site, _ in cells)
+        logits = self._replay(additions, lowest)
+        return rearrange(logits, "(cell step) ... -> cell step ...", step=len(sizes))
 
     def _losses(self, logits: Float[Tensor, "cell step position d_vocab"]) -> Tensor:
         """The loss of each row; only what it reads differs from the logits before."""
@@ -227,7 +269,7 @@ class EffectOf:
 _AT_ONCE = 16
 
 
-def _correlation(one: Float[Tensor, "n v"], other: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
+def correlation(one: Float[Tensor, "n v"], other: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
     """Pearson's, row by row."""
     one, other = (rows.double() - rows.double().mean(-1, keepdim=True) for rows in (one, other))
     return torch.nn.functional.cosine_similarity(one, other, dim=-1).to(torch.float32)

@@ -182,6 +182,22 @@ def readout(
     return Readout(eps_regime=faint, **joined)
 
 
+def all_scores(
+    head: Head, vectors: Float[Tensor, "n d_model"], normalize: bool = False
+) -> Float[Tensor, "n d_vocab"]:
+    """The score of every token, as `readout` has them at its ends; nan where a vector is zero."""
+    with torch.no_grad():
+        rows = vectors.to(head.W_U.device, torch.promote_types(vectors.dtype, torch.float32))
+        zero = ~rows.any(1)
+        if normalize:
+            rows = torch.nn.functional.normalize(rows, dim=1)
+        rows = rows.to(head.W_U.dtype)
+        scores = rows.new_empty(len(rows), head.W_U.shape[1], dtype=_score_dtype(head))
+        for _ in _tiles(head, rows, scores, _TILE):
+            pass
+        return _final(head, scores).masked_fill(zero[:, None], float("nan"))
+
+
 def readout_of_scores(
     scores: Float[Tensor, "n d_vocab"],
     norms: Float[Tensor, " n"],

@@ -112,6 +112,9 @@ function view(widget, part, which) {
   // What was written for viewers without styles gives way to the style sheet.
   for (const element of body.querySelectorAll("[style]")) element.removeAttribute("style");
   part.querySelector(".bw-note").remove();
+  part.querySelectorAll(".bw-trust").forEach((strip, at) => {
+    strip.style.setProperty("--r", lens.trust.r.at(-1 - at));
+  });
   heads.forEach((head, pos) => {
     head.title = `position ${pos}: ${exact(lens.tokens[pos])}`;
     if (pos >= lens.given) head.classList.add("bw-forced");

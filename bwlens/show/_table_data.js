@@ -57,6 +57,9 @@ function decode(lens) {
     size: width * lens.layers.length,
     layerOf: (cell) => Math.floor(cell / width),
     posOf: (cell) => cell % width,
+    // The trust that speaks of what is shown: norms are exact in every layer.
+    judged: (state) => lens.trust && lens.trust.matrix === state.matrix
+      && lens.trust.reading === state.reading ? lens.trust : null,
     through: (state) => matrices[state.matrix].through,
     delta: (state) => matrices[state.matrix].delta,
     x: (state) => matrices[state.matrix].x,

@@ -35,6 +35,10 @@ function paint(widget) {
       }
     }
     table.dataset.show = state.show;
+    const trust = lens.judged(state);
+    table.classList.toggle("bw-judged", Boolean(trust));
+    rows.forEach((row, at) => row.classList.toggle("bw-pale", Boolean(trust?.pale[at])));
+    if (trust) seen.add("bw-trust").add("bw-chance");
     say(caption, sentence(widget, lens));
     const inOrder = state.top === "last" ? [...rows].reverse() : rows;
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
@@ -172,6 +176,9 @@ function drawLegend(widget, scale, seen) {
     ? "steps of different sizes disagree"
     : "vector so short that the final norm\u2019s epsilon outweighs it");
   key("bw-nil", "no gradient");
+  const trust = lenses.map((each) => each.trust).find(Boolean);
+  key("bw-trust", trust?.key);
+  key("bw-chance", trust?.why);
   legend.replaceChildren(bar, keys);
 }
 
@@ -212,6 +219,8 @@ function detail({ state }, lens) {
       const title = who === "target" && several(lens) ? "first token\u2019s rank" : `${who} rank`;
       fact(title, rank < 0 ? "none" : whole(rank), rank < 0 ? "" : place);
     }
+    const trust = lens.judged(state);
+    if (trust) fact("trust", trust.says[lens.layerOf(at)].replace(/^Layer \d+: /, ""));
     ENDS.forEach((end, which) => {
       const found = norm ? lens.list(state, end, at) : [];
       rows.forEach((row, place) => {

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from bwlens.show import trusting
 from bwlens.show.words import probability_of, spaced
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def pack(
         "said": probability_of(lens),
         "matrices": by_matrix,
         "readings": entries,
+        "trust": trusting.packed(lens, READING[lens.normalized]),
     }
 
 

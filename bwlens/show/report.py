@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bwlens.show import circuits
 from bwlens.show.sheet import definitions, document, svg
 from bwlens.show.table import first_matrix, table, titled
+from bwlens.show.trusting import section
 from bwlens.show.words import visible
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def report(lens: BackwardLens, cells: int = 2) -> str:
     return document(
         titled(lens),
         "<h1>What one gradient step would write</h1>"
-        f"{table(lens)}"
+        f"{table(lens)}{section(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
         f"<h2>The strongest cells of {matrix}</h2>{_details(lens, matrix, cells)}"

@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bwlens.show import trusting
 from bwlens.show.colors import STEPS, TARGET, css, ink, scale
 from bwlens.show.pack import compressed, pack
 from bwlens.show.sheet import document
@@ -114,6 +115,8 @@ def part(
     ]
     say = {i: _html(visible(lens.vocabulary[i])) for i in {i for row in ids for i in row} if i >= 0}
     target = lens.target_ids[0] if lens.target_ids else None
+    trust = trusting.trust_of(lens, matrix)
+    strips = f" Strip: {trusting.key(lens)}. Pale: {trusting.PALE}." if trust else ""
     rows = []
     for at in reversed(range(len(lens.layers))):
         cells = []
@@ -134,8 +137,10 @@ def part(
             # Thousands of cells: quotes and end tags that HTML does not need are left out.
             cells.append(f"<td style={style}>{word}")
         # The ink of pale cells is the row's; what has no shade is legible on any page.
+        strip = trusting.strip(lens, matrix, at)
         rows.append(
-            f'<tr style="color:#000"><th scope="row" style="{_PLAIN}">{lens.layers[at]}</th>'
+            f'<tr style="color:#000{";opacity:.6" if trusting.pale(trust, at) else ""}">'
+            f'<th scope="row" style="{_PLAIN}">{lens.layers[at]}{strip}</th>'
             f"{''.join(cells)}</tr>"
         )
     return (
@@ -146,7 +151,7 @@ def part(
         f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed:'
         f" {_html(probability_of(lens)) if lens.target else 'the target'}."
         " · no gradient here. Slanted: a vector so short that the final norm's epsilon outweighs"
-        " it.</p></section>"
+        f" it.{_html(strips)}</p></section>"
     )
 
 

@@ -13,6 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from bwlens.show import trusting
 from bwlens.show.colors import css, ink, shade
 from bwlens.show.table import first_matrix
 from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
@@ -42,23 +43,30 @@ class TextTable:
             max(_widest(words, pos) + _widest(places, pos), min(_WIDEST + 2, len(visible(token))))
             for pos, token in enumerate(lens.tokens)
         ]
+        trust = trusting.trust_of(lens, matrix)
         yield heading(lens, matrix)
-        for columns in _blocks(widths, options.max_width - 6):
+        for columns in _blocks(widths, options.max_width - (16 if trust else 6)):
             table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
             table.add_column("layer", justify="right", style="dim", no_wrap=True)
+            if trust:
+                table.add_column("trust", style="dim", no_wrap=True)
             for pos in columns:
                 name = Text(
                     visible(lens.tokens[pos]), Style(bold=True, underline=pos in lens.subject)
                 )
                 table.add_column(name, width=widths[pos], no_wrap=True, overflow="ellipsis")
             for at in reversed(range(len(lens.layers))):
+                told = [trusting.short(trust, at)] if trust else []
                 cells = (
                     _cell(words[at][p], places[at][p], float(norms[at, p]) / top, widths[p])
                     for p in columns
                 )
-                table.add_row(str(lens.layers[at]), *cells)
+                pale = "dim" if trusting.pale(trust, at) else None
+                table.add_row(str(lens.layers[at]), *told, *cells, style=pale)
             yield table
         yield _legend(lens, matrix, top)
+        if trust:
+            yield Text(f"trust: {trusting.key(lens)}; none: {trusting.PALE}", "dim")
 
 
 def _words(lens: BackwardLens, matrix: str) -> list[list[str]]:

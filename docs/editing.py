@@ -54,9 +54,7 @@ def main(requests: str, text: str, folder: str) -> None:
     for other in ("rome", "whitened_shift"):
         pairs = result["subject_shift"].compare(result[other])
         pairs = pairs.rename(columns={"difference": "mean"})
-        summary = summary.merge(
-            pairs.assign(method=f"subject_shift - {other}"), how="outer"
-        )
+        summary = summary.merge(pairs.assign(method=f"subject_shift - {other}"), how="outer")
     summary.round(2).to_csv(HERE / "editing-smollm2.csv", index=False)
     print(summary.to_string())
 

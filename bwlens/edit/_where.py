@@ -16,7 +16,7 @@ from torch import Tensor
 from bwlens.data.given import as_records
 from bwlens.data.records import Record, Records
 from bwlens.edit.given import texts_of
-from bwlens.edit.keys import Position, contexts_of, passed_by
+from bwlens.edit.keys import Position, contexts_of, keys_of
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.whitened import PREFIXES
 from bwlens.model.prompts import make_batch
@@ -201,10 +201,10 @@ def _of_record(
         contexts_of(model, [record.edit], prefixes, position, prepend_bos, targets=False)
         for position in POSITIONS
     )
-    own = passed_by(model, subject.batch, matrices, layers).x
+    own = keys_of(model, subject.batch, matrices, layers)
     texts = _named(record)
     around = make_batch(model, [*texts, *record.neighborhood_prompts], prepend_bos=prepend_bos)
-    keys = passed_by(model, around, matrices, layers).x
+    keys = keys_of(model, around, matrices, layers)
     places = [
         subject_positions(model, text, record.edit.subject, prepend_bos)[-1] for text in texts
     ]

@@ -13,7 +13,7 @@ from bwlens.edit.given import chosen_matrices, count, number
 from bwlens.edit.gradient import edit_gradients
 from bwlens.edit.known import open_edits
 from bwlens.edit.value import LARGEST_STEP
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site, resolve_layers
@@ -150,9 +150,9 @@ class _Trained:
         return {site: now - self._before[site].to(now) for site, now in self._now.items()}
 
 
-def _factors(change: Tensor) -> LowRankGradient:
+def _factors(change: Tensor) -> LowRankMatrix:
     """A dense change as factors, an identity on its narrower side."""
     d_in, d_out = change.shape
     if d_in <= d_out:
-        return LowRankGradient(torch.eye(d_in).to(change), change)
-    return LowRankGradient(change.T.contiguous(), torch.eye(d_out).to(change))
+        return LowRankMatrix(torch.eye(d_in).to(change), change)
+    return LowRankMatrix(change.T.contiguous(), torch.eye(d_out).to(change))

@@ -17,7 +17,7 @@ from bwlens.edit.keys import Position, passed_by
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
@@ -121,7 +121,7 @@ def memit(
         missing.append(float(residual.norm(dim=1).mean()))
         tokens = _WEIGHT * keys.shape[1] / _WIDTH if weight is None else weight
         x = normal_rows(whiteners[site], keys, tokens)
-        change = change + WeightChange({site: LowRankGradient(x.to(residual), residual / left)})
+        change = change + WeightChange({site: LowRankMatrix(x.to(residual), residual / left)})
     with change.applied(model):
         residual = goal - stream()
     details = {

@@ -12,7 +12,7 @@ from bwlens.edit.keys import Position
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.value import ValueSearch, ValueSettings
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
@@ -103,7 +103,7 @@ def rome(
         losses.append(value.losses)
         whitened = whitener.whitened(value.key[None])
         u = whitened / (whitened @ value.key.double())
-        rows = LowRankGradient(u.to(value.delta), value.delta[None])
+        rows = LowRankMatrix(u.to(value.delta), value.delta[None])
         change = change + WeightChange({site: rows})
     details = {"method": "rome", "layer": site.layer, "losses": losses, "prefixes": before}
     return WeightChange(change.parts, note, details)

@@ -18,7 +18,7 @@ from bwlens.edit.keys import Position, check_position, contexts_of
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.whitened import PREFIXES
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
@@ -109,7 +109,7 @@ def subject_shift(
         details["log_odds"] += history
     x = normal_rows(whitener, torch.cat(keys), weight=0.0)
     delta = torch.cat(values)
-    return WeightChange({site: LowRankGradient(x.to(delta), delta)}, note, details)
+    return WeightChange({site: LowRankMatrix(x.to(delta), delta)}, note, details)
 
 
 def _values(

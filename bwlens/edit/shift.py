@@ -29,7 +29,7 @@ from bwlens.edit.given import first_only_note, number
 from bwlens.edit.keys import Position, check_position, norm_after, norm_entries
 from bwlens.edit.known import answered, known_note
 from bwlens.edit.smallest import smallest_steps
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.flows import as_rows
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.passes import run, wide
@@ -182,7 +182,7 @@ class _Plan:
                 which = torch.tensor([owners[i] for i in kept], device=self.rows.device)
                 scale = torch.tensor([steps[owners[i]] for i in kept]).to(self.rows)
                 delta = (scale[:, None] * self.rows[which]).to(x.device)
-                parts[site] = LowRankGradient(x[kept].to(delta), delta)
+                parts[site] = LowRankMatrix(x[kept].to(delta), delta)
         return WeightChange(parts)
 
 

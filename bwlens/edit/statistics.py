@@ -19,8 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Float64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bwlens.data.texts import read_texts
@@ -30,9 +28,8 @@ from bwlens.model.prompts import padded
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site
 from bwlens.model.tokens import text_to_ids
-from bwlens.runs.parts import whole
+from bwlens.runs.tensors import read_tensors, write_tensors
 
-_FORMAT = {"format": "bwlens.KeyStatistics", "version": "1"}
 _PROBE = 8  # Tokens whose keys tell one model from another.
 _RIDGE = 1e-6
 _SAME = 0.02  # Share by which the sizes of those keys may differ (half precision).
@@ -213,14 +210,13 @@ def save_statistics(
     `packed` keeps the lower triangle of C's inverse Cholesky factor in half precision, a quarter of
     the size; `whitened` then agrees to about three digits.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    told = {}
+    about = {}
     for site, one in statistics.items():
         key = f"{site.matrix}.{site.layer}"
-        told[key] = {"n_tokens": one.n_tokens, "fingerprint": one.fingerprint}
-        tensors[f"{key}.mean"] = one.mean.float().contiguous()
-        tensors[f"{key}.probe"] = one.probe.float().contiguous()
+        about[key] = {"n_tokens": one.n_tokens, "fingerprint": one.fingerprint}
+        tensors[f"{key}.mean"] = one.mean.float()
+        tensors[f"{key}.probe"] = one.probe.float()
         if packed:
             inverse = torch.linalg.solve_triangular(
                 one.factor, torch.eye(len(one.mean)).to(one.factor), upper=False
@@ -228,10 +224,9 @@ def save_statistics(
             low = torch.tril_indices(*inverse.shape)
             tensors[f"{key}.packed"] = inverse[low[0], low[1]].half()
         else:
-            tensors[f"{key}.second_moment"] = one.second_moment.contiguous()
-    with whole(path) as draft:
-        save_file(tensors, draft, metadata=_FORMAT | {"about": json.dumps(told)})
-        draft.chmod(0o644)
+            tensors[f"{key}.second_moment"] = one.second_moment
+    path = write_tensors(path, tensors, "KeyStatistics", {"about": json.dumps(about)})
+    path.chmod(0o644)
     return path
 
 
@@ -242,27 +237,15 @@ def load_statistics(path: str | os.PathLike[str]) -> dict[Site, KeyStatistics]:
         ValueError: Another kind of file.
         FileNotFoundError: There is none.
     """
-    found: dict[Site, KeyStatistics] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if {name: metadata.get(name) for name in _FORMAT} != _FORMAT:
-                raise ValueError(f"{path} holds no key statistics: its metadata is {metadata}")
-            names = set(file.keys())
-            for key, about in json.loads(metadata["about"]).items():
-                matrix, layer = key.split(".")
-                mean = file.get_tensor(f"{key}.mean")
-                if f"{key}.packed" in names:
-                    moment = _unpacked(file.get_tensor(f"{key}.packed"), len(mean))
-                else:
-                    moment = file.get_tensor(f"{key}.second_moment")
-                site = Site(matrix, int(layer))
-                found[site] = KeyStatistics(
-                    site, mean, moment, probe=file.get_tensor(f"{key}.probe"), **about
-                )
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no file of key statistics ({error})") from error
-    return found
+    tensors, metadata = read_tensors(path, "KeyStatistics", "save_statistics")
+    statistics: dict[Site, KeyStatistics] = {}
+    for key, about in json.loads(metadata["about"]).items():
+        matrix, layer = key.split(".")
+        site, mean = Site(matrix, int(layer)), tensors[f"{key}.mean"]
+        packed = tensors.get(f"{key}.packed")
+        moment = tensors[f"{key}.second_moment"] if packed is None else _unpacked(packed, len(mean))
+        statistics[site] = KeyStatistics(site, mean, moment, probe=tensors[f"{key}.probe"], **about)
+    return statistics
 
 
 def demo_statistics() -> dict[Site, KeyStatistics]:

@@ -24,7 +24,7 @@ from bwlens.edit.given import first_only_note, number, texts_of
 from bwlens.edit.keys import Contexts, KeyPass, contexts_of, passed_by
 from bwlens.edit.known import known_note
 from bwlens.edit.statistics import Statistics, statistics_for
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.head import Head, head_of
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.prompts import Edit
@@ -123,7 +123,7 @@ def whitened_shift(
         sizes = contexts.at(passed.z[site], found.places).mean(1)[kept]
         delta = _written(passed.norms.get(site), values, sizes, centred)
         x = normal_rows(whiteners[site], keys, weight=0.0)
-        parts[site] = LowRankGradient(x.to(delta), delta.to(x.device))
+        parts[site] = LowRankMatrix(x.to(delta), delta.to(x.device))
     details = {
         "method": "whitened_shift",
         "layers": chosen,

@@ -1,7 +1,6 @@
 """A change of a model's weights that one can hold, apply, undo, add and ship.
 
-A `WeightChange` says what is added to each weight, W <- W + x^T delta, as low-rank factors. It is
-computed by an editing method without touching the model, and nothing happens until it is applied.
+An editing method computes it without touching the model; nothing happens until it is applied.
 """
 
 from __future__ import annotations
@@ -113,9 +112,8 @@ class WeightChange(Mapping[Site, LowRankMatrix]):
     def apply(self, model: LensModel) -> None:
         """Add the change to the model's weights, in place, until `undo`.
 
-        Sums are taken in float32 at least and rounded once to the weights' dtype. Copies of the
-        touched matrices are kept aside (outside the model, and no longer than it lives), so that
-        `undo` puts back every bit.
+        Sums are taken in float32 at least and rounded once. Copies of the matrices are kept aside,
+        so that `undo` puts back every bit.
 
         Raises:
             ValueError: The model lacks a matrix, has it in another shape, overflows with the
@@ -141,10 +139,9 @@ class WeightChange(Mapping[Site, LowRankMatrix]):
             history.append(record)
 
     def undo(self, model: LensModel) -> None:
-        """Put back what `apply` found, bit for bit.
+        """Put back the matrices as they were at `apply`, bit for bit, whatever changed them since.
 
-        Changes of different matrices may be undone in any order, those that meet in a matrix only
-        in reverse. Whatever else happened to these matrices since `apply` is undone as well.
+        Changes that meet in a matrix are undone in reverse order only.
 
         Raises:
             ValueError: This change is not applied to this model, or a later one changed the same
@@ -184,9 +181,7 @@ class WeightChange(Mapping[Site, LowRankMatrix]):
                 self.undo(model)
 
     def edited(self, model: LensModel) -> Any:
-        """A copy of the model with the change; it shares no storage with the model given.
-
-        The copy is as large as the model. The change may be undone in it.
+        """A copy of the model with the change, which may be undone in it; no storage is shared.
 
         Raises:
             ValueError: As `apply` does.
@@ -288,16 +283,12 @@ class WeightChange(Mapping[Site, LowRankMatrix]):
     def save_pretrained(self, model: LensModel, folder: str | os.PathLike[str]) -> Path:
         """Write the model with this change as a folder that Hugging Face's `from_pretrained` reads.
 
-        Weights, configuration and tokenizer, those of changes applied already included;
-        `bwlens.load_model(folder)` gives a model with the logits of the edited one. The model is
-        left as it was. Takes as much memory as a model of that class.
+        Weights (with those changes applied already), configuration and tokenizer. The model is left
+        as it was; takes as much memory as a model of that class.
 
         Args:
             model: A raw TransformerBridge.
             folder: A new or empty folder, in one that exists.
-
-        Returns:
-            The folder.
 
         Raises:
             ValueError: As `apply` does, or the folder holds something already.

@@ -1,7 +1,6 @@
 """A change of a model's weights that one can hold, apply, undo, add and ship.
 
-A `WeightChange` says what is added to each weight, W <- W + x^T delta, as low-rank factors. It is
-computed by an editing method without touching the model, and nothing happens until it is applied.
+An editing method computes it without touching the model; nothing happens until it is applied.
 """
 
 from __future__ import annotations
@@ -17,29 +16,25 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import alone_with, for_this_thread
 from bwlens.model.places import SHARED
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, as_site
 from bwlens.model.weights import Weight, copy_of, weights_of
-from bwlens.runs.parts import whole
-from bwlens.runs.paths import writable
-
-_FORMAT = {"format": "bwlens.WeightChange", "version": "1"}
+from bwlens.runs.tensors import read_tensors, write_tensors
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WeightChange(Mapping[Site, LowRankGradient]):
+class WeightChange(Mapping[Site, LowRankMatrix]):
     """What is added to each weight of a model: W <- W + x^T delta, W as [d_in, d_out].
 
-    `change["W_out", 5]` is the part of one matrix, a `LowRankGradient` whose x [r, d_in] and
-    delta [r, d_out] are no gradient's here, but rows whose outer products sum to the change (with
-    the sign they are added with). Iterating gives `Site`s. No site at all is a change of nothing.
+    `change["W_out", 5]` is the part of one matrix, a `LowRankMatrix`: rows x [r, d_in] and delta
+    [r, d_out] whose outer products sum to the change, with the sign they are added with. Iterating
+    gives `Site`s. No site at all is a change of nothing.
 
     Changes add up, `a + b`, `a - b`, `2 * c`, `-c`; they belong to no model and fit any that has
     matrices of these shapes, on any device and in any dtype.
@@ -53,7 +48,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
         ValueError: A part is not finite, or a layer is counted from the end.
 
     Example:
-        >>> rows = LowRankGradient(torch.ones(1, 768), torch.ones(1, 192))
+        >>> rows = LowRankMatrix(torch.ones(1, 768), torch.ones(1, 192))
         >>> change = WeightChange({("W_out", 5): rows})
         >>> change + change
         WeightChange(W_out of layer 5; 2 rows, norm 768)
@@ -61,7 +56,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
         ...     print(model.generate("Lionel Messi plays for"))
     """
 
-    parts: Mapping[Any, LowRankGradient] = field(default_factory=dict)
+    parts: Mapping[Any, LowRankMatrix] = field(default_factory=dict)
     note: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -83,7 +78,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
 
     # A mapping.
 
-    def __getitem__(self, key: Any) -> LowRankGradient:
+    def __getitem__(self, key: Any) -> LowRankMatrix:
         site = as_site(key)
         if site not in self.parts:
             has = ", ".join(map(str, self.parts)) or "nothing"
@@ -108,7 +103,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             return f"WeightChange(nothing{said})"
         rows = sum(part.n for part in self.parts.values())
         return (
-            f"WeightChange({_told(self.parts)}; {rows} row{'s' * (rows != 1)},"
+            f"WeightChange({_places(self.parts)}; {rows} row{'s' * (rows != 1)},"
             f" norm {self.norm():.4g}{said})"
         )
 
@@ -117,9 +112,8 @@ class WeightChange(Mapping[Site, LowRankGradient]):
     def apply(self, model: LensModel) -> None:
         """Add the change to the model's weights, in place, until `undo`.
 
-        Sums are taken in float32 at least and rounded once to the weights' dtype. Copies of the
-        touched matrices are kept aside (outside the model, and no longer than it lives), so that
-        `undo` puts back every bit.
+        Sums are taken in float32 at least and rounded once. Copies of the matrices are kept aside,
+        so that `undo` puts back every bit.
 
         Raises:
             ValueError: The model lacks a matrix, has it in another shape, overflows with the
@@ -145,10 +139,9 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             history.append(record)
 
     def undo(self, model: LensModel) -> None:
-        """Put back what `apply` found, bit for bit.
+        """Put back the matrices as they were at `apply`, bit for bit, whatever changed them since.
 
-        Changes of different matrices may be undone in any order, those that meet in a matrix only
-        in reverse. Whatever else happened to these matrices since `apply` is undone as well.
+        Changes that meet in a matrix are undone in reverse order only.
 
         Raises:
             ValueError: This change is not applied to this model, or a later one changed the same
@@ -188,9 +181,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
                 self.undo(model)
 
     def edited(self, model: LensModel) -> Any:
-        """A copy of the model with the change; it shares no storage with the model given.
-
-        The copy is as large as the model. The change may be undone in it.
+        """A copy of the model with the change, which may be undone in it; no storage is shared.
 
         Raises:
             ValueError: As `apply` does.
@@ -226,7 +217,7 @@ class WeightChange(Mapping[Site, LowRankGradient]):
         return math.sqrt(sum(float(part.norm()) ** 2 for part in self.parts.values()))
 
     def compress(self, rtol: float | None = None) -> WeightChange:
-        """The same change in as few rows as its rank, see `LowRankGradient.compress`."""
+        """The same change in as few rows as its rank, see `LowRankMatrix.compress`."""
         parts = {site: part.compress(rtol) for site, part in self.parts.items()}
         return WeightChange(parts, self.note, self.details)
 
@@ -280,31 +271,24 @@ class WeightChange(Mapping[Site, LowRankGradient]):
         Raises:
             ValueError: There is no such folder.
         """
-        path = writable(path)
-        tensors: dict[str, Tensor] = {}
-        for site, part in self.parts.items():
-            for name in ("x", "delta", "prompt", "pos"):
-                if (rows := getattr(part, name)) is not None:
-                    copied = rows.clone(memory_format=torch.contiguous_format)
-                    tensors[f"{_key(site)}.{name}"] = copied
-        told = {"note": self.note, "details": json.dumps(self.details, default=str)}
-        with whole(path) as draft:
-            save_file(tensors, draft, metadata=_FORMAT | told)
-        return path
+        tensors = {
+            f"{_key(site)}.{name}": rows
+            for site, part in self.parts.items()
+            for name, rows in vars(part).items()
+            if rows is not None
+        }
+        about = {"note": self.note, "details": json.dumps(self.details, default=str)}
+        return write_tensors(path, tensors, "WeightChange", about)
 
     def save_pretrained(self, model: LensModel, folder: str | os.PathLike[str]) -> Path:
         """Write the model with this change as a folder that Hugging Face's `from_pretrained` reads.
 
-        Weights, configuration and tokenizer, those of changes applied already included;
-        `bwlens.load_model(folder)` gives a model with the logits of the edited one. The model is
-        left as it was. Takes as much memory as a model of that class.
+        Weights (with those changes applied already), configuration and tokenizer. The model is left
+        as it was; takes as much memory as a model of that class.
 
         Args:
             model: A raw TransformerBridge.
             folder: A new or empty folder, in one that exists.
-
-        Returns:
-            The folder.
 
         Raises:
             ValueError: As `apply` does, or the folder holds something already.
@@ -331,25 +315,16 @@ class WeightChange(Mapping[Site, LowRankGradient]):
             ValueError: Another kind of file, or of another version.
             FileNotFoundError: There is none.
         """
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                found = file.metadata() or {}
-                if {name: found.get(name) for name in _FORMAT} != _FORMAT:
-                    raise ValueError(
-                        f"{path} is a safetensors file with metadata {found}; expected {_FORMAT},"
-                        f" as WeightChange.save of this version of bwlens writes"
-                    )
-                rows: dict[Site, dict[str, Tensor]] = {}
-                for key in file.keys():  # noqa: SIM118
-                    stem, _, name = key.rpartition(".")
-                    rows.setdefault(_site(stem), {})[name] = file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is not a safetensors file ({error}); expected one written by"
-                f" WeightChange.save"
-            ) from error
-        parts = {site: LowRankGradient(**tensors) for site, tensors in rows.items()}
-        return WeightChange(parts, found.get("note", ""), json.loads(found.get("details", "{}")))
+        tensors, about = read_tensors(path, "WeightChange", "WeightChange.save", device)
+        rows: dict[Site, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            stem, _, name = key.rpartition(".")
+            rows.setdefault(_site(stem), {})[name] = tensor
+        parts = {  # steps along a gradient say where their rows came from
+            site: (LowRankMatrix if of.keys() == {"x", "delta"} else LowRankGradient)(**of)
+            for site, of in rows.items()
+        }
+        return WeightChange(parts, about.get("note", ""), json.loads(about.get("details", "{}")))
 
 
 @dataclass(frozen=True, eq=False)
@@ -375,7 +350,7 @@ def _history(model: LensModel) -> list[_Record]:
     return _HISTORIES.setdefault(model, [])
 
 
-def _sum(weight: Weight, part: LowRankGradient) -> Tensor:
+def _sum(weight: Weight, part: LowRankMatrix) -> Tensor:
     """The weight with its change, in its dtype; finite."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, part.dtype), torch.float32)
     total = weight.plus(part.to(weight.device, wide).dense())
@@ -392,7 +367,7 @@ def _order(site: Site) -> tuple[int, str, int]:
     return site.layer, site.matrix, site.expert_number
 
 
-def _told(parts: Mapping[Site, LowRankGradient]) -> str:
+def _places(parts: Mapping[Site, LowRankMatrix]) -> str:
     """Which matrices of which layers, in a few words."""
     if len(parts) == 1:
         return str(next(iter(parts)))

@@ -1,10 +1,9 @@
 """A model with a change, as a folder that `from_pretrained` reads.
 
-A bridge keeps the Hugging Face model it was made from inside itself, its modules wrapped and some
-of its parameters split (queries, keys and values out of one matrix). What is written is a new model
-of the same class and configuration with the parameters under their own names. A weight that the
-bridge computes with in a copy of its own is written back to the rows of the parameter that it was
-copied from. Before anything is put in its place, the new model must give the bridge's own logits.
+A bridge wraps the modules of the Hugging Face model inside it and splits some of its parameters
+(queries, keys and values out of one matrix). What is written is a new model of the same class with
+the parameters under their own names; a copy of the bridge's own goes back to the rows that it was
+copied from. Before anything is put in its place, the new model must give the bridge's logits.
 """
 
 from __future__ import annotations
@@ -72,10 +71,8 @@ class Export:
     def __init__(self, model: LensModel, weights: Mapping[Site, Weight]) -> None:
         inner = model.original_model
         config = copy.deepcopy(inner.config)
-        if hasattr(
-            config, "quantization_config"
-        ):  # how the file was packed; these are plain numbers
-            delattr(config, "quantization_config")
+        # How the file was packed; these are plain numbers.
+        vars(config).pop("quantization_config", None)
         with torch.random.fork_rng():  # a new model draws its first weights
             self._plain = type(inner)(config)
         self._model, self._weights = model, weights
@@ -158,9 +155,9 @@ def _find(
             places: dict[bytes, list[int]] = {}
             for place, row in enumerate(table.cpu()):
                 places.setdefault(_bytes(row), []).append(place)
-            found = [places.get(_bytes(row), []) for row in rows.cpu()]
-            if all(len(there) == 1 for there in found):
-                return name, torch.tensor([there[0] for there in found]), by_column
+            there = [places.get(_bytes(row), []) for row in rows.cpu()]
+            if all(len(several) == 1 for several in there):
+                return name, torch.tensor([place for (place,) in there]), by_column
     raise NotImplementedError(
         f"{site} is a copy of the bridge's own that stands nowhere in the Hugging Face model, so a"
         f" change of it cannot be written there; keep the change itself with change.save(path)"
@@ -176,9 +173,9 @@ def _check_same(model: LensModel, twin: Any) -> None:
     ids = torch.tensor([[(37 * i + 1) % d_vocab for i in range(_PROBE)]])
     expected = run(model, ids.to(device_of(model))).logits.float().cpu()
     with torch.no_grad():
-        found = twin(ids, use_cache=False).logits.float()
+        logits = twin(ids, use_cache=False).logits.float()
     close = _CLOSE.get(next(twin.parameters()).dtype, 0.05)
-    apart = float((found - expected[..., : found.shape[-1]]).abs().max() / expected.abs().max())
+    apart = float((logits - expected[..., : logits.shape[-1]]).abs().max() / expected.abs().max())
     if not apart <= close:
         raise NotImplementedError(
             f"a {type(twin).__name__} with this bridge's weights gives other logits ({apart:.1%} of"

@@ -96,14 +96,14 @@ def check(
 
 
 def _names(model: Any, matrices: Sequence[str] | str | None) -> tuple[str, ...]:
-    held = available_matrices(model)
+    there = available_matrices(model)
     if matrices is None:
-        return held
+        return there
     names = (matrices,) if isinstance(matrices, str) else tuple(matrices)
-    if unknown := [name for name in names if name not in held]:
+    if unknown := [name for name in names if name not in there]:
         raise ValueError(
             f"this model has no {', '.join(map(repr, unknown))} that bwlens reads; it has"
-            f" {', '.join(held) or f'none of {MATRICES}'}"
+            f" {', '.join(there) or f'none of {MATRICES}'}"
         )
     return names
 

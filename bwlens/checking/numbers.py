@@ -23,16 +23,18 @@ from bwlens.reading.readouts import readout
 _BYTES = 256 * 2**20
 """Gradients of parameters held at a time."""
 
+_NOTHING = "the model has no matrix that bwlens reads"
+
 
 def head(model: Any, batch: Batch) -> Finding:
     """What `readout` makes of the last stream, against the model's own logits."""
-    found = head_of(model)
+    own_head = head_of(model)
     point = Point(model.blocks[-1], "output")
     logits, seen = logits_and(model, {point}, batch.tokens)
-    own = logits.flatten(0, -2).to(found.W_U.device, torch.float64)
+    own = logits.flatten(0, -2).to(own_head.W_U.device, torch.float64)
     stream = stream_of(seen[point])
     assert stream is not None
-    read = readout(found, stream.flatten(0, -2), top_k=min(50, own.shape[1]))
+    read = readout(own_head, stream.flatten(0, -2), top_k=min(50, own.shape[1]))
     spread = (own - own.mean(1, keepdim=True)).square().mean(1).sqrt()
     rounding = torch.finfo(logits.dtype).eps * float((own.abs().amax(1) / spread).max())
     limit = max(1e-4, 4 * rounding)
@@ -44,18 +46,16 @@ def head(model: Any, batch: Batch) -> Finding:
         )
     ]
     error = float(torch.stack(errors).max())
-    parts = [f"scale {found.scale:g}"] if found.scale != 1 else []
-    parts += [f"soft cap {found.soft_cap:g}"] if found.soft_cap is not None else []
+    parts = [f"scale {own_head.scale:g}"] if own_head.scale != 1 else []
+    parts += [f"soft cap {own_head.soft_cap:g}"] if own_head.soft_cap is not None else []
     with_ = f", with {' and '.join(parts)}" if parts else ""
-    return Finding(
+    return Finding.measured(
         "head",
-        "ok" if error <= limit else "fails",
         f"off by {error:.1e} of the logits' spread{with_}",
-        "words, ranks and scores are those of the model's own norm and unembedding"
-        if error <= limit
-        else "readings of this model are not what it would say; do not trust words and ranks",
         error,
         limit,
+        ok="words, ranks and scores are those of the model's own norm and unembedding",
+        fails="readings of this model are not what it would say; do not trust words and ranks",
     )
 
 
@@ -64,19 +64,12 @@ def gradients(
 ) -> list[Finding]:
     """x^T delta against autograd's gradient of the parameter itself, matrix by matrix."""
     if not matrices:
-        return [
-            Finding("gradient", "not checked", "-", "the model has no matrix that bwlens reads")
-        ]
+        return [Finding.skipped("gradient", _NOTHING)]
     taps = find_taps(model, matrices, layers)
-    parameters = {
-        id(parameter): parameter
-        for tap in taps
-        for parameter in _parameters(tap)
-        if _floats(parameter)
-    }
-    before = [(parameter, parameter.requires_grad) for parameter in parameters.values()]
+    parameters = {parameter for tap in taps for parameter in _parameters(tap) if _floats(parameter)}
+    before = [(parameter, parameter.requires_grad) for parameter in parameters]
     try:
-        for parameter, _ in before:
+        for parameter in parameters:
             parameter.requires_grad_(True)
         probe = Probe(model, taps, batch)
         errors, notes = _against_autograd(probe, matrices)
@@ -111,7 +104,7 @@ def _against_autograd(
     """Relative errors by matrix and site, and why others have none; a few parameters at a time."""
     errors: dict[str, dict[Site, float]] = {}
     notes: dict[str, str] = {}
-    held: dict[int, tuple[Any, list[Site]]] = {}
+    sites_of: dict[Any, list[Site]] = {}
     for site in probe.sites:
         if site.matrix not in matrices:
             continue
@@ -122,12 +115,11 @@ def _against_autograd(
         except NotImplementedError as error:
             notes.setdefault(site.matrix, str(error))
             continue
-        held.setdefault(id(parameter), (parameter, []))[1].append(site)
+        sites_of.setdefault(parameter, []).append(site)
     deltas = probe.deltas()
-    for group in _groups(list(held.values())):
-        found = probe.gradients_of([parameter for parameter, _ in group])
-        for (parameter, sites), gradient in zip(group, found, strict=True):
-            for site in sites:
+    for group in _groups(list(sites_of)):
+        for parameter, gradient in zip(group, probe.gradients_of(group), strict=True):
+            for site in sites_of[parameter]:
                 flow, columns = probe.flow_of(site)
                 x = as_rows(flow.x.detach())
                 delta = deltas[site][:, columns]
@@ -153,16 +145,12 @@ def _as_live(gradient: Tensor | None, parameter: Tensor, live: Tensor) -> Tensor
     return alike.as_strided(live.shape, live.stride(), offset)
 
 
-def _groups(pairs: list[Any]) -> list[list[Any]]:
-    groups: list[list[Any]] = [[]]
-    size = 0
-    for pair in pairs:
-        bytes_ = pair[0].numel() * pair[0].element_size()
-        if groups[-1] and size + bytes_ > _BYTES:
+def _groups(parameters: list[Tensor]) -> list[list[Tensor]]:
+    groups: list[list[Tensor]] = [[]]
+    for parameter in parameters:
+        if groups[-1] and sum(one.nbytes for one in (*groups[-1], parameter)) > _BYTES:
             groups.append([])
-            size = 0
-        groups[-1].append(pair)
-        size += bytes_
+        groups[-1].append(parameter)
     return groups
 
 
@@ -170,18 +158,16 @@ def _of_gradient(matrix: str, errors: dict[Site, float], note: str | None, limit
     name = f"gradient of {matrix}"
     if not errors:
         why = note or "no token of the prompt reaches it"
-        return Finding(name, "not checked", "-", f"{why}; the step below says what can be said")
+        return Finding.skipped(name, f"{why}; the step below says what can be said")
     worst = max(errors, key=lambda site: errors[site])
     error = errors[worst]
     figures = f"off by {error:.1e} at most, of {len(errors)} ({worst})"
-    if error <= limit:
-        meaning = "x^T delta is the gradient of the weight that the model holds"
-        return Finding(name, "ok", figures, meaning, error, limit)
-    meaning = (
+    ok = "x^T delta is the gradient of the weight that the model holds"
+    fails = (
         "x^T delta is not the gradient of the stored weight: the layer quantises, rescales, adapts"
         " or shares it; norms, ranks and edits of this matrix are wrong, load plain linear layers"
     )
-    return Finding(name, "fails", figures, meaning, error, limit)
+    return Finding.measured(name, figures, error, limit, ok=ok, fails=fails)
 
 
 def steps(model: Any, batch: Batch, matrices: Sequence[str], layers: list[int]) -> list[Finding]:
@@ -193,7 +179,7 @@ def steps(model: Any, batch: Batch, matrices: Sequence[str], layers: list[int]) 
             some = {_layer(every[0]), _layer(every[len(every) // 2]), _layer(every[-1])}
             taps[matrix] = [tap for tap in every if _layer(tap) in some]
         except (NotImplementedError, ValueError) as error:
-            faults[matrix] = Finding(f"step at {matrix}", "not checked", "-", str(error))
+            faults[matrix] = Finding.skipped(f"step at {matrix}", str(error))
     try:
         probe = Probe(model, [tap for several in taps.values() for tap in several], batch)
         probes = dict.fromkeys(taps, probe)
@@ -203,29 +189,29 @@ def steps(model: Any, batch: Batch, matrices: Sequence[str], layers: list[int]) 
             try:
                 probes[matrix] = Probe(model, several, batch)
             except (NotImplementedError, ValueError) as error:
-                faults[matrix] = Finding(f"step at {matrix}", "not checked", "-", str(error))
+                faults[matrix] = Finding.skipped(f"step at {matrix}", str(error))
     return [faults[m] if m in faults else _step(probes[m], m) for m in matrices]
 
 
 def _step(probe: Probe, matrix: str) -> Finding:
     name = f"step at {matrix}"
     own = [site for site in probe.sites if site.matrix == matrix]
-    sites = [site for site in own if _plain(site)]
+    sites = [site for site in own if not isinstance(site.expert, int)]
     straight = [linearity(probe.tap_of[site], site, *probe.flow_of(site)) for site in own]
     if fault := next((figures.fault for figures in straight if figures.fault), None):
         return Finding(name, "fails", "z is not x times the weight", fault)
     if not sites:
         why = "experts are checked by their gradients alone: a step may change the routing"
-        return Finding(name, "not checked", "-", why)
+        return Finding.skipped(name, why)
     try:
-        found = [probe.step(site) for site in sites]
+        steps = [probe.step(site) for site in sites]
     except UntrueGradientError as error:
         return Finding(name, "fails", "no gradient", str(error))
-    ratios = [figures.ratio for figures in found]
+    ratios = [step.ratio for step in steps]
     shown = ", ".join("?" if ratio is None else f"{ratio:+.4f}" for ratio in ratios)
     where = ", ".join(str(site.layer) for site in sites)
     figures = f"{shown} of what ||delta|| says (layers {where})"
-    if fault := next((one.fault for one in found if one.fault), None):
+    if fault := next((step.fault for step in steps if step.fault), None):
         return Finding(name, "fails", figures, fault)
     decided = [abs(ratio - 1) for ratio in ratios if ratio is not None]
     if not decided:
@@ -238,10 +224,6 @@ def _step(probe: Probe, matrix: str) -> Finding:
     return Finding(name, "ok", figures, meaning, max(decided), 0.1)
 
 
-def _plain(site: Site) -> bool:
-    return not isinstance(site.expert, int)
-
-
 def _layer(tap: Any) -> int:
     return tap.layer if hasattr(tap, "layer") else tap.site.layer
 
@@ -249,7 +231,7 @@ def _layer(tap: Any) -> int:
 def batch_alone(model: Any, matrices: Sequence[str], layers: list[int]) -> Finding:
     """Three prompts of different lengths, padded, against each of them alone."""
     if not matrices:
-        return Finding("batch", "not checked", "-", "the model has no matrix that bwlens reads")
+        return Finding.skipped("batch", _NOTHING)
     d_vocab = int(model.unembed.W_U.shape[1])
     ids = [int(part * d_vocab) for part in (0.13, 0.29, 0.47, 0.61, 0.83)]
     rows = [ids, ids[1:3], ids[2:5]]
@@ -258,27 +240,22 @@ def batch_alone(model: Any, matrices: Sequence[str], layers: list[int]) -> Findi
     for at, row in enumerate(rows):
         tokens[at, : len(row)], mask[at, : len(row)] = torch.tensor(row), 1
     some = sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-    held = [m for m in matrices if any(_has(model, m, layer) for layer in some)]
+    there = [m for m in matrices if any(_has(model, m, layer) for layer in some)]
     with undisturbed(model):
-        whole = capture(model, tokens, NLL(answers), held, some, attention_mask=mask)
+        together = capture(model, tokens, NLL(answers), there, some, attention_mask=mask)
         alone = [
-            capture(model, torch.tensor([row]), NLL([answer]), held, some)
+            capture(model, torch.tensor([row]), NLL([answer]), there, some)
             for row, answer in zip(rows, answers, strict=True)
         ]
-    error = max(_apart(whole.for_prompt(at), one) for at, one in enumerate(alone))
-    dtype = model.unembed.W_U.dtype
-    limit = max(1e-3, 20 * torch.finfo(dtype).eps)
-    ok = error <= limit
-    return Finding(
+    error = max(_apart(together.for_prompt(at), one) for at, one in enumerate(alone))
+    return Finding.measured(
         "batch",
-        "ok" if ok else "fails",
         f"x and delta off by {error:.1e} at most, prompts of 5, 2 and 3 tokens",
-        "prompts read together give what each gives alone"
-        if ok
-        else "prompts touch one another (padding, or experts of limited capacity); read them one by"
-        " one",
         error,
-        limit,
+        max(1e-3, 20 * torch.finfo(model.unembed.W_U.dtype).eps),
+        ok="prompts read together give what each gives alone",
+        fails="prompts touch one another (padding, or experts of limited capacity); read them one"
+        " by one",
     )
 
 

@@ -34,6 +34,19 @@ class Finding:
     error: float | None = None
     limit: float | None = None
 
+    @classmethod
+    def measured(
+        cls, name: str, figures: str, error: float, limit: float, *, ok: str, fails: str
+    ) -> Finding:
+        """What an error says beside its limit, in the one case and in the other."""
+        good = error <= limit
+        return cls(name, "ok" if good else "fails", figures, ok if good else fails, error, limit)
+
+    @classmethod
+    def skipped(cls, name: str, why: str) -> Finding:
+        """A check that was not made."""
+        return cls(name, "not checked", "-", why)
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -55,11 +68,7 @@ class CheckReport:
         return not any(finding.verdict == "fails" for finding in self.findings)
 
     def __getitem__(self, name: str) -> Finding:
-        """The finding of that name.
-
-        Raises:
-            KeyError: There is none.
-        """
+        """The finding of that name; KeyError if there is none."""
         for finding in self.findings:
             if finding.name == name:
                 return finding
@@ -119,27 +128,17 @@ class CheckReport:
         return table
 
     def _repr_html_(self) -> str:
-        head = "".join(
-            f'<th style="text-align:left">{name}</th>'
-            for name in ("check", "verdict", "figures", "what it means")
-        )
-        rows = "".join(
-            "<tr>"
-            + "".join(
-                f'<td style="text-align:left;vertical-align:top{style}">{escape(text)}</td>'
-                for text, style in (
-                    (finding.name, ""),
-                    (
-                        f"{_SIGNS[finding.verdict]} {finding.verdict}",
-                        ";font-weight:bold" if finding.verdict == "fails" else "",
-                    ),
-                    (finding.figures, ""),
-                    (finding.meaning, ""),
-                )
-            )
-            + "</tr>"
-            for finding in self.findings
-        )
+        names = ("check", "verdict", "figures", "what it means")
+        head = "".join(f'<th style="text-align:left">{name}</th>' for name in names)
+        rows = ""
+        for finding in self.findings:
+            verdict = f"{_SIGNS[finding.verdict]} {finding.verdict}"
+            bold = ";font-weight:bold" if finding.verdict == "fails" else ""
+            cells = (finding.name, verdict, finding.figures, finding.meaning)
+            rows += "<tr>"
+            for text, style in zip(cells, ("", bold, "", ""), strict=True):
+                rows += f'<td style="text-align:left;vertical-align:top{style}">{escape(text)}</td>'
+            rows += "</tr>"
         return (
             f"<table><caption>{escape(self.summary)}</caption><thead><tr>{head}</tr></thead>"
             f"<tbody>{rows}</tbody></table>"

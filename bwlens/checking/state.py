@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bwlens.checking.report import Finding
+from bwlens.model.passes import all_modules
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "fwd_hooks", "bwd_hooks")
 
@@ -21,16 +22,17 @@ class State:
     @classmethod
     def of(cls, model: Any) -> State:
         """The state of a model now; no weights are copied, torch counts the writes to them."""
-        trees = [model, getattr(model, "original_model", None)]
-        modules = list({id(m): m for t in trees if t is not None for m in t.modules()}.values())
-        held = list({id(p): p for t in trees if t is not None for p in t.parameters()}.values())
+        modules = all_modules(model)
+        weights = list(dict.fromkeys(p for m in modules for p in m.parameters(recurse=False)))
         random = [torch.get_rng_state()]
         random += torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
         return cls(
             {
-                "weights": [(id(p), p.data_ptr(), p._version) for p in held],
-                ".grad": [(id(p.grad), p.grad._version) if p.grad is not None else 0 for p in held],
-                "requires_grad": [p.requires_grad for p in held],
+                "weights": [(id(p), p.data_ptr(), p._version) for p in weights],
+                ".grad": [
+                    (id(p.grad), p.grad._version) if p.grad is not None else 0 for p in weights
+                ],
+                "requires_grad": [p.requires_grad for p in weights],
                 "modes": [m.training for m in modules],
                 "hooks": [[list(vars(m).get(name, ())) for name in _HOOKS] for m in modules],
                 "random numbers": [state.tolist() for state in random],

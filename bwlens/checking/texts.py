@@ -14,7 +14,7 @@ def tokenizer(model: Any, text: str | None) -> Finding:
     """Whether a text is the same after its tokens, and whether these fit the model's vocabulary."""
     if getattr(model, "tokenizer", None) is None:
         why = "the model has no tokenizer; pass token ids instead of text"
-        return Finding("tokenizer", "not checked", "-", why)
+        return Finding.skipped("tokenizer", why)
     text = _TEXT if text is None else text
     words, rows = model.tokenizer, int(model.unembed.W_U.shape[1])
     ids = text_to_ids(model, text, False)

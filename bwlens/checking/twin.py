@@ -19,18 +19,16 @@ def same_as_hugging_face(model: Any, batch: Batch) -> Finding:
     """The bridge's logits against those of a plain model of the same class, config and weights."""
     wrapped: Any = getattr(model, "original_model", None)
     if not hasattr(type(wrapped), "_from_config"):
-        why = "the model wraps no Hugging Face model to compare with"
-        return Finding(_NAME, "not checked", "-", why)
+        return Finding.skipped(_NAME, "the model wraps no Hugging Face model to compare with")
     if getattr(model, "compatibility_mode", False):
         why = "compatibility mode has processed the weights; check the model before it"
-        return Finding(_NAME, "not checked", "-", why)
+        return Finding.skipped(_NAME, why)
     devices = {p.device for p in wrapped.parameters()}
     if len(devices) != 1 or next(iter(devices)).type == "meta":
-        why = "the model is spread over several devices, or not in memory"
-        return Finding(_NAME, "not checked", "-", why)
+        return Finding.skipped(_NAME, "the model is spread over several devices, or not in memory")
     twin = twin_of(wrapped)
     if isinstance(twin, str):
-        return Finding(_NAME, "not checked", "-", twin)
+        return Finding.skipped(_NAME, twin)
     own, _ = logits_and(model, set(), batch.tokens)
     with torch.no_grad():
         plain = twin(batch.tokens, use_cache=False).logits
@@ -39,15 +37,13 @@ def same_as_hugging_face(model: Any, batch: Batch) -> Finding:
     error = float(((own - plain).norm(dim=1) / spread).max())
     limit = max(1e-3, 8 * torch.finfo(model.unembed.W_U.dtype).eps)
     figures = f"logits off by {error:.1e} of their spread"
-    if error <= limit:
-        meaning = "TransformerLens computes what transformers computes"
-        return Finding(_NAME, "ok", figures, meaning, error, limit)
-    meaning = (
+    ok = "TransformerLens computes what transformers computes"
+    fails = (
         "TransformerLens runs this model otherwise than transformers does (an option of its config"
         " that the bridge does not know), or the bridge's own q, k and v were edited: bwlens is"
         " true to what the bridge computes, which is not what the model was trained as"
     )
-    return Finding(_NAME, "fails", figures, meaning, error, limit)
+    return Finding.measured(_NAME, figures, error, limit, ok=ok, fails=fails)
 
 
 def twin_of(wrapped: nn.Module) -> nn.Module | str:
@@ -58,16 +54,16 @@ def twin_of(wrapped: nn.Module) -> nn.Module | str:
     """
     from accelerate import init_empty_weights
 
-    parameters = {**dict(wrapped.named_parameters(remove_duplicate=False))}
-    parameters |= dict(wrapped.named_buffers(remove_duplicate=False))
-    held = {re.sub(r"\b_original_component\.", "", name): p for name, p in parameters.items()}
+    tensors: dict[str, Any] = dict(wrapped.named_parameters(remove_duplicate=False))
+    tensors |= dict(wrapped.named_buffers(remove_duplicate=False))
+    own = {re.sub(r"\b_original_component\.", "", name): t for name, t in tensors.items()}
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices), init_empty_weights(include_buffers=False):
         made: Any = type(wrapped)
         twin = made._from_config(wrapped.config)
     missing = []
     for name, tensor in twin.state_dict(keep_vars=True).items():
-        given = held.get(name)
+        given = own.get(name)
         if given is None or given.shape != tensor.shape:
             missing.append(name)
             continue
@@ -82,7 +78,7 @@ def twin_of(wrapped: nn.Module) -> nn.Module | str:
             f"{len(missing)} weights of {type(wrapped).__name__} are not to be found in the bridge"
             f" ({missing[0]}, ...), so no plain model can be made of them"
         )
-    home = next(iter(held.values())).device
+    home = next(iter(own.values())).device
     for module in twin.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

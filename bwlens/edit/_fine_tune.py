@@ -13,7 +13,7 @@ from bwlens.edit.given import chosen_matrices, count, number
 from bwlens.edit.gradient import edit_gradients
 from bwlens.edit.known import open_edits
 from bwlens.edit.value import LARGEST_STEP
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site, resolve_layers
@@ -35,34 +35,27 @@ def fine_tune(
 ) -> WeightChange:
     """Adam on whole matrices until the edits' loss is small: FT, and FT+L with a bound.
 
-    Each step takes the gradient of the edits' mean loss (each the mean NLL of its target's tokens,
-    teacher forced) with respect to the chosen matrices alone, and `torch.optim.Adam` with its usual
-    settings changes float32 copies of them. It stops, before a step, once the loss is below
-    `stop_loss`. With `norm_bound` every entry is kept within it of where it began (an L-infinity
-    bound, put on after every step). An edit whose target is the model's answer already is left out,
-    which the change's `note` says.
+    The loss is the edits' mean, each the mean NLL of its target's tokens, teacher forced; Adam with
+    its usual settings changes float32 copies of the matrices. With `norm_bound` every entry is kept
+    within it of where it began. Edits known already are left out, which the `note` says.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit, or several whose mean loss is descended.
-        layers: Which layers, negative ones from the end; the papers take one. (The Backward Lens'
-            Table 1: 0 and 35 of 48.)
+        layers: Which layers; the papers take one (Backward Lens, Table 1: 0 and 35 of 48).
         matrices: Which weights; ROME's and MEMIT's baselines train W_out alone.
         lr: Adam's step size.
         steps: At most this many.
-        stop_loss: In nats.
-        norm_bound: Largest change of an entry; None for no bound. ROME's FT+L takes 5e-4 for
-            GPT-2 xl.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+        stop_loss: No step is taken below this loss, in nats.
+        norm_bound: Largest change of an entry; None for no bound. ROME's FT+L takes 5e-4.
+        prepend_bos: None is the model's own default.
 
     Returns:
-        The change, of full rank: the difference of the matrices beside an identity, so that
-        applying it gives the trained weights up to rounding. `details` hold the losses before each
-        step and after the last.
+        The change, of full rank: the matrices' difference beside an identity. `details` hold the
+        losses before each step and after the last.
 
     Raises:
-        ValueError: A malformed edit, setting, matrix or layer, or steps so large that the loss or
-            the weights are no longer finite.
+        ValueError: A malformed argument, or a loss or weights no longer finite.
         NotImplementedError: A model out of scope, named in the message.
 
     Source: Backward Lens, Table 1; Meng et al., "Locating and Editing Factual Associations in GPT"
@@ -150,9 +143,9 @@ class _Trained:
         return {site: now - self._before[site].to(now) for site, now in self._now.items()}
 
 
-def _factors(change: Tensor) -> LowRankGradient:
+def _factors(change: Tensor) -> LowRankMatrix:
     """A dense change as factors, an identity on its narrower side."""
     d_in, d_out = change.shape
     if d_in <= d_out:
-        return LowRankGradient(torch.eye(d_in).to(change), change)
-    return LowRankGradient(change.T.contiguous(), torch.eye(d_out).to(change))
+        return LowRankMatrix(torch.eye(d_in).to(change), change)
+    return LowRankMatrix(change.T.contiguous(), torch.eye(d_out).to(change))

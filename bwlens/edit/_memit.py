@@ -17,7 +17,7 @@ from bwlens.edit.keys import Position, keys_of
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
@@ -53,17 +53,16 @@ def memit(
 
         W_l += D,  D = (weight * C + K^T K)^-1 K^T R
 
-    the minimiser of `||K D - R||^2 + weight * tr(D^T C D)`. An edit whose target is the model's
-    answer already is left out, which the change's `note` says.
+    the minimiser of `||K D - R||^2 + weight * tr(D^T C D)`. Edits known already are left out, which
+    the `note` says.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit or several; those in one call are made together.
         layers: The range; None takes 13/47 to 17/47 of the depth (13-17 of GPT-2 xl, 1-2 of 8).
         weight: lambda, how much the text's keys count against the edits', in tokens. None takes
-            the paper's 20,000 for keys 6,400 wide in proportion to their width: a typical key's
-            `k^T C^-1 k` is its width, and what is written to what is asked for is as
-            `k^T C^-1 k` to `weight + k^T C^-1 k`.
+            the paper's 20,000 for keys 6,400 wide in proportion to their width, as a typical
+            key's `k^T C^-1 k` is its width.
         steps: Of Adam; these five are explained in `ValueSettings`.
         lr: See there.
         kl_factor: See there.
@@ -72,20 +71,19 @@ def memit(
         prefixes: As for `rome`.
         position: Where the keys stand: the "subject"'s last token, or the prompts' "last".
         statistics: Of W_out's keys in these layers, or their file. None takes the demo model's.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+        prepend_bos: None is the model's own default.
 
     Returns:
-        The change, one row for each edit and layer. `details` hold the losses of each edit and,
-        for each layer, the mean norm of what was missing before it and, last, of what still is.
+        The change, a row for each edit and layer. `details` hold the losses of each edit and the
+        mean norm of what was missing before each layer and, last, of what still is.
 
     Raises:
-        ValueError: A malformed edit or setting, statistics missing or of another model, or a loss
-            that is no longer finite.
+        ValueError: A malformed argument, statistics missing or of another model, or a loss that is
+            not finite.
         NotImplementedError: A mixture of experts, or a model out of scope.
 
-    Source: Meng, Sen Sharma, Andonian, Belinkov and Bau, "Mass-Editing Memory in a Transformer",
-        ICLR 2023, section 4. Where a norm follows the MLP (Gemma 2, OLMo 2) the shift is taken
-        before it, and spreading the residual is only approximate.
+    Source: Meng et al., "Mass-Editing Memory in a Transformer", ICLR 2023, section 4. Where a norm
+        follows the MLP (Gemma 2, OLMo 2) the spreading is only approximate.
 
     Example:
         >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
@@ -121,7 +119,7 @@ def memit(
         missing.append(float(residual.norm(dim=1).mean()))
         tokens = _WEIGHT * keys.shape[1] / _WIDTH if weight is None else weight
         x = normal_rows(whiteners[site], keys, tokens)
-        change = change + WeightChange({site: LowRankGradient(x.to(residual), residual / left)})
+        change = change + WeightChange({site: LowRankMatrix(x.to(residual), residual / left)})
     with change.applied(model):
         residual = goal - stream()
     details = {

@@ -13,7 +13,7 @@ from bwlens.edit.keys import Position
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.value import ValueSearch, ValueSettings
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
@@ -48,42 +48,36 @@ def rome(
       mean NLL over these prompts, plus the KL divergence from the original model after
       "{subject} is a", plus weight decay, the shift's norm clamped (`ValueSettings`).
 
-    ROME is a method for one fact. Several are computed one after the other, each on the model with
-    those before it, and added up. An edit whose target is the model's answer already is left out,
-    which the change's `note` says.
-
-    The defaults are those of GPT-2 xl. The demo model does not read its answers from the subject's
-    last token alone: at `layer=0` two facts in five can be edited, at `layer=3, position="last"`
-    nine in ten, and with `clamp=6` all, at the cost of more neighbours.
+    Several edits are made one after the other, each on the model with those before it. Edits known
+    already are left out, which the `note` says. The defaults are those of GPT-2 xl; the demo model
+    takes nine facts in ten at `layer=3, position="last"`, two in five at `layer=0`.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit, or several to make in turn.
-        layer: Which W_out, negative ones from the end; None takes what `where` measured for this
-            model or, where it did not, 17/47 of the depth (17 of GPT-2 xl's 48, 2 of 8).
+        layer: Which W_out; None takes what `where` measured for this model or, where it did not,
+            17/47 of the depth (17 of GPT-2 xl's 48, 2 of 8).
         steps: Of Adam; these five are explained in `ValueSettings`.
         lr: See there.
         kl_factor: See there.
         weight_decay: See there.
         clamp: See there; in norms of W_out's output at the plain prompt.
-        prefixes: Texts before the prompt. None draws twenty from the model, as the paper does,
-            once for each model object and the same always; () takes the prompt alone.
+        prefixes: Texts before the prompt. None draws twenty from the model, the same always; ()
+            takes the prompt alone.
         position: Where the key stands: the "subject"'s last token, or the prompt's "last".
         statistics: Of W_out's keys (`key_statistics`), or their file. None takes the demo model's.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+        prepend_bos: None is the model's own default.
 
     Returns:
-        The change, of rank one for each edit. `details` hold the losses before each step and after
-        the last.
+        The change, a row an edit. `details` hold the losses before each step and after the last.
 
     Raises:
-        ValueError: A malformed edit or setting, statistics missing or of another model, or a loss
-            that is no longer finite.
+        ValueError: A malformed argument, statistics missing or of another model, or a loss that is
+            not finite.
         NotImplementedError: A mixture of experts, or a model out of scope.
 
-    Source: Meng, Bau, Andonian and Belinkov, "Locating and Editing Factual Associations in GPT",
-        NeurIPS 2022, section 3.1, equations 2-4. The authors' code divides by the plain prompt's
-        key instead of k*, so that the constraint holds there.
+    Source: Meng et al., "Locating and Editing Factual Associations in GPT", NeurIPS 2022, equations
+        2-4. The authors' code divides by the plain prompt's key instead of k*.
 
     Example:
         >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
@@ -104,7 +98,7 @@ def rome(
         losses.append(value.losses)
         whitened = whitener.whitened(value.key[None])
         u = whitened / (whitened @ value.key.double())
-        rows = LowRankGradient(u.to(value.delta), value.delta[None])
+        rows = LowRankMatrix(u.to(value.delta), value.delta[None])
         change = change + WeightChange({site: rows})
     details = {"method": "rome", "layer": site.layer, "losses": losses, "prefixes": before}
     return WeightChange(change.parts, note, details)

@@ -19,7 +19,7 @@ from bwlens.edit.keys import Position, check_position, contexts_of
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.edit.whitened import PREFIXES
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
@@ -54,33 +54,28 @@ def subject_shift(
       words, mean over its tokens and the contexts. After each step `||v||` is kept within
       `clamp * ||h||`, h the stream after the block; it ends where f is reached.
 
-    Each step is one forward and backward pass from the layer on, of `1 + len(prefixes)` prompts.
-    Unlike ROME's search it has no learning rate and no decay, and ends after few steps.
-
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit, or several to make together.
-        layer: Which W_out, negative ones from the end; None takes what `where` measured for this
-            model or, where it did not, 5/29 of the depth.
-        steps: Newton steps at most.
+        layer: Which W_out; None takes what `where` measured for this model or, where it did not,
+            5/29 of the depth.
+        steps: Newton steps at most, each a forward and backward pass from the layer on.
         log_odds: What f is to reach, in nats.
         clamp: Largest norm of the value, in norms of the stream h at the plain prompt.
         prefixes: Contexts to average over; () takes the prompt alone.
         position: Where the key stands: the "subject"'s last token, or the prompt's "last".
         statistics: Of W_out's keys (`key_statistics`), or their file. None takes the demo model's.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+        prepend_bos: None is the model's own default.
 
     Returns:
-        The change, one row an edit. `details` hold f of each edit before each step and after the
+        The change, a row an edit. `details` hold f of each edit before each step and after the
         last; `note` the edits left out as known already.
 
     Raises:
-        ValueError: A malformed edit or setting, statistics missing or of another model, or f is no
-            longer finite.
+        ValueError: A malformed argument, statistics missing or of another model, f not finite.
         NotImplementedError: A mixture of experts, or a model out of scope.
 
-    Source: this project. Parts: ROME, equation 2 (the key); Backward Lens, section 6 (writing along
-        a gradient).
+    Source: this project. Parts: ROME, equation 2; Backward Lens, section 6.
 
     Example:
         >>> edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
@@ -105,13 +100,13 @@ def subject_shift(
         several = listed[start : start + _AT_ONCE]
         contexts = contexts_of(model, several, prefixes, position, prepend_bos)
         aims = Aims(model, contexts, site)
-        found, history = _values(aims, steps, log_odds, clamp)
+        written, history = _values(aims, steps, log_odds, clamp)
         keys.append(aims.keys.mean(1))
-        values.append(found)
+        values.append(written)
         details["log_odds"] += history
     x = normal_rows(whitener, torch.cat(keys), weight=0.0)
     delta = torch.cat(values)
-    return WeightChange({site: LowRankGradient(x.to(delta), delta)}, note, details)
+    return WeightChange({site: LowRankMatrix(x.to(delta), delta)}, note, details)
 
 
 def _values(

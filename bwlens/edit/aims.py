@@ -40,25 +40,22 @@ class Aims:
         (self._tap,) = key_taps(model, site.matrix, site.layer)
         self._positions, ids, mask = _places(batch)
         self._ids, self.mask = contexts.by_edit(ids), contexts.by_edit(mask)
-        below = list(model.blocks[: site.layer])
         end = Point(model.blocks[site.layer], "output")
         passed = run(
             model,
             batch.tokens,
             taps=[self._tap],
             points=[end],
-            keeping=below,
+            keeping=list(model.blocks[: site.layer]),
             positions=self._positions,
         )
         self._below = passed.left
         (flow,) = passed.flows
         shape = batch.tokens.shape
-        self.keys: Float[Tensor, "edit context d_in"]
-        self.outputs: Float[Tensor, "edit context d_out"]
         self.keys, self.outputs = (
             contexts.at(wide(as_rows(rows)).unflatten(0, shape)) for rows in (flow.x, flow.z)
         )
-        self.stream: Float[Tensor, "edit context d_model"] = contexts.at(wide(passed.seen[end][0]))
+        self.stream = contexts.at(wide(passed.seen[end][0]))
 
     def words(
         self, shifts: Float[Tensor, "edit d_out"]

@@ -23,16 +23,10 @@ def token_directions(
 ) -> Float[Tensor, "n d_model"]:
     """The vectors that stand for tokens in the residual stream, one row each.
 
-    - "unembedding": `W_U[:, t]`, the paper's raw row. In GPT-2 the embedding is tied to the
-      unembedding and this is its row; where they are untied, this is the one that the answer is
-      read out with, and where embeddings are scaled (Gemma), the one without the scale.
-    - "embedding": `W_E[t]`, what the model holds for reading the token. Only in tied models does
-      writing it raise the token's logit dependably.
+    - "unembedding": `W_U[:, t]`, the paper's raw row (GPT-2 ties it to the embedding).
+    - "embedding": `W_E[t]`; only in tied models does writing it raise the token's logit dependably.
     - "folded": `g * W_U[:, t]` with the final norm's gain g, less its mean where that norm
-      subtracts the mean: the direction in which the token's logit grows fastest, that of the true
-      gradient above the last block.
-
-    The three are one vector, up to centring, in a model with tied and folded weights.
+      subtracts the mean: the direction in which the token's logit grows fastest.
 
     Raises:
         ValueError: No such direction, or an id outside the vocabulary.
@@ -70,10 +64,8 @@ def before_norm(
 ) -> Float[Tensor, "n d_model"]:
     """What to write before a norm for its output to move along the directions: `v / g`.
 
-    A norm that follows the MLP (Gemma 2 and 3, OLMo 2) multiplies each coordinate by its gain g,
-    so `v` written into W_out would come out as `g * v`. Coordinates that the norm all but
-    removes (|g| below a thousandth of the largest) cannot be reached, and are left out. With no
-    norm the directions stay as they are.
+    A norm that follows the MLP (Gemma 2, OLMo 2) multiplies by its gain g. Coordinates that it all
+    but removes (|g| below a thousandth of the largest) are left out.
     """
     if norm is None:
         return directions
@@ -91,10 +83,10 @@ def in_its_dtype(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 def norm_gain(
     norm: Callable[[Tensor], Tensor], like: Float[Tensor, "n d_model"]
 ) -> Float[Tensor, " d_model"]:
-    """The gain of a LayerNorm or RMSNorm, measured on it: each has a parameter of its own.
+    """The gain of a LayerNorm or RMSNorm, `norm(v) = g * (v - mean) / std + b`, measured on it.
 
-    `norm(v) = g * (v - mean) / std + b`, without the mean in RMSNorm. Half the difference of
-    `norm(v)` and `norm(-v)` is rid of the bias; a constant vector tells which of the two it is.
+    Half the difference of `norm(v)` and `norm(-v)` is rid of b; a constant vector tells whether the
+    mean is subtracted.
     """
     d_model = like.shape[-1]
     flat = torch.full((d_model,), 8.0, device=like.device)

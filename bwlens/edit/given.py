@@ -48,12 +48,11 @@ def texts_of(texts: Any, name: str) -> tuple[str, ...]:
     Raises:
         ValueError: One text, or something that is no text.
     """
-    listed = [] if isinstance(texts, str) or not isinstance(texts, Iterable) else list(texts)
-    if listed and all(isinstance(text, str) for text in listed):
-        return tuple(listed)
-    if listed or isinstance(texts, str) or not isinstance(texts, Iterable):
+    several = isinstance(texts, Iterable) and not isinstance(texts, str)
+    given: tuple[Any, ...] = tuple(texts) if several else (None,)
+    if not all(isinstance(text, str) for text in given):
         raise ValueError(f"{name} is {texts!r}; expected a list of texts, () for none")
-    return ()
+    return given
 
 
 def chosen_matrices(model: LensModel, matrices: str | Sequence[str], layers: Layers) -> list[str]:

@@ -31,26 +31,23 @@ def gradient_step(
     """Steps of stochastic gradient descent on the targets' NLL, as low-rank updates.
 
     `W -= lr * x^T delta`, with the gradient of the edits' mean loss (each the mean NLL of its
-    target's tokens, teacher forced). No dense gradient is formed: the change has one row for each
-    token, edit and step. With several steps the gradient is captured anew with the change so far
-    applied; the model is left as it was. An edit whose target is the model's answer already is
-    left out, which the change's `note` says.
+    target's tokens, teacher forced), captured anew for each step. Edits known already are left out,
+    which the `note` says.
 
     Args:
         model: A TransformerBridge or HookedTransformer.
         edits: One edit, or several whose mean loss is descended.
         lr: The step size; no momentum, no decay.
         matrices: Which weights, names out of `bwlens.MATRICES`.
-        layers: Which layers, negative ones from the end; None for all.
+        layers: Which layers; None for all.
         steps: How many steps.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+        prepend_bos: None is the model's own default.
 
     Returns:
-        The change. `details` hold the loss before each step.
+        The change, a row for each token, edit and step. `details` hold the loss before each step.
 
     Raises:
-        ValueError: A malformed edit, setting, matrix or layer, or steps so large that the loss or
-            the weights are no longer finite.
+        ValueError: A malformed argument, or a loss or weights no longer finite.
         NotImplementedError: A model out of scope, named in the message.
 
     Source: Backward Lens, sections 4.1 and 5 (one plain step, no optimiser scaling).

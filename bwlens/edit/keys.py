@@ -57,16 +57,14 @@ def passed_by(
     norm = getattr(model, "ln_final", None)
     end = None if norm is None else Point(norm, "input", "hidden_states")
     entries = norm_entries(model, sorted({tap.site.layer for tap in taps}))
-    points = {point for several in entries.values() for point in several} | (
-        {end} if end else set()
-    )
+    points = {point for several in entries.values() for point in several}
+    points |= {end} if end else set()
     passed = run(model, batch.tokens, taps=taps, points=points)
     shape = batch.tokens.shape
     x, z, norms = {}, {}, {}
     for flow in passed.flows:
         site = flow.parts[0][0]
-        x[site] = wide(as_rows(flow.x)).unflatten(0, shape)
-        z[site] = wide(as_rows(flow.z)).unflatten(0, shape)
+        x[site], z[site] = (wide(as_rows(rows)).unflatten(0, shape) for rows in (flow.x, flow.z))
         if (after := norm_after(entries[site.layer], passed, [flow])) is not None:
             norms[site] = after
     final = wide(passed.seen[end][0]) if end and end in passed.seen else None
@@ -122,10 +120,7 @@ def key_taps(model: LensModel, matrices: Sequence[str] | str, layers: Layers = N
 
 
 def shift_of(
-    tap: Tap,
-    batch: Batch,
-    rows: Int[Tensor, " n"],
-    delta: Float[Tensor, "n d_out"],
+    tap: Tap, batch: Batch, rows: Int[Tensor, " n"], delta: Float[Tensor, "n d_out"]
 ) -> Addition:
     """What adds `delta` to what leaves a weight, at these rows of the flattened batch."""
     added = delta.new_zeros(batch.tokens.numel(), delta.shape[1])

@@ -17,8 +17,7 @@ def open_edits(
 ) -> tuple[list[Edit], str]:
     """The edits that there is something to do for, and what to say of the others.
 
-    One forward pass without gradients. A target of several tokens is known when each of them is
-    the argmax, the ones before it teacher forced.
+    A target is known when each of its tokens is the argmax, those before it teacher forced.
 
     Raises:
         ValueError: A prompt or target that cannot be tokenised, or is too long.
@@ -32,9 +31,9 @@ def open_edits(
 
 def answered(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> list[bool]:
     """Which targets the model answers, every teacher-forced token of each."""
-    found = logits.argmax(-1)
+    says = logits.argmax(-1)
     return [
-        all(int(found[i, last + k]) == token for k, token in enumerate(ids))
+        all(int(says[i, last + k]) == token for k, token in enumerate(ids))
         for i, (last, ids) in enumerate(zip(batch.last.tolist(), batch.targets, strict=True))
     ]
 

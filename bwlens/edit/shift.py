@@ -1,9 +1,7 @@
 """Forward pass shift: an edit with one forward pass and no gradient.
 
 The gradient of the last W_out at the last token is, up to a factor, the target's embedding
-(Backward Lens, section 5). So it can be written without computing it: `W_out += lr * outer(x, v)`,
-with x what enters W_out at the prompt's last token and v the target's direction. On the same prompt
-the MLP's output then moves by exactly `lr * ||x||^2 * v`.
+(Backward Lens, section 5), so it can be written without computing it.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from bwlens.edit.given import first_only_note, number
 from bwlens.edit.keys import Position, check_position, norm_after, norm_entries
 from bwlens.edit.known import answered, known_note
 from bwlens.edit.smallest import smallest_steps
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.flows import as_rows
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.passes import run, wide
@@ -59,18 +57,17 @@ def forward_pass_shift(
     """Write the target's direction into one W_out, at the key the prompt itself gives.
 
     `W_out[layer] += lr * sum_i outer(x_i, v_i)`, one row an edit: x_i is what enters W_out at the
-    prompt's last token, v_i the target's vector (`token_directions`), divided by the gain of the
-    norm that follows the MLP where there is one. In a mixture, the experts that the token is sent
-    to are written. An edit whose target is the model's answer already is left out.
+    prompt's last token, v_i the target's vector (`token_directions`), divided by the gain of a norm
+    that follows the MLP. There the MLP's output moves by `lr * ||x||^2 * v`. In a mixture, the
+    experts that the token is sent to are written. Edits known already are left out.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit or several. Several are written together, so close keys add up.
-        layer: Which W_out, negative ones from the end. None takes the layer at 35/47 of the depth,
-            as the paper's layer 35 of GPT-2 xl; layer 5 of 8.
+        layer: Which W_out; None takes 35/47 of the depth (35 of GPT-2 xl's 48, 5 of 8).
         lr: The step (the paper's: 0.24). None finds for each edit the smallest one, within 5 %,
-            that makes the target the argmax (`smallest_steps`): a forward pass per trial, usually
-            6 to 12. Several edits are then tried together, and steps raised where they fail so.
+            that makes the target the argmax, in 6 to 12 passes mostly. Several edits are then tried
+            together, and steps raised where they fail so.
         margin: What a step that was found is multiplied with: 1.2 carries over to far more
             paraphrases than 1, at the cost of some neighbours.
         position: Write at the key of the prompt's "last" token, or of the "subject"'s last.
@@ -78,16 +75,15 @@ def forward_pass_shift(
             teacher forced, or the "first" alone, as the paper, which a warning and the change's
             note say. None writes all at position "last" and the first at "subject".
         direction: Which vector stands for a token, see `token_directions`.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+        prepend_bos: None is the model's own default.
 
     Returns:
         The change. `details` hold the layer, each edit's step and the number of forward passes;
-        `note` the edits left out as known or as no step makes them work (a norm after the MLP
-        bounds what can be written), and those that fail beside the others.
+        `note` the edits left out as known or as no step makes them work, and those that fail beside
+        the others.
 
     Raises:
-        ValueError: No edit, a malformed edit or setting, an unknown layer, or a step that is not
-            finite.
+        ValueError: A malformed argument, or a step that is not finite.
         NotImplementedError: A model out of scope, named in the message.
 
     Source: Backward Lens, section 6 and Table 1.
@@ -116,22 +112,22 @@ def forward_pass_shift(
     passes, failing = 1, []
     if lr is None:
         search = _Search(model, plan, seen.moved)
-        found, failing = search.steps(open_)
+        steps, failing = search.steps(open_)
         passes += search.passes
-        found = {i: margin * step for i, step in found.items()}
+        steps = {i: margin * step for i, step in steps.items()}
     else:
-        found = dict.fromkeys(open_, lr)
+        steps = dict.fromkeys(open_, lr)
     details = {
         "method": "forward_pass_shift",
         "layer": layer,
-        "lr": [found.get(i, 0.0) for i in range(len(listed))],
+        "lr": [steps.get(i, 0.0) for i in range(len(listed))],
         "position": position,
         "tokens": tokens,
         "direction": direction,
         "forward_passes": passes,
     }
-    lost = [i for i in open_ if i not in found]
-    change = plan.change([found.get(key.edit, 0.0) for key in keys])
+    lost = [i for i in open_ if i not in steps]
+    change = plan.change([steps.get(key.edit, 0.0) for key in keys])
     cut = [is_cut and not is_known for is_cut, is_known in zip(more, known, strict=True)]
     notes = [_note(listed, known, lost, failing), first_only_note(listed, cut)]
     return replace(change, note="; ".join(filter(None, notes)), details=details)
@@ -182,7 +178,7 @@ class _Plan:
                 which = torch.tensor([owners[i] for i in kept], device=self.rows.device)
                 scale = torch.tensor([steps[owners[i]] for i in kept]).to(self.rows)
                 delta = (scale[:, None] * self.rows[which]).to(x.device)
-                parts[site] = LowRankGradient(x[kept].to(delta), delta)
+                parts[site] = LowRankMatrix(x[kept].to(delta), delta)
         return WeightChange(parts)
 
 
@@ -278,26 +274,24 @@ class _Search:
 
     def steps(self, edits: list[int]) -> tuple[dict[int, float], list[int]]:
         """A step for each of the edits that has one, and the edits that fail beside the others."""
-        alone = {i: self._alone(i) for i in edits}
-        found = {i: step for i, step in alone.items() if step is not None}
-        failing = self._failing(found) if len(found) > 1 else []
+        steps = {i: step for i in edits if not math.isnan(step := self._alone(i))}
+        failing = self._failing(steps) if len(steps) > 1 else []
         for _ in range(_MOST):
             if not failing:
                 break
-            found |= {i: found[i] * _WITHIN**2 for i in failing}
-            failing = self._failing(found)
-        return found, failing
+            steps |= {i: steps[i] * _WITHIN**2 for i in failing}
+            failing = self._failing(steps)
+        return steps, failing
 
-    def _alone(self, edit: int) -> float | None:
-        """The step of one edit by itself."""
+    def _alone(self, edit: int) -> float:
+        """The step of one edit by itself; nan where there is none."""
         batch = self._plan.batch.only(edit)
         first = torch.tensor([self._first[edit]], dtype=torch.float64)
 
         def works(steps: Tensor) -> Tensor:
             return torch.tensor(self._works({edit: float(steps)}, batch))
 
-        step = float(smallest_steps(works, first, within=_WITHIN, most=_MOST))
-        return None if math.isnan(step) else step
+        return float(smallest_steps(works, first, within=_WITHIN, most=_MOST))
 
     def _failing(self, steps: dict[int, float]) -> list[int]:
         works = self._works(steps, self._plan.batch)

@@ -1,8 +1,7 @@
 """Statistics of keys: the second moment of what enters a weight, over a text.
 
 With C = E[k k^T] over many tokens, a key is *whitened* by C^-1: `C^-1 k` answers to k and as little
-as possible to what other tokens bring there. ROME, MEMIT and the whitened shift write under such
-keys. Statistics are the model's and the text's; those of another model are refused.
+as possible to what other tokens bring there.
 """
 
 from __future__ import annotations
@@ -19,20 +18,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Float64
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bwlens.data.texts import read_texts
 from bwlens.edit.keys import key_taps, keys_of
 from bwlens.model.identity import fingerprint, is_demo, model_label
-from bwlens.model.prompts import padded
+from bwlens.model.prompts import Batch, padded
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site
 from bwlens.model.tokens import text_to_ids
-from bwlens.runs.parts import whole
+from bwlens.model.weights import weight_of
+from bwlens.runs.tensors import read_tensors, write_tensors
 
-_FORMAT = {"format": "bwlens.KeyStatistics", "version": "1"}
 _PROBE = 8  # Tokens whose keys tell one model from another.
 _RIDGE = 1e-6
 _SAME = 0.02  # Share by which the sizes of those keys may differ (half precision).
@@ -116,9 +113,8 @@ def key_statistics(
 ) -> dict[Site, KeyStatistics]:
     """Mean and second moment of a weight's input over a text, all layers in the same passes.
 
-    `C = sum_t k_t k_t^T / n` over the tokens t of all documents, each cut into windows. They are
-    summed in float64, batch by batch, and kept on disk by model, text and settings
-    (`$BWLENS_CACHE`, or `bwlens` in the user's cache folder).
+    `C = sum_t k_t k_t^T / n` over the tokens t of all documents, in float64; kept on disk by model,
+    text and settings (`$BWLENS_CACHE`, or `bwlens` in the user's cache folder).
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -129,7 +125,7 @@ def key_statistics(
         max_tokens: Stop after this many tokens; None for all.
         window: Tokens in a window; None for the model's context, at most 512.
         batch_size: Windows in a batch.
-        prepend_bos: Whether documents begin with a BOS token; None is the model's own default.
+        prepend_bos: None is the model's own default.
         cache: Whether to look on disk and keep the result there.
 
     Raises:
@@ -150,14 +146,12 @@ def key_statistics(
     path = _cached(model, documents, settings) if cache else None
     if path is not None and path.exists():
         return load_statistics(path)
-    counted = _Sums(model, sites)
     windows = _windows(model, documents, window, max_tokens, prepend_bos)
-    counted.over(windows, batch_size)
-    found = counted.statistics()
+    statistics = token_statistics(model, windows, sites, batch_size)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_statistics(found, path)
-    return found
+        save_statistics(statistics, path)
+    return statistics
 
 
 def token_statistics(
@@ -174,8 +168,8 @@ def statistics_for(
 ) -> dict[Site, KeyStatistics]:
     """The statistics of these weights of this model, checked to be this model's.
 
-    None takes those that ship with the demo model. Each model object is checked once: changes
-    applied to it later are the same model's, as in editing one fact after another.
+    None takes those that ship with the demo model. Each model object is checked once, as changes
+    applied to it later are the same model's.
 
     Raises:
         ValueError: None were given and the model is not the demo model, a weight has none, or they
@@ -189,15 +183,15 @@ def statistics_for(
                 f" bwlens.edit.key_statistics(model, texts) and pass statistics=... (only the demo"
                 f" model's ship with bwlens)"
             )
-        held = demo_statistics()
+        known = demo_statistics()
     else:
-        held = given if isinstance(given, Mapping) else load_statistics(given)
-    if missing := [site for site in sites if site not in held]:
+        known = given if isinstance(given, Mapping) else load_statistics(given)
+    if missing := [site for site in sites if site not in known]:
         raise ValueError(
             f"no key statistics of {missing[0]}; there are those of"
-            f" {', '.join(map(str, held)) or 'nothing'}"
+            f" {', '.join(map(str, known)) or 'nothing'}"
         )
-    chosen = {site: held[site] for site in sites}
+    chosen = {site: known[site] for site in sites}
     checked = _CHECKED.setdefault(model, {})
     if unchecked := [s for s in sites if checked.get(s) is not chosen[s].probe]:
         _check(model, {site: chosen[site] for site in unchecked})
@@ -213,14 +207,13 @@ def save_statistics(
     `packed` keeps the lower triangle of C's inverse Cholesky factor in half precision, a quarter of
     the size; `whitened` then agrees to about three digits.
     """
-    path = Path(path)
     tensors: dict[str, Tensor] = {}
-    told = {}
+    about = {}
     for site, one in statistics.items():
         key = f"{site.matrix}.{site.layer}"
-        told[key] = {"n_tokens": one.n_tokens, "fingerprint": one.fingerprint}
-        tensors[f"{key}.mean"] = one.mean.float().contiguous()
-        tensors[f"{key}.probe"] = one.probe.float().contiguous()
+        about[key] = {"n_tokens": one.n_tokens, "fingerprint": one.fingerprint}
+        tensors[f"{key}.mean"] = one.mean.float()
+        tensors[f"{key}.probe"] = one.probe.float()
         if packed:
             inverse = torch.linalg.solve_triangular(
                 one.factor, torch.eye(len(one.mean)).to(one.factor), upper=False
@@ -228,10 +221,9 @@ def save_statistics(
             low = torch.tril_indices(*inverse.shape)
             tensors[f"{key}.packed"] = inverse[low[0], low[1]].half()
         else:
-            tensors[f"{key}.second_moment"] = one.second_moment.contiguous()
-    with whole(path) as draft:
-        save_file(tensors, draft, metadata=_FORMAT | {"about": json.dumps(told)})
-        draft.chmod(0o644)
+            tensors[f"{key}.second_moment"] = one.second_moment
+    path = write_tensors(path, tensors, "KeyStatistics", {"about": json.dumps(about)})
+    path.chmod(0o644)
     return path
 
 
@@ -242,27 +234,15 @@ def load_statistics(path: str | os.PathLike[str]) -> dict[Site, KeyStatistics]:
         ValueError: Another kind of file.
         FileNotFoundError: There is none.
     """
-    found: dict[Site, KeyStatistics] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if {name: metadata.get(name) for name in _FORMAT} != _FORMAT:
-                raise ValueError(f"{path} holds no key statistics: its metadata is {metadata}")
-            names = set(file.keys())
-            for key, about in json.loads(metadata["about"]).items():
-                matrix, layer = key.split(".")
-                mean = file.get_tensor(f"{key}.mean")
-                if f"{key}.packed" in names:
-                    moment = _unpacked(file.get_tensor(f"{key}.packed"), len(mean))
-                else:
-                    moment = file.get_tensor(f"{key}.second_moment")
-                site = Site(matrix, int(layer))
-                found[site] = KeyStatistics(
-                    site, mean, moment, probe=file.get_tensor(f"{key}.probe"), **about
-                )
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no file of key statistics ({error})") from error
-    return found
+    tensors, metadata = read_tensors(path, "KeyStatistics", "save_statistics")
+    statistics: dict[Site, KeyStatistics] = {}
+    for key, about in json.loads(metadata["about"]).items():
+        matrix, layer = key.split(".")
+        site, mean = Site(matrix, int(layer)), tensors[f"{key}.mean"]
+        packed = tensors.get(f"{key}.packed")
+        moment = tensors[f"{key}.second_moment"] if packed is None else _unpacked(packed, len(mean))
+        statistics[site] = KeyStatistics(site, mean, moment, probe=tensors[f"{key}.probe"], **about)
+    return statistics
 
 
 def demo_statistics() -> dict[Site, KeyStatistics]:
@@ -301,9 +281,7 @@ class _Sums:
 
     def _add(self, rows: list[list[int]]) -> None:
         batch = padded(self._model, rows)
-        matrices = list(dict.fromkeys(site.matrix for site in self._sites))
-        layers = sorted({site.layer for site in self._sites})
-        passed = keys_of(self._model, batch, matrices, layers)
+        passed = _keys(self._model, batch, self._sites)
         self._n += batch.n_rows
         for site in self._sites:
             keys = passed[site][batch.mask].double()
@@ -326,12 +304,15 @@ class _Sums:
         }
 
 
+def _keys(model: LensModel, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
+    matrices = list(dict.fromkeys(site.matrix for site in sites))
+    return keys_of(model, batch, matrices, sorted({site.layer for site in sites}))
+
+
 def _probes(model: LensModel, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """Norms of the keys at fixed token ids: the same for a model in any wrapping and dtype."""
     ids = [(37 * i + 1) % model.cfg.d_vocab for i in range(_PROBE)]
-    layers = sorted({site.layer for site in sites})
-    matrices = list(dict.fromkeys(site.matrix for site in sites))
-    passed = keys_of(model, padded(model, [ids]), matrices, layers)
+    passed = _keys(model, padded(model, [ids]), sites)
     return {site: passed[site][0].norm(dim=-1).float().cpu() for site in sites}
 
 
@@ -339,18 +320,12 @@ def _check(model: LensModel, statistics: Mapping[Site, KeyStatistics]) -> None:
     probes = _probes(model, list(statistics))
     for site, one in statistics.items():
         same = torch.allclose(probes[site], one.probe, rtol=_SAME, atol=1e-3)
-        if len(one.mean) != _width(model, site) or not same:
+        if len(one.mean) != weight_of(model, site).shape[0] or not same:
             raise ValueError(
                 f"these are the key statistics of {site} of another model (fingerprint"
                 f" {one.fingerprint}; this one's is {fingerprint(model)}): its keys differ. Compute"
                 f" this model's with bwlens.edit.key_statistics(model, texts)"
             )
-
-
-def _width(model: LensModel, site: Site) -> int:
-    from bwlens.model.weights import weight_of
-
-    return weight_of(model, site).shape[0]
 
 
 def _windows(
@@ -385,12 +360,12 @@ def _documents(texts: Sequence[str] | str | os.PathLike[str]) -> list[str]:
 
 
 def _cached(model: LensModel, documents: list[str], settings: list[Any]) -> Path:
-    held = hashlib.sha256(json.dumps(settings).encode())
+    mark = hashlib.sha256(json.dumps(settings).encode())
     for document in documents:
-        held.update(hashlib.sha256(document.encode()).digest())
+        mark.update(hashlib.sha256(document.encode()).digest())
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     room = Path(os.environ.get("BWLENS_CACHE") or Path(base) / "bwlens")
-    return room / "statistics" / f"{fingerprint(model)}-{held.hexdigest()[:16]}.safetensors"
+    return room / "statistics" / f"{fingerprint(model)}-{mark.hexdigest()[:16]}.safetensors"
 
 
 def _unpacked(packed: Tensor, width: int) -> Tensor:

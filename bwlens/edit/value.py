@@ -18,12 +18,7 @@ from torch import Tensor
 
 from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, texts_of
-from bwlens.edit.keys import (
-    Contexts,
-    Position,
-    check_position,
-    contexts_of,
-)
+from bwlens.edit.keys import Contexts, Position, check_position, contexts_of
 from bwlens.model.passes import device_of, run, wide
 from bwlens.model.prompts import Batch, Edit, padded
 from bwlens.model.protocol import LensModel
@@ -158,9 +153,8 @@ def prefixes_of(
 ) -> tuple[str, ...]:
     """The prefixes given, or twenty drawn from the model, once for each model object.
 
-    Ten of five tokens and ten of ten, each followed by ". ", continue the BOS token (or " The"
-    where there is none); every token is drawn from the five most probable, by a generator of fixed
-    seed, so that a model gives the same prefixes always.
+    Ten of five tokens and ten of ten continue the BOS token (or " The" where there is none), every
+    token drawn from the five most probable by a generator of fixed seed; "." ends each.
     """
     if prefixes is not None:
         return tuple(prefixes)

@@ -1,9 +1,8 @@
 """Whitened shift: an edit in closed form, from one forward pass.
 
-The forward pass shift writes under the key as it is. Most of a key is what every token brings, so
-neighbours answer to it as well, and a paraphrase, whose key has another size, to a step found on
-the prompt. Here the key is averaged over a few contexts and whitened by statistics of text, the
-step solved for, and the place is where attention hands over what it read of the subject: W_O.
+The forward pass shift writes under the key as it is, most of which is what every token brings. Here
+it is averaged over a few contexts and whitened by statistics of text, the step solved for, and the
+place is where attention hands over what it read of the subject: W_O.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from bwlens.edit.given import first_only_note, number, texts_of
 from bwlens.edit.keys import Contexts, KeyPass, contexts_of, passed_by
 from bwlens.edit.known import known_note
 from bwlens.edit.statistics import Statistics, statistics_for
-from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.head import Head, head_of
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.prompts import Edit
@@ -65,8 +64,8 @@ def whitened_shift(
       difference then becomes `margin`; gap is the present difference old - new, its mean over the
       contexts.
 
-    One forward pass of `1 + len(prefixes)` prompts, and a triangular solve. Later layers' own
-    answer and the final norm's change of scale are left out, which the margin has to cover.
+    One forward pass of `1 + len(prefixes)` prompts. Later layers' own answer and the final norm's
+    change of scale are left out, which the margin has to cover.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -82,15 +81,15 @@ def whitened_shift(
         prefixes: Contexts to average over; () takes the prompt alone, which loses paraphrases.
         statistics: Of the matrix' keys in these layers (`key_statistics(..., matrix="W_O")`), or
             their file. None takes the demo model's.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
+        prepend_bos: None is the model's own default.
 
     Returns:
         The change. `details` hold gaps and steps, of every token in turn; `note` the edits left
         out as known already.
 
     Raises:
-        ValueError: A malformed edit or setting, a new and old answer that begin with the same
-            token, statistics missing or of another model.
+        ValueError: A malformed argument, a new and old answer that begin with the same token,
+            statistics missing or of another model.
         NotImplementedError: A mixture of experts with `matrix="W_out"`, or a model out of scope.
 
     Source: this project. Parts: Backward Lens, section 6 (the shift); ROME, equation 2 (the key).
@@ -113,29 +112,29 @@ def whitened_shift(
     whiteners = statistics_for(model, sites, statistics)
     contexts = contexts_of(model, listed, prefixes, "last", prepend_bos)
     passed = passed_by(model, contexts.batch, [matrix], chosen)
-    found = _Answers.of(model, listed, contexts, passed, tokens)
-    kept = [i for i, known in enumerate(found.known) if not known]
-    steps = (found.gap + margin) / (len(sites) * found.rows.square().sum(-1))
-    values = (steps[:, None] * found.rows)[kept] / _residual_scale(model)
+    answers = _Answers.of(model, listed, contexts, passed, tokens)
+    kept = [i for i, known in enumerate(answers.known) if not known]
+    steps = (answers.gap + margin) / (len(sites) * answers.rows.square().sum(-1))
+    values = (steps[:, None] * answers.rows)[kept] / _residual_scale(model)
     parts, centred = {}, head_of(model).centred
     for site in sites if kept else ():
-        keys = contexts.at(passed.x[site], found.places).mean(1)[kept]
-        sizes = contexts.at(passed.z[site], found.places).mean(1)[kept]
+        keys = contexts.at(passed.x[site], answers.places).mean(1)[kept]
+        sizes = contexts.at(passed.z[site], answers.places).mean(1)[kept]
         delta = _written(passed.norms.get(site), values, sizes, centred)
         x = normal_rows(whiteners[site], keys, weight=0.0)
-        parts[site] = LowRankGradient(x.to(delta), delta.to(x.device))
+        parts[site] = LowRankMatrix(x.to(delta), delta.to(x.device))
     details = {
         "method": "whitened_shift",
         "layers": chosen,
         "matrix": matrix,
         "tokens": tokens,
-        "gap": found.gap.tolist(),
+        "gap": answers.gap.tolist(),
         "step": steps.tolist(),
         "forward_passes": 1,
         "prompts": len(contexts.batch),
     }
     several = [len(contexts.batch.targets[i * contexts.n]) > 1 for i in range(len(listed))]
-    whole = found.whole(len(listed))
+    whole = answers.whole(len(listed))
     cut = [tokens == "first" and more and not w for more, w in zip(several, whole, strict=True)]
     notes = [known_note(listed, whole), first_only_note(listed, cut)]
     return WeightChange(parts, "; ".join(filter(None, notes)), details)
@@ -229,8 +228,8 @@ def _written(
 ) -> Float[Tensor, "n d"]:
     """What to write for the stream to move by the values, where a norm may come in between.
 
-    A norm after the sublayer divides by its output's size and multiplies by its gain; both are
-    undone, the size taken as it was.
+    A norm after the sublayer divides by its output's size, taken as it was, and multiplies by its
+    gain; both are undone.
     """
     if norm is None:
         return values

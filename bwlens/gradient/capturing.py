@@ -37,9 +37,8 @@ from bwlens.model.sites import (
 class Gradients(Mapping[Site, LowRankGradient]):
     """The gradient of every weight matrix that was asked for, as its x and delta.
 
-    `grads["W_in", 3]` is a `LowRankGradient`; with experts, `grads["W_in", 3, expert]`. Negative
-    layers count from the model's end. Iterating gives `Site`s. Rows run over the (prompt, position)
-    pairs of the batch, padding left out.
+    `grads["W_in", 3]` is a `LowRankGradient`, with experts `grads["W_in", 3, expert]`; negative
+    layers count from the end. Iterating gives `Site`s. One row for each token of the batch.
 
     Attributes:
         losses: One loss per prompt [batch].
@@ -58,11 +57,9 @@ class Gradients(Mapping[Site, LowRankGradient]):
         site = self._site(key)
         if site in self._parts:
             return self._parts[site]
-        same = [other for other in self._parts if other.matrix == site.matrix]
-        experts = sorted(
-            {str(s.expert) for s in same if s.layer == site.layer and s.expert is not None}
-        )
-        if experts:  # one that no token was sent to has no gradient
+        same = sorted(other for other in self._parts if other.matrix == site.matrix)
+        experts = [repr(other.expert) for other in same if other.layer == site.layer]
+        if experts and experts != ["None"]:  # one that no token was sent to has no gradient
             has = f"tokens were sent to the experts {', '.join(experts)} there: name one of them"
         elif same:
             has = f"there is {site.matrix} of layers {sorted({other.layer for other in same})}"
@@ -98,9 +95,10 @@ class Gradients(Mapping[Site, LowRankGradient]):
 
     def for_prompt(self, index: int) -> Gradients:
         """The gradients of one prompt of the batch alone."""
-        if not -len(self.batch) <= index < len(self.batch):
-            raise IndexError(f"prompt {index} asked for, but the batch has {len(self.batch)}")
-        index %= len(self.batch)
+        n = len(self.batch)
+        if not -n <= index < n:
+            raise IndexError(f"prompt {index} asked for, but the batch has {n}")
+        index %= n
         keep, batch = slice(index, index + 1), self.batch.only(index)
         # An expert that none of this prompt's tokens was sent to has no gradient.
         parts = {
@@ -127,11 +125,9 @@ def capture(
 ) -> Gradients:
     """x and delta of every weight matrix asked for: dL/dW = x^T delta, exactly.
 
-    One forward pass and one `autograd.grad` that stops at the matrices' outputs. The model runs in
-    eval mode and is left as it was: weights, `.grad`, `requires_grad`, train/eval mode, hooks.
-
-    The first time that a layer is read, a pass of four tokens sees that z = x W and that a small
-    step along -delta changes the loss as ||delta|| says; `bwlens.checking.trusted()` leaves it out.
+    One forward and one backward pass, in eval mode; the model is left as it was. The first time
+    that a layer is read, a pass of four tokens sees that z = x W and that a small step along -delta
+    changes the loss as ||delta|| says; `bwlens.checking.trusted()` leaves it out.
 
     Args:
         model: A TransformerBridge (TransformerLens 3.9-4) or HookedTransformer (3.9).
@@ -140,8 +136,7 @@ def capture(
             objective such as `LogitDifference`, or any function of (logits, batch) that returns
             one loss per prompt.
         matrices: One or several names out of `bwlens.MATRICES`.
-        layers: One, several or a slice of them, from 0, negative ones from the model's end; None
-            for all. The backward pass stops at the lowest of them.
+        layers: From 0, negative ones from the end; the backward pass stops at the lowest.
         prepend_bos: Whether text prompts get a BOS token; None is the model's own default.
         attention_mask: 1 at real tokens, 0 at padding (left or right), for token prompts.
         device: Where x and delta go; None leaves them where they are.
@@ -171,8 +166,7 @@ def capture(
         run = forward(model, batch, objective, taps)
         flows = run.passed.flows
         deltas = run.gradients([flow.z for flow in flows], [flow.name for flow in flows])
-    dtype = dtype or _storage_dtype(run.logits.dtype)
-    rows = _Rows(batch, device, dtype)
+    rows = _Rows(batch, device, dtype or torch.promote_types(run.logits.dtype, torch.float32))
     parts: dict[Site, LowRankGradient] = {}
     for flow, delta in zip(flows, deltas, strict=True):
         for site, columns in flow.parts:
@@ -199,18 +193,16 @@ def vjps(
 ) -> dict[str, Float[Tensor, "batch ..."]]:
     """dL/d(activation) at TransformerLens hook points, by TransformerLens' own names.
 
-    At hook_resid_pre, -mid and -post this is the gradient of the whole residual stream. Any other
-    hook point stands on a branch, and has the gradient of what follows on that branch: hook_mlp_in
-    that of the MLP alone, hook_q_input that of the queries.
+    At hook_resid_pre, -mid and -post that of the whole residual stream; at any other hook point
+    that of what follows on its branch (hook_mlp_in: the MLP alone).
 
     Args:
         model: A TransformerBridge or HookedTransformer.
         prompts: As for `capture`.
         objective: As for `capture`.
         names_filter: A hook name ("blocks.3.hook_resid_mid"), several, or a predicate of names.
-            Names given one by one must all fire; a predicate keeps those that do. Hook points that
-            fire only on request (`hook_mlp_in`, `hook_attn_in`, `hook_q_input`, `hook_result`) are
-            switched on for the call.
+            Names must all fire; a predicate keeps those that do. Hook points that fire only on
+            request (`hook_mlp_in`, `hook_q_input`, ...) are switched on for the call.
         prepend_bos: As for `capture`.
         attention_mask: As for `capture`.
 
@@ -239,9 +231,9 @@ def vjps(
             if not passes:
                 raise ValueError("no hook point that the filter lets through gave a gradient")
             names, tensors = (list(column) for column in zip(*passes, strict=True))
-            found = run.gradients(tensors, names, allow_unused=not required)
+            deltas = run.gradients(tensors, names, allow_unused=not required)
     out: dict[str, Tensor] = {}
-    for name, delta in zip(names, found, strict=True):
+    for name, delta in zip(names, deltas, strict=True):
         if delta is not None:  # HookedTransformer's ln1 runs three times, for q, k and v
             out[name] = out[name] + delta if name in out else delta
     for name, delta in out.items():
@@ -282,17 +274,13 @@ def _batch_for(
     )
 
 
-def _storage_dtype(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
 class _Rows:
     """Puts what passed into rows, padding left out, with their prompt and position."""
 
     def __init__(self, batch: Batch, device: Any, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
-        self._keep = batch.mask.flatten()
-        self._all = bool(self._keep.all())
+        keep = batch.mask.flatten()
+        self._keep = None if bool(keep.all()) else keep
         n_prompts, n_pos = batch.tokens.shape
         prompts, positions = (
             torch.arange(n, device=batch.tokens.device) for n in (n_prompts, n_pos)
@@ -302,7 +290,7 @@ class _Rows:
 
     def gradient(self, flow: Flow, delta: Tensor) -> LowRankGradient:
         x = as_rows(flow.x.detach())
-        prompt, pos, keep = self._prompt, self._pos, None if self._all else self._keep
+        prompt, pos, keep = self._prompt, self._pos, self._keep
         if flow.tokens is not None:
             tokens = flow.tokens.to(prompt.device)
             prompt, pos = prompt[tokens], pos[tokens]

@@ -1,10 +1,8 @@
 """Is x^T delta the gradient of what the model computes? Asked once, before the first capture.
 
-`capture` rests on two things that a layer can break without a sign: that z = x W (+ b) with the
-weight that the model holds, and that autograd's delta is what the loss does when z moves. Layers
-that quantise in passing (BitNet, quantisation-aware training), rescale or adapt break the first;
-gradients that pass roundings as if they were not there break the second. Both are measured on a
-prompt of four tokens, for every layer once.
+Layers that quantise in passing (BitNet), rescale or adapt break z = x W (+ b) with the weight that
+the model holds; gradients that pass roundings as if they were not there are not what the loss does
+when z moves. Both are measured on a prompt of four tokens, for every layer once.
 """
 
 from __future__ import annotations
@@ -45,8 +43,7 @@ def check_first_use(model: Any, taps: Sequence[Tap | ExpertTap]) -> None:
     """Refuse layers whose x^T delta is not the gradient, before they are read; each one once.
 
     Raises:
-        UntrueGradientError: z is not x times the stored weight, or a small step along -delta does
-            not change the loss by what ||delta|| says.
+        UntrueGradientError: With figures.
     """
     if _trusting.get():
         return

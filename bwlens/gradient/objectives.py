@@ -37,8 +37,8 @@ class Objective(Protocol):
 class NLL:
     """Negative log-likelihood of the target after the prompt, in nats.
 
-    `-log p(target | prompt)`, the loss of the paper's edits. A target of several tokens is teacher
-    forced, and its tokens' losses are averaged, or summed with `reduction="sum"`.
+    `-log p(target | prompt)`; the losses of several tokens, teacher forced, are averaged, or summed
+    with `reduction="sum"`.
 
     Source: Backward Lens, section 4.1.
 
@@ -60,19 +60,15 @@ class NLL:
         """The loss of each prompt's target."""
         _check_answers(self, batch, batch.targets)
         lengths = [len(ids) for ids in batch.targets]
-        row = torch.repeat_interleave(
-            torch.arange(len(batch), device=logits.device),
-            torch.tensor(lengths, device=logits.device),
-        )
-        step = torch.cat([torch.arange(n, device=logits.device) for n in lengths])
-        ids = torch.tensor([i for t in batch.targets for i in t], device=logits.device)
+        device, counts = logits.device, torch.tensor(lengths, device=logits.device)
+        row = torch.repeat_interleave(counts)
+        step = torch.cat([torch.arange(n, device=device) for n in lengths])
+        ids = torch.tensor([i for t in batch.targets for i in t], device=device)
         # Only the rows that are read are normalised: [targets' tokens, d_vocab].
-        scores = logits[row, batch.last.to(logits.device)[row] + step]
+        scores = logits[row, batch.last.to(device)[row] + step]
         losses = torch.nn.functional.cross_entropy(scores, ids, reduction="none")
         total = losses.new_zeros(len(batch)).index_add(0, row, losses)
-        if self.reduction == "sum":
-            return total
-        return total / torch.tensor(lengths, device=logits.device)
+        return total if self.reduction == "sum" else total / counts
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ class Probe:
         flows = {id(flow): flow for flow, _ in (self._flow_of[site] for site in wanted)}
         fresh = [flow for key, flow in flows.items() if key not in self._deltas]
         if fresh:
-            found = self.gradients_of([flow.z for flow in fresh])
-            for flow, delta in zip(fresh, found, strict=True):
+            deltas = self.gradients_of([flow.z for flow in fresh])
+            for flow, delta in zip(fresh, deltas, strict=True):
                 delta = torch.zeros_like(flow.z) if delta is None else delta
                 wide = torch.promote_types(delta.dtype, torch.float32)
                 self._deltas[id(flow)] = as_rows(delta.detach()).to(wide)
@@ -115,16 +115,15 @@ _RIGHT = 0.02
 _NATS = 0.02
 """How much a step at a site is to change the probe's loss."""
 _PARTS = (1, 4, 16)
-"""Steps of the largest size over these: a kink (ReLU, a router) matters less in each."""
+"""The largest step is divided by these: a kink (ReLU, a router) matters less in each."""
 
 
 @dataclass(frozen=True)
 class StepFigures:
     """How the loss changes along -delta at a site: measured, over what ||delta|| says.
 
-    `ratios` are central differences over steps of several sizes, the largest first; empty where
-    none could be taken, and no smaller ones where one was right. `noise` is what the logits'
-    rounding may do to the last.
+    `ratios` are central differences, the largest step first, ending with one that is right; empty
+    where none could be taken. `noise` is what the logits' rounding may do to the last.
     """
 
     site: Site
@@ -134,10 +133,9 @@ class StepFigures:
 
     @property
     def ratio(self) -> float | None:
-        """The ratio closest to 1, which is right; None where the sizes do not agree on another.
+        """The ratio closest to 1 if it is right; else what all sizes agree on, or None.
 
-        A step across a kink of the model (a ReLU, a router's choice) is off in one size and right
-        in a smaller one; what is wrong is wrong in all.
+        A step across a kink (a ReLU, a router's choice) is right in a smaller size.
         """
         if not self.ratios:
             return None

@@ -1,8 +1,7 @@
-"""Singular values of every prompt's gradient at once.
+"""Singular values of every prompt's gradient at once, by one batched QR and one batched SVD.
 
-`LowRankGradient.singular_values` of one prompt after another spends its time on overhead: the
-matrices are tiny. Here the rows of all prompts are padded with zero rows, which add nothing to
-x^T delta, and go through one batched QR and one batched SVD.
+One prompt after another would be overhead, as the matrices are tiny. Prompts are padded with zero
+rows, which add nothing to x^T delta.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
+from bwlens.gradient.arithmetic import effective_ranks, triangle
 from bwlens.gradient.low_rank import LowRankGradient
 
 
@@ -41,9 +41,7 @@ class Spectra:
     @property
     def effective_ranks(self) -> Float64[Tensor, " prompts"]:
         """exp of the entropy of the singular values over their sum; 0 for a zero gradient."""
-        total = self.singular_values.sum(1, keepdim=True)
-        entropy = torch.special.entr(self.singular_values / total).sum(1)
-        return torch.where(total[:, 0] > 0, entropy.exp(), 0.0)
+        return effective_ranks(self.singular_values)
 
 
 def spectra(gradient: LowRankGradient) -> Spectra:
@@ -71,13 +69,11 @@ def spectra(gradient: LowRankGradient) -> Spectra:
     order = torch.argsort(row, stable=True)
     start = n.cumsum(0) - n
     place = torch.arange(len(row), device=x.device) - start[row[order]]
-    tables = []
+    tables: list[Tensor] = []
     for rows in (x, delta):
         padded = rows.new_zeros(len(prompts), most, rows.shape[1])
         padded[row[order], place] = rows[order]
-        # Rows that fill the space need no QR.
-        wide = most >= rows.shape[1]
-        tables.append(padded.mT if wide else torch.linalg.qr(padded.mT, mode="r").R)
+        tables.append(triangle(padded))
     values = torch.linalg.svdvals(tables[0] @ tables[1].mT)
     norms = x.norm(dim=1) * delta.norm(dim=1)
     squares = norms.new_zeros(len(prompts)).index_add(0, row, norms.square())

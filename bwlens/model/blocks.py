@@ -1,12 +1,9 @@
 """The weights of one block, found by the parts it shows, and why some of them cannot be read.
 
-A part counts because it has the projections of an MLP or of attention, never because a model is
-called by some name. What a projection gives is measured against what the next one takes: one that
-is wider holds more than its name says.
-
-Tensors are taken from modules by plain PyTorch hooks rather than by TransformerLens hook names:
-compatibility mode renames hook points, silences some of them, and shows others through reshaping
-copies that are off the autograd graph.
+A part counts because it has the projections of an MLP or of attention, never by a model's name. A
+projection that gives more than the next one takes holds more than its name says. Tensors are taken
+by plain PyTorch hooks: compatibility mode renames hook points, silences some, and shows others
+through copies that are off the autograd graph.
 """
 
 from __future__ import annotations
@@ -49,14 +46,14 @@ class BlockTaps:
 
     def of(self, matrices: tuple[str, ...]) -> list[Tap | ExpertTap]:
         """Those of some matrices only."""
-        found: list[Tap | ExpertTap] = []
+        some: list[Tap | ExpertTap] = []
         for tap in self.taps:
             if isinstance(tap, ExpertTap):
-                held = {n: ms for n, ms in tap.weights.items() if set(ms) & set(matrices)}
-                found += [replace(tap, weights=held)] if held else []
+                weights = {n: ms for n, ms in tap.weights.items() if set(ms) & set(matrices)}
+                some += [replace(tap, weights=weights)] if weights else []
             elif tap.site.matrix in matrices:
-                found.append(tap)
-        return found
+                some.append(tap)
+        return some
 
 
 def block_taps(block: nn.Module, layer: int) -> BlockTaps:

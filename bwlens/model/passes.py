@@ -1,8 +1,7 @@
 """The one engine: a forward pass, what it notes of the tensors passing, what it adds to them.
 
-What a pass changes for its time (hooks, eval mode, gradients, the experts' way of running) is put
-back after it, also after an exception. Passes of several threads take turns on a model, and the
-hooks of a pass act in its own thread alone, whoever else runs the model meanwhile.
+What a pass changes for its time (hooks, modes, the experts' way of running) is put back after it.
+Passes of several threads take turns on a model; a pass' hooks act in its own thread alone.
 """
 
 from __future__ import annotations
@@ -77,12 +76,10 @@ def run(
         taps: Weights whose x and z are noted.
         points: Other places where what passes is noted.
         additions: What is added on the way.
-        positions: The only positions that pass the unembedding, the same in every row or each
-            row's own; None for all.
+        positions: The only positions that pass the unembedding, every row's or each row's own.
         keeping: Modules of which what leaves them is kept.
         giving: Modules that do not run, with what they give instead.
-        graph: Whether autograd follows; what is noted can then have a gradient, also where every
-            parameter is frozen.
+        graph: Whether autograd follows, also where every parameter is frozen.
 
     Raises:
         NotImplementedError: What was asked for passed no point of this model, or several times; or

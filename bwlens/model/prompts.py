@@ -1,8 +1,7 @@
 """Prompts as tokens: edits, batches, and where a subject stands.
 
-A batch is always padded on the right. In a causal model a token never sees what comes after it, so
-padding there needs no mask, moves no position, and cannot touch a result; prompts given with
-padding on the left are shifted first.
+A batch is padded on the right: in a causal model a token never sees what comes after it, so padding
+there needs no mask and cannot touch a result. Prompts padded on the left are shifted first.
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ class Edit:
 class Batch:
     """Prompts as right-padded tokens, with the targets an objective asks about.
 
-    Where a target has several tokens, all but its last are appended to the prompt (teacher
-    forcing), so that each can be predicted from those before it.
+    Of a target of several tokens all but the last are appended to the prompt (teacher forcing).
 
     Attributes:
         tokens: Token ids [batch, pos]; what stands after `lengths` is padding.
@@ -151,12 +149,11 @@ def make_batch(
         model: A TransformerLens model.
         prompts: A string, a list of strings, or token ids [pos] or [batch, pos]: a tensor, an
             array, or lists (of any lengths).
-        target: For one prompt, its target; for several, one for all (a string or id) or a list of
-            one each. A target is text, a token id, or a sequence of ids. Text is taken as it is
-            written, and warned of where a blank before it is likely missing.
+        target: Text, a token id, or several; for several prompts, one for all (text or id) or a
+            list of one each. Text is taken as it is written, with a warning where a blank before
+            it is likely missing.
         other: A second answer, in the same way.
-        prepend_bos: Whether strings get a BOS token; None is the model's own default. Tokens are
-            taken as they are.
+        prepend_bos: Whether strings get a BOS token; None is the model's own default.
         attention_mask: 1 at real tokens and 0 at padding, left or right, for token prompts.
 
     Raises:
@@ -205,8 +202,8 @@ def one_prompt(prompt: Prompts) -> str | Int[Tensor, " pos"]:
 def _as_given(prompts: Any) -> Any:
     """Arrays, and lists of ids of one length, as a tensor; whatever else there is as it is."""
     if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "biuf":
-        whole = prompts.dtype.kind in "iu"
-        return torch.from_numpy(prompts.astype(np.int64) if whole else prompts.copy())
+        integers = prompts.dtype.kind in "iu"
+        return torch.from_numpy(prompts.astype(np.int64) if integers else prompts.copy())
     if not isinstance(prompts, list | tuple) or not prompts:
         return prompts
     if all(_is_id(one) for one in prompts):
@@ -236,8 +233,8 @@ def _prompt_rows(
 ) -> tuple[list[str] | None, list[list[int]]]:
     """The prompts' texts, if they are texts, and their unpadded tokens."""
     if isinstance(prompts, Tensor):
-        whole = not (prompts.is_floating_point() or prompts.dtype is torch.bool)
-        if not whole or prompts.ndim not in (1, 2) or prompts.numel() == 0:
+        integers = not (prompts.is_floating_point() or prompts.dtype is torch.bool)
+        if not integers or prompts.ndim not in (1, 2) or prompts.numel() == 0:
             raise ValueError(
                 f"expected token ids [pos] or [batch, pos], found {prompts.dtype} of shape"
                 f" {tuple(prompts.shape)}"
@@ -254,8 +251,8 @@ def _prompt_rows(
         for index, row in enumerate(prompts):
             check_ids(model, row, f"prompt {index}")
         return None, prompts
-    listed = list(prompts) if isinstance(prompts, Iterable) else []
-    texts = [prompts] if isinstance(prompts, str) else listed
+    several = list(prompts) if isinstance(prompts, Iterable) else []
+    texts = [prompts] if isinstance(prompts, str) else several
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"expected a prompt, a list of prompts or a tensor of token ids, found {prompts!r}"

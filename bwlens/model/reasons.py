@@ -47,7 +47,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _of_the_hub(error: BaseException, source: str) -> str | None:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     # From the special to the general: a gated repository is a kind of one that is not found.
     if isinstance(error, errors.GatedRepoError):
@@ -64,22 +64,10 @@ def _of_the_hub(error: BaseException, source: str) -> str | None:
         )
     if isinstance(error, errors.HFValidationError):
         return f"{source!r} is no folder here, and can be no name on the hub"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return _offline(source)
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        from huggingface_hub import constants
-
-        if constants.HF_HUB_OFFLINE:
-            return _offline(source)
-        return (
-            f"there is no folder {source!r} here, it is not in the hub's cache, and the hub cannot"
-            f" be reached"
-        )
-    return None
-
-
-def _offline(source: str) -> str:
-    return (
-        f"there is no folder {source!r} here, it is not in the hub's cache, and HF_HUB_OFFLINE"
-        f" keeps from asking the hub; unset it to download the model"
-    )
+    offline = isinstance(error, errors.OfflineModeIsEnabled)
+    if not offline and not isinstance(error, errors.LocalEntryNotFoundError):
+        return None
+    nowhere = f"there is no folder {source!r} here, it is not in the hub's cache, and"
+    if offline or constants.HF_HUB_OFFLINE:
+        return f"{nowhere} HF_HUB_OFFLINE keeps from asking the hub; unset it to download the model"
+    return f"{nowhere} the hub cannot be reached"

@@ -1,8 +1,7 @@
 """A prompt run again and again, each time with something added where a weight's z passes.
 
-The rows of a batch are all the same prompt, and differ in what is added to them. So the blocks
-below the lowest change need not run: they give what they gave before. And only the positions whose
-logits are wanted pass the unembedding.
+The rows of a batch are the same prompt, and differ in what is added to them. The blocks below the
+lowest change give what they gave before, and only the positions wanted pass the unembedding.
 """
 
 from __future__ import annotations
@@ -43,9 +42,7 @@ class Replay:
         self.logits: Float[Tensor, "position d_vocab"] = wide(passed.logits)[0]
 
     def __call__(
-        self,
-        additions: Mapping[tuple[Point, ...], Float[Tensor, "rows pos width"]],
-        layer: int = 0,
+        self, additions: Mapping[tuple[Point, ...], Float[Tensor, "rows pos width"]], layer: int = 0
     ) -> Float[Tensor, "rows position d_vocab"]:
         """The logits of each row, with its own additions.
 

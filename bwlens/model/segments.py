@@ -1,8 +1,7 @@
 """The parts of a prompt that the paper's figures tell apart, by character offsets.
 
-The subject's place is known from the template, so nothing is searched for or tokenised in pieces:
-a subject that occurs twice, that merges with its neighbours, or whose characters are split over
-several tokens is found all the same.
+The subject's place is known from the template: one that occurs twice, merges with its neighbours,
+or has characters split over several tokens is found all the same.
 
 Source: Backward Lens, section 5.1 (figures 5, 6 and 16-21).
 """
@@ -16,16 +15,8 @@ from bwlens.model.prompts import Batch, Edit
 from bwlens.model.protocol import LensModel
 from bwlens.model.tokens import prompt_offsets, span_positions
 
-SEGMENTS = (
-    "bos",
-    "before",
-    "first subject",
-    "middle subject",
-    "last subject",
-    "after",
-    "last",
-    "target",
-)
+_SUBJECT = ("first subject", "middle subject", "last subject")
+SEGMENTS = ("bos", "before", *_SUBJECT, "after", "last", "target")
 """Names of the segments, in the order in which they stand in a prompt.
 
 - `bos`: the BOS token. It is kept apart, as its norms are unlike any other token's.
@@ -43,11 +34,7 @@ def segment_names(
 ) -> tuple[str, ...]:
     """The segment of each token of an edit's prompt.
 
-    Args:
-        model: A TransformerLens model with a fast tokenizer.
-        edit: The edit; its template says where the subject stands.
-        prepend_bos: Whether the prompt gets a BOS token; None is the model's own default.
-        n_target: Number of teacher-forced target tokens after the prompt.
+    `n_target` is the number of teacher-forced target tokens after the prompt.
 
     Raises:
         ValueError: The prompt has no token.
@@ -90,6 +77,5 @@ def segment_codes(
 
 
 def _in_subject(pos: int, held: Sequence[int]) -> str:
-    if pos == held[-1]:
-        return "last subject"
-    return "first subject" if pos == held[0] else "middle subject"
+    first, middle, last = _SUBJECT
+    return last if pos == held[-1] else first if pos == held[0] else middle

@@ -30,11 +30,6 @@ def find_taps(
 ) -> list[Tap | ExpertTap]:
     """Every tap of the matrices and layers asked for, layer by layer.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        matrices: Names out of `MATRICES`, one or several.
-        layers: Layers from 0 (negative ones count from the end); None for all.
-
     Raises:
         ValueError: Unknown matrix, layer out of range, or no layer has such a matrix.
         NotImplementedError: The model is no decoder-only model that runs in this process, or keeps
@@ -45,17 +40,16 @@ def find_taps(
     wanted = resolve_layers(model, layers)
     taps: list[Tap | ExpertTap] = []
     for layer in wanted:
-        found = block_taps(model.blocks[layer], layer)
+        block = block_taps(model.blocks[layer], layer)
         for name in names:
-            if name in found.refused:
+            if name in block.refused:
                 raise NotImplementedError(
-                    f"{name} of layer {layer} cannot be read: {found.refused[name]}. Ask for other"
+                    f"{name} of layer {layer} cannot be read: {block.refused[name]}. Ask for other"
                     f" matrices or layers; {_what_it_has(model)}"
                 )
-        taps += found.of(names)
-    held = {matrix for tap in taps for matrix in tap.matrices}
-    missing = [name for name in names if name not in held]
-    if missing:
+        taps += block.of(names)
+    there = {matrix for tap in taps for matrix in tap.matrices}
+    if missing := [name for name in names if name not in there]:
         where = f"layers {wanted[0]}-{wanted[-1]}" if len(wanted) > 1 else f"layer {wanted[0]}"
         raise ValueError(
             f"{', '.join(missing)}: no such matrix in {where} of this model; {_what_it_has(model)}"
@@ -90,11 +84,9 @@ def plain_taps(
 def available_matrices(model: LensModel) -> tuple[str, ...]:
     """The names out of `MATRICES` that bwlens can read in some layer of the model."""
     check_model(model)
-    held: set[str] = set()
-    for layer, block in enumerate(model.blocks):
-        for tap in block_taps(block, layer).taps:
-            held.update(tap.matrices)
-    return tuple(m for m in MATRICES if m in held)
+    taps = [tap for block in model.blocks for tap in block_taps(block, 0).taps]
+    there = {matrix for tap in taps for matrix in tap.matrices}
+    return tuple(matrix for matrix in MATRICES if matrix in there)
 
 
 def default_matrices(model: LensModel) -> tuple[str, ...]:
@@ -103,9 +95,8 @@ def default_matrices(model: LensModel) -> tuple[str, ...]:
     Raises:
         NotImplementedError: The model has none that bwlens can read.
     """
-    held = tuple(m for m in available_matrices(model) if m in MLP)
-    if held:
-        return held
+    if there := tuple(m for m in available_matrices(model) if m in MLP):
+        return there
     why = {reason for block in model.blocks for reason in block_taps(block, 0).refused.values()}
     raise NotImplementedError(
         f"bwlens reads the MLPs where no matrices are named, and finds none that it can read in"
@@ -115,8 +106,8 @@ def default_matrices(model: LensModel) -> tuple[str, ...]:
 
 def _what_it_has(model: LensModel) -> str:
     """What could be asked for instead, or what the blocks are made of."""
-    if held := available_matrices(model):
-        return f"it has {', '.join(held)}"
+    if there := available_matrices(model):
+        return f"it has {', '.join(there)}"
     made_of = contents(model.blocks[0])
     return f"it has none of those bwlens knows, and its blocks are made of {made_of}"
 
@@ -155,21 +146,20 @@ def resolve_layers(model: LensModel, layers: Layers) -> list[int]:
     given: Any = layers
     if isinstance(given, slice):
         try:
-            asked: list[Any] = list(range(n_layers))[given]
+            chosen: list[Any] = list(range(n_layers))[given]
         except TypeError:
             raise ValueError(f"layers {given} asked for; {there}") from None
     else:
         several = isinstance(given, Iterable) and not isinstance(given, str)
-        asked = list(given) if several else [given]
-    odd = [n for n in asked if isinstance(n, bool) or not hasattr(n, "__index__")]
-    if odd:
+        chosen = list(given) if several else [given]
+    if odd := [n for n in chosen if isinstance(n, bool) or not hasattr(n, "__index__")]:
         raise ValueError(f"layer {odd[0]!r} asked for; expected whole numbers, {there}")
-    asked = [n.__index__() for n in asked]
-    bad = [layer for layer in asked if not -n_layers <= layer < n_layers]
-    if bad or not asked:
-        found = f"layer {bad[0]}" if bad else "an empty list of layers"
-        raise ValueError(f"{found} asked for, but {there}")
-    return sorted({layer % n_layers for layer in asked})
+    chosen = [n.__index__() for n in chosen]
+    bad = [layer for layer in chosen if not -n_layers <= layer < n_layers]
+    if bad or not chosen:
+        what = f"layer {bad[0]}" if bad else "an empty list of layers"
+        raise ValueError(f"{what} asked for, but {there}")
+    return sorted({layer % n_layers for layer in chosen})
 
 
 def resolve_layer(model: LensModel, layer: int) -> int:
@@ -178,10 +168,10 @@ def resolve_layer(model: LensModel, layer: int) -> int:
     Raises:
         ValueError: It is out of range, no whole number, or several.
     """
-    found = resolve_layers(model, layer)
-    if len(found) > 1:
-        raise ValueError(f"layers {found} asked for where one layer is edited; name one")
-    return found[0]
+    first, *more = resolve_layers(model, layer)
+    if more:
+        raise ValueError(f"layers {[first, *more]} asked for where one layer is edited; name one")
+    return first
 
 
 def check_model(model: LensModel) -> None:

@@ -28,11 +28,7 @@ _NAMES = ("cache", "past_key_values")
 
 
 def quickest_step(model: LensModel) -> Callable[[int], Step]:
-    """From a number of rows to a new sequence's step function, as quick as the model allows.
-
-    Args:
-        model: A TransformerBridge or HookedTransformer, in eval mode now and at each step.
-    """
+    """From a number of rows to a new sequence's step; in eval mode now and at each step."""
     probe = torch.tensor([[3, 5, 4, 7], [7, 3, 3, 6]], device=device_of(model)) % model.cfg.d_vocab
     with torch.no_grad():
         expected = _rereading(model, 2)(probe)

@@ -1,8 +1,7 @@
 """Targets: what a model should say next, as token ids.
 
-One rule everywhere: a target is taken exactly as it is written. "Paris" and " Paris" are different
-tokens to most tokenizers, and after "plays for" it is the second that is meant; so a blank that is
-likely missing is warned of, and never added.
+A target is taken exactly as it is written. "Paris" and " Paris" are different tokens to most
+tokenizers; a blank that is likely missing is warned of, and never added.
 """
 
 from __future__ import annotations
@@ -84,8 +83,7 @@ def check_ids(model: LensModel, ids: Sequence[int], what: str) -> None:
         ValueError: One is outside the vocabulary.
     """
     d_vocab = model.cfg.d_vocab
-    bad = [i for i in ids if not 0 <= i < d_vocab]
-    if bad:
+    if bad := [i for i in ids if not 0 <= i < d_vocab]:
         raise ValueError(f"{what}: token id {bad[0]} is outside the vocabulary of {d_vocab}")
 
 
@@ -114,20 +112,20 @@ class Targets:
         """
         if target is None:
             return ()
-        listed = self._listed(target, single)
+        each = self._one_each(target, single)
         n = len(self.rows)
-        if len(listed) != n:
+        if len(each) != n:
             raise ValueError(
-                f"found {len(listed)} {what}s for {n} prompts; give one for all, or one each (a"
+                f"found {len(each)} {what}s for {n} prompts; give one for all, or one each (a"
                 f" {what} of several token ids is a list of its own)"
             )
-        found = tuple(self._ids(index, one, what) for index, one in enumerate(listed))
-        ends = [(self._end(index), one) for index, one in enumerate(listed)]
+        ids = tuple(self._ids(index, one, what) for index, one in enumerate(each))
+        ends = [(self._end(index), one) for index, one in enumerate(each)]
         texts = dict.fromkeys((end, one) for end, one in ends if isinstance(one, str))
         warn_of_blanks([pair for pair in texts if lacks_blank(self.model, *pair)])
-        return found
+        return ids
 
-    def _listed(self, target: Any, single: bool) -> list[Any]:
+    def _one_each(self, target: Any, single: bool) -> list[Any]:
         """One target for each prompt."""
         target = target.tolist() if isinstance(target, np.ndarray) else target
         if isinstance(target, str | int) or (isinstance(target, Tensor) and target.ndim == 0):

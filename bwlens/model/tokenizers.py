@@ -14,8 +14,7 @@ PROBES = 32
 def check_tokenizer(model: LensModel, name: str) -> None:
     """Refuse a tokenizer that has no words, cannot read its own, or belongs to another model.
 
-    A tokenizer may have fewer tokens than the embedding has rows (padded embeddings), and tokens
-    that were added to it may lie beyond, as Gemma 3's image token does; its ordinary ones may not.
+    Its ordinary tokens must lie within the embedding; added ones may not (Gemma 3's image token).
 
     Raises:
         ValueError: What does not fit, and how to mend it.
@@ -54,12 +53,8 @@ def _survives(tokenizer: Any, text: str) -> bool:
 def lost_words(tokenizer: Any, text: str, ids: Sequence[int]) -> list[str]:
     """The words of a text that its tokens do not hold: unknown ones, and such as are dropped.
 
-    What a tokenizer changes by its own rules (case, accents, forms of a character) is held.
-
-    Args:
-        tokenizer: The tokenizer; without offsets, words count as lost that do not come back.
-        text: The text.
-        ids: Its tokens, with or without BOS.
+    What a tokenizer changes by its own rules (case, accents) is held. `ids` are the text's tokens,
+    with or without BOS; of a tokenizer without offsets, words are lost that do not come back.
     """
     unknown, bos = tokenizer.unk_token_id, tokenizer.bos_token_id
     body = list(ids[1:] if bos is not None and ids[:1] == [bos] else ids)

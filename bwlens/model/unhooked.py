@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from bwlens.model.passes import all_modules
 from bwlens.model.protocol import LensModel
 
 _DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -43,8 +44,7 @@ def hooks_off(
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a hook of any kind hangs on the module."""
-    held = vars(module)
-    return any(held.get(name) for name in (*_DICTS, *_LISTS))
+    return any(vars(module).get(name) for name in (*_DICTS, *_LISTS))
 
 
 @contextmanager
@@ -55,24 +55,13 @@ def users_hooks_off(model: LensModel) -> Iterator[None]:
     that come with the code of torch or of the model's own modules stay: pruning computes a weight
     in one, and a bridge passes values on in others.
     """
-    wrapped = getattr(model, "original_model", None)
-    modules = {
-        id(module): module
-        for tree in (model, wrapped)
-        if tree is not None
-        for module in tree.modules()
-    }
+    modules = all_modules(model)
     ends = (getattr(model, "ln_final", None), getattr(model, "unembed", None))
-    open_to_users = {
-        id(module): module for end in ends if end is not None for module in end.modules()
-    }
-    open_to_users |= {key: m for key, m in modules.items() if hasattr(m, "fwd_hooks")}
-    others = [module for key, module in modules.items() if key not in open_to_users]
-    origins = {_origin(type(module)) for module in modules.values()} | {"torch"}
-    with (
-        hooks_off(open_to_users.values()),
-        hooks_off(others, lambda hook: _origin(hook) in origins),
-    ):
+    open_to_users = {module for end in ends if end is not None for module in end.modules()}
+    open_to_users |= {module for module in modules if hasattr(module, "fwd_hooks")}
+    others = [module for module in modules if module not in open_to_users]
+    origins = {_origin(type(module)) for module in modules} | {"torch"}
+    with hooks_off(open_to_users), hooks_off(others, lambda hook: _origin(hook) in origins):
         yield
 
 

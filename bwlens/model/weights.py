@@ -1,11 +1,9 @@
 """The parameter that a site's weight lives in: to read it, and to change it in place.
 
-Models keep a weight W [d_in, d_out] in forms of their own: transposed (`nn.Linear`), as it is
-(GPT-2's `Conv1D`), head by head (HookedTransformer's attention), or as a slice of one parameter for
-all experts. `weight_of` finds it, and a `Weight` shows it as [d_in, d_out] in every case. A change
-made through it changes the forward pass, as it is the very memory that the model computes with.
-
-Grouped queries: `W_K` and `W_V` have the width of the model's own key and value heads, unrepeated.
+Models keep a weight W [d_in, d_out] transposed (`nn.Linear`), as it is (GPT-2's `Conv1D`), head by
+head (HookedTransformer's attention), or as a slice of one parameter for all experts; a `Weight`
+shows it as [d_in, d_out] in every case. With grouped queries `W_K` and `W_V` have the width of the
+model's own key and value heads, unrepeated.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bwlens.model.passes import all_modules
 from bwlens.model.places import SHARED, ExpertTap, Site, Tap
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import check_model, find_taps, resolve_layers
@@ -95,16 +94,12 @@ class Weight:
 
 
 def weight_of(model: LensModel, site: Site) -> Weight:
-    """The weight of a site, in the model's own memory; for several, see `weights_of`.
-
-    Args:
-        model: A TransformerBridge, raw or in compatibility mode, or a HookedTransformer.
-        site: Which weight; negative layers count from the end.
+    """The weight of a site, in the model's own memory; negative layers count from the end.
 
     Raises:
         ValueError: The model has no such matrix, layer or expert.
-        NotImplementedError: The weight is quantised, offloaded or not loaded, is computed from
-            other parameters, or is shared between layers, so that it cannot be changed alone.
+        NotImplementedError: The weight is quantised, not in memory, computed from other parameters,
+            or shared between layers, so that it cannot be changed alone.
 
     Example:
         >>> weight = weight_of(model, Site("W_out", 3))  # doctest: +SKIP
@@ -115,25 +110,20 @@ def weight_of(model: LensModel, site: Site) -> Weight:
 
 
 def weights_of(model: LensModel, sites: Iterable[Site]) -> dict[Site, Weight]:
-    """The weights of several sites, in the model's own memory, by the sites asked for.
-
-    Raises:
-        ValueError: As `weight_of` does.
-        NotImplementedError: As `weight_of` does.
-    """
+    """The weights of several sites, by the sites asked for; raises as `weight_of` does."""
     check_model(model)
     memory = _Memory(model)
     weights = {}
     for site in sites:
         taps = find_taps(model, [site.matrix], site.layer)
-        found = Site(site.matrix, resolve_layers(model, site.layer)[0], site.expert)
-        parameter, live = _stored(taps, found)
-        _check_stored(parameter, found)
-        memory.check_unshared(parameter, found)
+        own = Site(site.matrix, resolve_layers(model, site.layer)[0], site.expert)
+        parameter, live = _stored(taps, own)
+        _check_stored(parameter, own)
+        memory.check_unshared(parameter, own)
         live = live.detach()
-        per_head_in = live.ndim == 3 and found.matrix == "W_O"
+        per_head_in = live.ndim == 3 and own.matrix == "W_O"
         d_in = live.shape[0] * live.shape[1] if per_head_in else live.shape[0]
-        weights[site] = Weight(found, live, (d_in, live.numel() // d_in))
+        weights[site] = Weight(own, live, (d_in, live.numel() // d_in))
     return weights
 
 
@@ -149,24 +139,20 @@ def parameter_of(tap: Tap | ExpertTap, site: Site) -> tuple[Any, Tensor]:
 def copy_of(model: LensModel) -> Any:
     """A copy of a model that shares no storage with it and outlives it.
 
-    `copy.deepcopy` leaves a bridge's hooks, closures, reaching into the model they were made for:
-    these are made anew. Parameters stay with tensors of the same memory, and what modules keep of
-    their last pass is copied off the autograd graph.
+    A bridge's hooks are closures that `copy.deepcopy` leaves reaching into the first model: they
+    are made anew. What modules keep of their last pass is copied off the autograd graph.
     """
     memo: dict[Any, Any] = {}
-    for tree in (model, getattr(model, "original_model", None)):
-        for module in () if tree is None else tree.modules():
-            for parameter in module.parameters(recurse=False):
-                if type(parameter) is nn.Parameter and id(parameter) not in memo:
-                    values = copy.deepcopy(parameter.detach(), memo)
-                    memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
-            for kept in vars(module).values():
-                if isinstance(kept, torch.Tensor) and not kept.is_leaf:
-                    memo[id(kept)] = kept.detach().clone()
+    for module in all_modules(model):
+        for parameter in module.parameters(recurse=False):
+            if type(parameter) is nn.Parameter and id(parameter) not in memo:
+                values = copy.deepcopy(parameter.detach(), memo)
+                memo[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
+        for kept in vars(module).values():
+            if isinstance(kept, torch.Tensor) and not kept.is_leaf:
+                memo[id(kept)] = kept.detach().clone()
     twin = copy.deepcopy(model, memo)
-    trees = [twin, getattr(twin, "original_model", None)]
-    modules = {module: None for tree in trees if tree is not None for module in tree.modules()}
-    for module in modules:
+    for module in all_modules(twin):
         for holder in (vars(module), *(vars(module)[name] for name in _HOOKS)):
             for key, value in holder.items():
                 if isinstance(value, FunctionType) and value.__closure__:
@@ -181,9 +167,9 @@ def _rehung(function: FunctionType, memo: dict[Any, Any]) -> FunctionType:
     """A function whose closure holds the copies of what it held."""
     cells = []
     for cell in function.__closure__ or ():
-        held = cell.cell_contents
-        weak = isinstance(held, ProxyTypes)
-        target = held.__repr__.__self__ if weak else held  # what a proxy stands for
+        content = cell.cell_contents
+        weak = isinstance(content, ProxyTypes)
+        target = content.__repr__.__self__ if weak else content  # what a proxy stands for
         twin = memo.get(id(target))
         cells.append(cell if twin is None else CellType(proxy(twin) if weak else twin))
     made = FunctionType(
@@ -206,19 +192,19 @@ def _stored(taps: list[Tap | ExpertTap], site: Site) -> tuple[Any, Tensor]:
                 return _own_parameter(tap)
             experts += [] if tap.site.expert is None else [tap.site.expert]
             continue
-        name = next(name for name, held in tap.weights.items() if site.matrix in held)
-        parameter, held = getattr(tap.experts, name), tap.weights[name]
+        name, names = next(pair for pair in tap.weights.items() if site.matrix in pair[1])
+        parameter = getattr(tap.experts, name)
         if isinstance(site.expert, int) and 0 <= site.expert < len(parameter):
-            part = parameter[site.expert].chunk(len(held))[held.index(site.matrix)]
+            part = parameter[site.expert].chunk(len(names))[names.index(site.matrix)]
             return parameter, part.T
         experts += range(len(parameter))
     if not experts:
         raise ValueError(f"{site}: that layer is no mixture of experts; leave the expert out")
-    asked = "names no expert" if site.expert is None else "does not exist"
+    fault = "names no expert" if site.expert is None else "does not exist"
     numbers = [expert for expert in experts if isinstance(expert, int)]
     more = " and the shared one ('shared')" if SHARED in experts else ""
     raise ValueError(
-        f"{site} {asked}; that layer has the experts {min(numbers)} to {max(numbers)}{more}"
+        f"{site} {fault}; that layer has the experts {min(numbers)} to {max(numbers)}{more}"
     )
 
 

@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bwlens.gradient.low_rank
+import bwlens.gradient.matrix
+import bwlens.runs.tensors
 from bwlens.gradient.low_rank import LowRankGradient, LowRankMatrix
 
 EPS64 = torch.finfo(torch.float64).eps
@@ -586,7 +588,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         part.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(bwlens.gradient.low_rank, "save_file", torn)
+    monkeypatch.setattr(bwlens.runs.tensors, "save_file", torn)
     with pytest.raises(OSError, match="disk full"):
         plain.save(path)
     assert same_bits(LowRankGradient.load(path), BATCH)
@@ -609,9 +611,10 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_examples_in_the_docstrings() -> None:
-    result = doctest.testmod(bwlens.gradient.low_rank)
-    assert result.attempted > 20
-    assert result.failed == 0
+    modules = (bwlens.gradient.matrix, bwlens.gradient.low_rank)
+    results = [doctest.testmod(module) for module in modules]
+    assert sum(result.attempted for result in results) > 15
+    assert not any(result.failed for result in results)
 
 
 # The algebra. Entries are small integers, so that sums are exact and equality is equality.

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from bwlens.data.given import as_records, own_records
 from bwlens.data.prose import read_prose
-from bwlens.data.records import Record, Records
 from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
 from bwlens.evaluation.measuring import Gauge, Options
 from bwlens.evaluation.methods import Method, methods_of
@@ -39,8 +38,8 @@ _PROBLEMS = (ValueError, RuntimeError, ArithmeticError)
 
 def evaluate(
     model: Any,
-    method: Any,
-    records: Records | Sequence[Record] | Record | str | Path | None = None,
+    methods: Any,
+    records: Any = None,
     *,
     settings: Mapping[str, Any] | None = None,
     perplexity_text: str | Path | Sequence[str] | None = None,
@@ -52,11 +51,11 @@ def evaluate(
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was found.
-        method: A method's name ("rome", or "none" for the model as it is), a function
+        methods: A method's name ("rome", or "none" for the model as it is), a function
             `method(model, edit) -> WeightChange`, a list of these, or a mapping from the names
             that rows are to have.
-        records: Records, or what `read_records` takes by name. None is the demo's, for the demo
-            model alone: its facts say nothing of another.
+        records: Records or mappings of their fields, one or several, or what `read_records` takes
+            by name. None is the demo's, for the demo model alone: its facts say nothing of another.
         settings: Keyword arguments of the method, where it is one.
         perplexity_text: What perplexity is measured on: "demo", a file, a data set's name or
             texts. None is the demo's stories for the demo model, and no perplexity for others.
@@ -81,7 +80,7 @@ def evaluate(
         >>> bwlens.evaluate(model, "forward_pass_shift", records).summary   # doctest: +SKIP
     """
     chosen = Options.of(options)
-    harness = Harness(model, methods_of(method, settings), records, perplexity_text, chosen)
+    harness = Harness(model, methods_of(methods, settings), records, perplexity_text, chosen)
     return harness.run(out, progress)
 
 
@@ -103,7 +102,7 @@ class Harness:
         self,
         model: Any,
         methods: Sequence[Method],
-        records: Records | Sequence[Record] | Record | str | Path | None = None,
+        records: Any = None,
         perplexity_text: str | Path | Sequence[str] | None = None,
         options: Options | None = None,
     ) -> None:

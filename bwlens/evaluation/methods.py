@@ -67,23 +67,23 @@ def editing_methods() -> dict[str, EditMethod]:
     return {name: one for name, one in held.items() if _is_method(one)}
 
 
-def methods_of(method: Any, settings: Mapping[str, Any] | None = None) -> tuple[Method, ...]:
+def methods_of(methods: Any, settings: Mapping[str, Any] | None = None) -> tuple[Method, ...]:
     """Methods in any of the ways they may be named.
 
     Args:
-        method: A name ("rome", "none"), a function of a model and an edit, a `Method`, several of
+        methods: A name ("rome", "none"), a function of a model and an edit, a `Method`, several of
             these in a list, or a mapping from the names their rows are to have.
         settings: Keyword arguments of a single method.
 
     Raises:
         ValueError: No such method or setting, or settings for several methods.
     """
-    if isinstance(method, Mapping):
-        named = [_method(one, name) for name, one in method.items()]
-    elif isinstance(method, Sequence) and not isinstance(method, str):
-        named = [_method(one) for one in method]
+    if isinstance(methods, Mapping):
+        named = [_method(one, name) for name, one in methods.items()]
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        named = [_method(one) for one in methods]
     else:
-        named = [_method(method)]
+        named = [_method(methods)]
     if not named:
         raise ValueError("no method given; name one, or 'none' for the model as it is")
     if settings:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bwlens.data.records import Record, Records
 from bwlens.evaluation.evaluation import Evaluation
 from bwlens.evaluation.harness import Harness
 from bwlens.evaluation.measuring import Options
@@ -45,7 +44,7 @@ class Table1:
         evaluation: The rows it is made of.
 
     Example:
-        >>> table = table1(bwlens.load_model("demo"), records)   # doctest: +SKIP
+        >>> table = table1(bwlens.load_model("demo"), records=records)   # doctest: +SKIP
         >>> table.save("table1.tex")                             # doctest: +SKIP
     """
 
@@ -133,8 +132,8 @@ class Table1:
             ax.remove()
         return figure
 
-    def save(self, path: str | Path) -> None:
-        """Write the table: .csv, .tex, .txt, or the figure: .pdf, .svg, .png.
+    def save(self, path: str | Path) -> Path:
+        """Write the table: .csv, .tex, .txt, or the figure: .pdf, .svg, .png; the path is returned.
 
         Raises:
             ValueError: Another suffix.
@@ -153,6 +152,7 @@ class Table1:
                 f"{str(path)!r}: a table is written as .csv, .tex or .txt, its figure as .pdf, .svg"
                 f" or .png"
             )
+        return path
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
         from rich.measure import Measurement
@@ -228,8 +228,8 @@ class Table1:
 
 def table1(
     model: Any,
-    records: Records | Sequence[Record] | Record | str | Path | None = None,
     methods: Any = None,
+    records: Any = None,
     *,
     perplexity_text: str | Path | Sequence[str] | None = None,
     out: str | Path | None = None,
@@ -240,8 +240,8 @@ def table1(
 
     Args:
         model: A TransformerBridge or HookedTransformer.
-        records: As for `evaluate`.
         methods: As for `evaluate`; None for the model as it is and all methods that bwlens has.
+        records: As for `evaluate`.
         perplexity_text: As for `evaluate`.
         out: A folder for the rows, to carry on a run that was killed.
         progress: Show a bar.

@@ -518,11 +518,11 @@ def test_parts_on_disk_hold_the_same_rows(tmp_path, model):
     meta = json.loads((out / "run.json").read_text())
     assert list(meta["settings"]["methods"]) == ["none", "nudge"]
     for changed in (
-        {"method": methods | {"nudge": partial(nudge, scale=2.0)}},
+        {"methods": methods | {"nudge": partial(nudge, scale=2.0)}},
         {"records": [*records[:4], record(" t18", case_id=4)]},
         {"seed": 1},
     ):
-        asked = {"method": methods, "records": records, **QUICK, **changed}
+        asked = {"methods": methods, "records": records, **QUICK, **changed}
         with pytest.raises(ValueError, match="other settings"):
             evaluate(model, out=out, **asked)
 

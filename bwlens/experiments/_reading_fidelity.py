@@ -13,12 +13,12 @@ from torch import Tensor
 from bwlens.data.given import Edits, as_edits, as_list
 from bwlens.data.records import Record
 from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
-from bwlens.experiments.intervals import RESAMPLES, summarize
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.sites import Site, Tap, find_taps
 from bwlens.reading.effect import EffectOf, tempered
 from bwlens.reading.trust import agreement, controls, delta_scores, other_deltas, true_effects
+from bwlens.runs.intervals import RESAMPLES, summarize
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -176,6 +176,7 @@ def evaluate(
         console.print(Table1(found))
         for failure in found.failures[:20]:
             told = f"Record {failure.item}: {failure.message}"
+            told = failure.message if failure.item < 0 else told
             console.print(f"Left out: {escaped(told)}", highlight=False)
         if out is not None and process.index == 0:
             for name in ("table1.csv", "table1.tex", "table1.txt", "table1.pdf"):

@@ -32,7 +32,7 @@ class Evaluation:
     Attributes:
         rows: A row for each record and method; columns are `METRICS` (in percent; nan where there
             was nothing to measure), the change's `norm`, and what the method had to say (`note`).
-        failures: What could not be edited or measured.
+        failures: What could not be edited or measured; -1 stands for all records of a method.
         n_records: Number of records the evaluation was about.
 
     Example:
@@ -48,6 +48,11 @@ class Evaluation:
     def methods(self) -> list[str]:
         """The methods' names, in their order."""
         return list(dict.fromkeys(self.rows["method"]))
+
+    @property
+    def notes(self) -> list[str]:
+        """What concerns a method as such: that it cannot run here, and why."""
+        return [failure.message for failure in self.failures if failure.item < 0]
 
     @property
     def blank(self) -> list[str]:

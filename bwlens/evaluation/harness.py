@@ -30,7 +30,9 @@ PART_SIZE = 10
 """Records of a part on disk, at most."""
 
 _HOPELESS = 10
-"""A method that fails on so many records, before it has dealt with any, is not tried further."""
+"""A method that fails on each of so many first records cannot run here, and is left out."""
+
+_LEFT_OUT = "cannot run here and is left out"
 
 _PROBLEMS = (ValueError, RuntimeError, ArithmeticError)
 """What may be wrong with one record or one edit; anything else is a mistake in the code."""
@@ -69,8 +71,8 @@ def evaluate(
 
     Raises:
         ValueError: No such method, setting, option or text; no records for a model that is not
-            the demo model; no usable record; none of the first records can be edited; `out` holds
-            another run.
+            the demo model; no usable record; no method can run here (one of several is left out,
+            which `notes` say); `out` holds another run.
         TypeError: Edits, or something else that is no record, where records are meant.
 
     Source: Meng et al., NeurIPS 2022 (CounterFact); Katz et al., EMNLP 2024, Table 1.
@@ -117,7 +119,8 @@ class Harness:
             sentences = read_prose(perplexity_text)
         self._gauge = Gauge(model, records, sentences, self.options)
         self._failed: Counter[str] = Counter()
-        self._done: Counter[str] = Counter()
+        self._able: set[str] = set()
+        self._left_out: dict[str, Failure] = {}
 
     @unwarned()
     def estimate(self) -> float:
@@ -126,20 +129,22 @@ class Harness:
         What a method loads or makes at its first call is out of the way then.
 
         Raises:
-            ValueError: A method fails on each of the first records.
+            ValueError: No method can run here.
         """
         n, spent = len(self.records), self._gauge.spent
-        total, item = 0.0, 0
+        total, tried = 0.0, []
         for method in self.methods:
-            item = self._first_that_can_be(method)
+            if (item := self._first_that_can_be(method)) is None:
+                continue
             before = dict(spent)
             self._gauge.row(method, item, periodic=False)
             total += n * sum(spent[what] - before[what] for what in ("edit", "answers"))
+            tried.append((method, item))
         before = dict(spent)
-        self._gauge.row(self.methods[-1], item, periodic=True)
+        self._gauge.row(*tried[-1], periodic=True)
         for what in ("generation", "perplexity"):  # the same for every method
             if every := getattr(self.options, f"{what}_every"):
-                total += len(self.methods) * -(-n // every) * (spent[what] - before[what])
+                total += len(tried) * -(-n // every) * (spent[what] - before[what])
         return total / Process.current().count
 
     def run(self, out: str | Path | None = None, progress: bool = True) -> Evaluation:
@@ -148,15 +153,18 @@ class Harness:
         With several processes, the rows are those that are finished by all of them so far.
 
         Raises:
-            ValueError: A method fails on each of the first records, or `out` holds another run.
+            ValueError: No method can run here, or `out` holds another run.
         """
         warn_of_edits(self.model, (record.edit for record in self.records))
         n, size = len(self.records), self._part_size
         sizes = [min(size, n - start) for start in range(0, n, size)]
         if out is not None:
             run = Run(out, self.settings(), sizes)
-            if any(map(run.done, range(len(sizes)))):
-                self._done.update(method.name for method in self.methods)
+            self._take_up(out)
+            if Process.current().index:  # by the first records, whichever this process has
+                for method in self._in_play():
+                    if method.name not in self._able:
+                        self._first_that_can_be(method)
             run.work(self._part, progress=progress, label="Evaluating")
             tables = read_tables(out)
             return self._evaluation([tables["rows"]] if tables else [], read_failures(out))
@@ -191,39 +199,68 @@ class Harness:
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
-        failures: list[Failure] = []
+        failures: list[tuple[Method, Failure]] = []
         size = self._part_size
         for item in range(part * size, min((part + 1) * size, len(self.records))):
-            for method in self.methods:
+            for method in self._in_play():
                 try:
                     rows.append(self._gauge.row(method, item))
-                    self._done[method.name] += 1
+                    self._able.add(method.name)
                 except _PROBLEMS as error:
-                    failures.append(Failure(item, f"{method.name}: {error}"))
-                    self._give_up(method, error)
+                    failures.append((method, Failure(item, f"{method.name}: {error}")))
+                    self._count(method, error)
         table = pd.DataFrame(rows, columns=COLUMNS)
+        kept = [failure for method, failure in failures if method.name not in self._left_out]
         # A column without a value in this part is still one of numbers.
-        return Part({"rows": table.astype(dict.fromkeys(MEASURED, float))}, failures)
+        return Part(
+            {"rows": table.astype(dict.fromkeys(MEASURED, float))},
+            [*self._left_out.values(), *kept],
+        )
 
-    def _give_up(self, method: Method, error: Exception) -> None:
-        """Settings that fit no record are said soon, not after a night."""
+    def _in_play(self) -> list[Method]:
+        return [method for method in self.methods if method.name not in self._left_out]
+
+    def _take_up(self, folder: str | Path) -> None:
+        """What the finished parts of a run say of its methods, so that none is tried in vain."""
+        if tables := read_tables(folder):
+            self._able |= {str(name) for name in tables["rows"]["method"].unique()}
+        for failure in read_failures(folder):
+            for name in (method.name for method in self.methods):
+                if failure.message.startswith(f"{name} {_LEFT_OUT}"):
+                    self._left_out[name] = failure
+                elif failure.message.startswith(f"{name}: "):
+                    self._failed[name] += 1
+
+    def _count(self, method: Method, error: Exception) -> None:
+        """Leave a method out that this model or its settings are not for, and go on with others.
+
+        Raises:
+            ValueError: There is no other left.
+        """
         self._failed[method.name] += 1
         most = min(_HOPELESS, len(self.records))
-        if not self._done[method.name] and self._failed[method.name] >= most:
-            raise ValueError(
-                f"{method.name} fails on each of the first {most} records, so it is not tried"
-                f" further: {error}"
-            ) from error
+        never = isinstance(error, NotImplementedError)
+        if method.name in self._able or (self._failed[method.name] < most and not never):
+            return
+        why = "" if never else f" (it fails on each of the first {most} records)"
+        message = f"{method.name} {_LEFT_OUT}{why}: {error}"
+        self._left_out[method.name] = Failure(-1, message)
+        if not self._in_play():
+            raise ValueError("; ".join(one.message for one in self._left_out.values())) from error
 
-    def _first_that_can_be(self, method: Method) -> int:
-        """The first record that a method can deal with."""
+    def _first_that_can_be(self, method: Method) -> int | None:
+        """The first record that a method can deal with; None where it is left out."""
         for item in range(len(self.records)):
             try:
                 self._gauge.row(method, item, periodic=False)
-                return item
             except _PROBLEMS as error:
-                self._give_up(method, error)
-        raise AssertionError("given up before")
+                self._count(method, error)
+                if method.name in self._left_out:
+                    return None
+            else:
+                self._able.add(method.name)
+                return item
+        raise AssertionError("left out before")
 
     def _evaluation(
         self, tables: Sequence[pd.DataFrame], failures: Sequence[Failure]
@@ -234,7 +271,10 @@ class Harness:
         rows = pd.concat(some, ignore_index=True) if some else pd.DataFrame(columns=COLUMNS)
         # What comes from the disk holds words as categories.
         rows = rows.astype(dict.fromkeys(("relation", "method", "note"), "str"))
-        return Evaluation(rows, tuple(failures), len(self.records))
+        # Every part says which methods are left out; what they failed on first is said by that.
+        gone = tuple(f"{name}: " for name in self._left_out)
+        kept = [f for f in dict.fromkeys(failures) if f.item < 0 or not f.message.startswith(gone)]
+        return Evaluation(rows, tuple(kept), len(self.records))
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ class Table1:
                 for name in COLUMNS
             ]
             lines.append(" & ".join([_latex(method), *cells]) + r" \\")
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        notes = [f"% {' '.join(note.split())}" for note in self.evaluation.notes]
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, ""])
 
     def figure(self) -> Figure:
         """A panel for each metric, methods as dots with their 95 % intervals."""
@@ -156,12 +158,13 @@ class Table1:
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
         from rich.measure import Measurement
+        from rich.text import Text
 
         wide = options.update(max_width=10_000)
         whole = [self._block(title, intervals=True) for title in BLOCKS]
         fits = all(Measurement.get(console, wide, t).maximum <= options.max_width for t in whole)
         yield from whole if fits else [self._block(title, intervals=False) for title in BLOCKS]
-        yield self._caption(fits)
+        yield Text(self._caption(fits))
 
     def _block(self, title: str, intervals: bool) -> Any:
         """The columns of one paper, in a terminal; without intervals it is half as wide."""
@@ -189,7 +192,7 @@ class Table1:
 
     def _repr_html_(self) -> str:
         html = self.means.to_html(float_format="%.4g", na_rep="")
-        return f"{html}<p>{self._caption()}</p>"
+        return f"{html}<p>{escape(self._caption())}</p>"
 
     def _caption(self, intervals: bool = False) -> str:
         e = self.evaluation
@@ -199,9 +202,9 @@ class Table1:
         )
         if blank := [name for name in COLUMNS if not self.means[name].notna().any()]:
             text += f" Blank for want of data: {', '.join(blank)}."
-        if e.failures:
-            text += f" {len(e.failures)} edits failed and are left out."
-        return text
+        if failed := len(e.failures) - len(e.notes):
+            text += f" {failed} edits failed and are left out."
+        return " ".join([text, *(f"Note: {note}." for note in e.notes)])
 
     def _wide(self, column: str) -> pd.DataFrame:
         wide = self.evaluation.summary.pivot(index="method", columns="metric", values=column)

@@ -24,6 +24,7 @@ from bwlens.evaluation.measuring import Options
 from bwlens.evaluation.methods import editing_methods, methods_of
 from bwlens.evaluation.prose_perplexity import prose_perplexity, prose_rows
 from bwlens.evaluation.questions import answers_of, questions_of
+from bwlens.evaluation.table import Table1
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.prompts import Edit
 from tests import tiny
@@ -395,7 +396,9 @@ def test_the_model_is_left_as_it_was(boot, monkeypatch):
         raise ValueError("in the midst of it")
 
     monkeypatch.setattr(measuring, "_judged", breaks)
-    with pytest.raises(ValueError, match=r"nudge fails on each of the first 1 records.*midst"):
+    with pytest.raises(
+        ValueError, match=r"nudge cannot run here.* each of the first 1 records.*midst"
+    ):
         evaluate(model, nudge, [record()], **QUICK)
     assert_same_state(model, before)
 
@@ -445,6 +448,44 @@ def test_one_bad_record_does_not_stop_it(model):
     (failure,) = found.failures
     assert (failure.item, failure.message) == (1, "fussy: not this one")
     assert "1 failures" in repr(found)
+
+
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError])
+@pytest.mark.usefixtures("small_parts")
+def test_a_method_that_cannot_run_takes_itself_out(tmp_path, model, error):
+    records = [record(case_id=i) for i in range(5)]
+    calls = []
+
+    def refuses(model, edit):
+        calls.append(edit)
+        raise error("no statistics [of this] model")
+
+    methods = {"none": None, "refuses": refuses, "nudge": nudge}
+    expected = evaluate(model, {"none": None, "nudge": nudge}, records, **QUICK).rows
+    alone = evaluate(model, methods, records, **QUICK)
+    same(alone.rows, expected)
+    (note,) = alone.notes
+    assert note.startswith("refuses cannot run here and is left out")
+    assert note.endswith(": no statistics [of this] model")
+    assert [f.item for f in alone.failures] == [-1]
+    table = Table1(alone)
+    for text in (" ".join(table.text().split()), table._repr_html_(), table.latex()):
+        assert note in text
+    assert "edits failed" not in table.text()
+    assert len(calls) == (1 if error is NotImplementedError else 5)
+    # On disk: carried on, it is not tried again.
+    out = tmp_path / "run"
+    assert evaluate(model, methods, records, out=out, **QUICK).failures == alone.failures
+    (out / "done" / "part-00000.json").unlink()
+    calls.clear()
+    again = evaluate(model, methods, records, out=out, **QUICK)
+    same(again.rows, expected)
+    assert (again.failures, calls) == (alone.failures, [])
+    with pytest.raises(ValueError, match="refuses cannot run here"):
+        evaluate(model, {"refuses": refuses}, records, **QUICK)
+    work = Harness(model, methods_of(methods), records, options=Options(0, 8))
+    assert work.estimate() > 0
+    same(work.run(progress=False).rows.iloc[:2], expected.iloc[:2])
 
 
 @pytest.mark.parametrize(

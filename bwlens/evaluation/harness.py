@@ -58,7 +58,8 @@ def evaluate(
             that rows are to have.
         records: Records or mappings of their fields, one or several, or what `read_records` takes
             by name. None is the demo's, for the demo model alone: its facts say nothing of another.
-        settings: Keyword arguments of the method, where it is one.
+        settings: Keyword arguments of the method, where it is one; of several, those of each by
+            its name, `{"rome": {"layer": 5}}`.
         perplexity_text: What perplexity is measured on: "demo", a file, a data set's name or
             texts. None is the demo's stories for the demo model, and no perplexity for others.
         out: A folder for the rows. A run that was killed goes on where it was when it is started

@@ -15,13 +15,13 @@ import torch
 import bwlens
 from bwlens.data.prose import read_prose
 from bwlens.data.records import Record, Records, read_records
-from bwlens.edit import WeightChange
+from bwlens.edit import WeightChange, key_statistics
 from bwlens.evaluation import harness, measuring, metrics
 from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
 from bwlens.evaluation.generation import Writer
 from bwlens.evaluation.harness import Harness, evaluate
 from bwlens.evaluation.measuring import Options
-from bwlens.evaluation.methods import editing_methods, methods_of
+from bwlens.evaluation.methods import editing_methods, methods_of, with_statistics
 from bwlens.evaluation.prose_perplexity import prose_perplexity, prose_rows
 from bwlens.evaluation.questions import answers_of, questions_of
 from bwlens.evaluation.table import Table1
@@ -319,8 +319,31 @@ def test_methods_in_any_form():
     assert named[1].described()["function"].endswith("test_harness.nudge")
     (one,) = methods_of(nudge, {"scale": 3.0})
     assert (one.name, one.settings) == ("nudge", {"scale": 3.0})
+    both = methods_of(["none", nudge], {"scale": 3.0})
+    assert [m.settings for m in both] == [{}, {"scale": 3.0}]
+    each = methods_of({"a": nudge, "b": nudge}, {"b": {"scale": 2.0}})
+    assert [m.settings for m in each] == [{}, {"scale": 2.0}]
     assert {"forward_pass_shift", "gradient_step", "fine_tune"} <= set(editing_methods())
     assert methods_of("forward_pass_shift")[0].name == "forward_pass_shift"
+
+
+def test_statistics_for_the_methods_that_take_some(demo):
+    stories = read_prose("demo")
+    first, second = (key_statistics(demo, stories[i:60], cache=False) for i in (0, 1))
+    given = methods_of(["none", "rome", "forward_pass_shift", "memit"])
+    chosen = with_statistics(given, first)
+    assert ["statistics" in one.settings for one in chosen] == [False, True, False, True]
+    # A run on disk hangs on what they hold, and on no object.
+    described = chosen[1].described()
+    assert json.loads(json.dumps(described)) == described
+    assert with_statistics(given, dict(first))[1].described() == described
+    assert with_statistics(given, second)[1].described() != described
+    edit = read_records("demo")[0].edit
+    few = methods_of(chosen[1], {"prefixes": (), "steps": 1})[0]
+    shipped = methods_of("rome", {"prefixes": (), "steps": 1})[0]
+    assert not torch.equal(*(m(demo, edit)["W_out", 2].dense() for m in (few, shipped)))
+    with pytest.raises(ValueError, match="no method takes any: none, forward_pass_shift"):
+        with_statistics(given[::2], first)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +351,11 @@ def test_methods_in_any_form():
     [
         ("nonsense", None, "no editing method 'nonsense'; there are none"),
         (nudge, {"speed": 1}, "nudge has no setting 'speed'; it has scale, layer"),
-        ([nudge, "none"], {"scale": 1}, "settings belong to one method"),
+        ({"a": nudge, "b": nudge}, {"scale": 1}, "scale is none of a, b; say whose they are"),
+        ("none", {"scale": 1}, "settings belong to one method"),
+        ({"a": nudge, "b": nudge}, {"c": {"scale": 1}}, "c is none of a, b"),
+        ({"a": nudge, "b": nudge}, {"a": {"speed": 1}}, "a has no setting 'speed'"),
+        (nudge, {"speed": {}}, "nudge has no setting 'speed'"),
         ([nudge, nudge], None, "two methods have one name"),
         ([], None, "no method given"),
         (3, None, "expected an editing method"),

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from bwlens.data.given import as_records, own_records
 from bwlens.data.prose import read_prose
 from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
-from bwlens.evaluation.measuring import Gauge, Options
+from bwlens.evaluation.measuring import Bench, Options, row_of
 from bwlens.evaluation.methods import Method, methods_of
+from bwlens.evaluation.questions import Questions, questions_of
 from bwlens.model.identity import is_demo, model_label
 from bwlens.model.sites import check_model
 from bwlens.model.targets import unwarned, warn_of_edits
@@ -118,7 +119,7 @@ class Harness:
         sentences: Sequence[str] = ()
         if perplexity_text is not None and self.options.perplexity_every:
             sentences = read_prose(perplexity_text)
-        self._gauge = Gauge(model, records, sentences, self.options)
+        self._bench = Bench.of(model, records, sentences, self.options)
         self._failed: Counter[str] = Counter()
         self._able: set[str] = set()
         self._left_out: dict[str, Failure] = {}
@@ -132,20 +133,18 @@ class Harness:
         Raises:
             ValueError: No method can run here.
         """
-        n, spent = len(self.records), self._gauge.spent
+        n = len(self.records)
         total, tried = 0.0, []
         for method in self.methods:
             if (item := self._first_that_can_be(method)) is None:
                 continue
-            before = dict(spent)
-            self._gauge.row(method, item, periodic=False)
-            total += n * sum(spent[what] - before[what] for what in ("edit", "answers"))
+            _, spent = self._row(method, item, periodic=False)
+            total += n * (spent["edit"] + spent["answers"])
             tried.append((method, item))
-        before = dict(spent)
-        self._gauge.row(*tried[-1], periodic=True)
+        _, spent = self._row(*tried[-1], periodic=True)
         for what in ("generation", "perplexity"):  # the same for every method
             if every := getattr(self.options, f"{what}_every"):
-                total += len(tried) * -(-n // every) * (spent[what] - before[what])
+                total += len(tried) * -(-n // every) * spent[what]
         return total / Process.current().count
 
     def run(self, out: str | Path | None = None, progress: bool = True) -> Evaluation:
@@ -186,7 +185,7 @@ class Harness:
             "model": {"name": model_label(self.model), "fingerprint": fingerprint(self.model)},
             "records": _digest(map(repr, self.records)),
             "methods": {method.name: method.described() for method in self.methods},
-            "perplexity_text": _digest(map(repr, self._gauge.prose)),
+            "perplexity_text": _digest(map(repr, self._bench.prose)),
             "options": asdict(self.options),
         }
 
@@ -203,9 +202,11 @@ class Harness:
         failures: list[tuple[Method, Failure]] = []
         size = self._part_size
         for item in range(part * size, min((part + 1) * size, len(self.records))):
+            questions = None  # the same for all methods
             for method in self._in_play():
                 try:
-                    rows.append(self._gauge.row(method, item))
+                    questions = questions or self._questions(item)
+                    rows.append(row_of(self._bench, method, item, self.records[item], questions)[0])
                     self._able.add(method.name)
                 except _PROBLEMS as error:
                     failures.append((method, Failure(item, f"{method.name}: {error}")))
@@ -217,6 +218,15 @@ class Harness:
             {"rows": table.astype(dict.fromkeys(MEASURED, float))},
             [*self._left_out.values(), *kept],
         )
+
+    def _questions(self, item: int) -> Questions:
+        return questions_of(self.model, self.records[item], self.options.prepend_bos)
+
+    def _row(
+        self, method: Method, item: int, periodic: bool
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        questions = self._questions(item)
+        return row_of(self._bench, method, item, self.records[item], questions, periodic)
 
     def _in_play(self) -> list[Method]:
         return [method for method in self.methods if method.name not in self._left_out]
@@ -253,7 +263,7 @@ class Harness:
         """The first record that a method can deal with; None where it is left out."""
         for item in range(len(self.records)):
             try:
-                self._gauge.row(method, item, periodic=False)
+                self._row(method, item, periodic=False)
             except _PROBLEMS as error:
                 self._count(method, error)
                 if method.name in self._left_out:

@@ -419,10 +419,10 @@ def test_the_model_is_left_as_it_was(boot, monkeypatch):
     assert found["none"].rows.iloc[0]["perplexity"] != row["perplexity"]
     assert math.isnan(found["none"].rows.iloc[0]["seconds"])
 
-    def breaks(answers):
+    def breaks(*args):
         raise ValueError("in the midst of it")
 
-    monkeypatch.setattr(measuring, "_judged", breaks)
+    monkeypatch.setattr(measuring, "answers_of", breaks)
     with pytest.raises(
         ValueError, match=r"nudge cannot run here.* each of the first 1 records.*midst"
     ):

@@ -16,6 +16,8 @@ from bwlens.cli.shared import (
     Dtype,
     Model,
     Seed,
+    Settings,
+    Statistics,
     escaped,
     importing,
     load,
@@ -25,7 +27,7 @@ from bwlens.cli.shared import (
 )
 from bwlens.runs.paths import writable, writable_folder
 
-METHODS = "fine_tune, forward_pass_shift, gradient_step, memit, rome, whitened_shift"
+METHODS = "fine_tune, forward_pass_shift, gradient_step, memit, rome, subject_shift, whitened_shift"
 """The editing methods there are, for `--help`, which waits for no library."""
 
 
@@ -37,9 +39,8 @@ def edit(
     ],
     method: Annotated[str, typer.Option(help=f"How to edit: {METHODS}.")] = "forward_pass_shift",
     model: Model = "demo",
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="The method's settings, e.g. layer=5.")
-    ] = None,
+    settings: Settings = None,
+    statistics: Statistics = None,
     neighbour: Annotated[
         list[str] | None, typer.Option(help="Another prompt, which should stay as it is.")
     ] = None,
@@ -56,17 +57,21 @@ def edit(
         with importing(console):
             import bwlens
             from bwlens.evaluation.before_after import before_after, demo_company
-            from bwlens.evaluation.methods import methods_of
+            from bwlens.evaluation.methods import methods_of, named_method, with_statistics
             from bwlens.evaluation.presets import preset
             from bwlens.model.identity import is_demo
             from bwlens.runs.parts import Process
 
         quiet()
         fact = bwlens.Edit(prompt, subject, target)
-        methods_of(method)  # a wrong name or setting is told before anything is loaded
+        named_method(method)  # a wrong name or setting is told before anything is loaded
+        given = _settings(settings)
+        keys = None if statistics is None else bwlens.edit.load_statistics(statistics)
         with console.status(f"Loading {model}"):
             loaded = load(model, dtype, None, Process())
-        (chosen,) = methods_of(preset(loaded, method), _settings(settings))
+        (chosen,) = methods_of(preset(loaded, method), given)
+        if keys is not None:
+            (chosen,) = with_statistics([chosen], keys)
         with console.status(f"Editing with {method}"):
             try:
                 change = chosen(loaded, fact, bos)
@@ -95,6 +100,8 @@ def evaluate(
     methods: Annotated[
         str, typer.Option(help=f"Methods with commas between: none, {METHODS}.")
     ] = "none,forward_pass_shift",
+    settings: Settings = None,
+    statistics: Statistics = None,
     data: Data = None,
     model: Model = "demo",
     out: Annotated[
@@ -140,15 +147,19 @@ def evaluate(
             writable_folder(out)
         with importing(console):
             from bwlens.data.given import own_records
+            from bwlens.edit import load_statistics
             from bwlens.evaluation.harness import Harness
             from bwlens.evaluation.measuring import Options
-            from bwlens.evaluation.methods import methods_of
+            from bwlens.evaluation.methods import methods_of, named_method, with_statistics
             from bwlens.evaluation.presets import preset, table1_methods
             from bwlens.evaluation.table import Table1
 
         quiet()
-        if what is None:
-            methods_of([name.strip() for name in methods.split(",")])
+        names = [name.strip() for name in methods.split(",")] if what is None else []
+        for name in names:
+            named_method(name)
+        given = _settings(settings)
+        keys = None if statistics is None else load_statistics(statistics)
         if what == "table1" and limit is None and data in (None, "demo"):
             limit, seed = 100, seed or 0
         records = records_of(data, limit, seed)
@@ -156,11 +167,10 @@ def evaluate(
             console.print(f"Left out: {escaped(str(problem))}", highlight=False)
         loaded = load(model, dtype, device_map, process)
         own_records(loaded, data)
-        chosen = (
-            table1_methods(loaded)
-            if what == "table1"
-            else methods_of([preset(loaded, name.strip()) for name in methods.split(",")])
-        )
+        presets = [preset(loaded, name) for name in names] or table1_methods(loaded)
+        chosen = methods_of(presets, given)
+        if keys is not None:
+            chosen = with_statistics(chosen, keys)
         options = Options(
             generation_every=generation_every, perplexity_every=perplexity_every, prepend_bos=bos
         )
@@ -176,6 +186,7 @@ def evaluate(
         console.print(Table1(found))
         for failure in found.failures[:20]:
             told = f"Record {failure.item}: {failure.message}"
+            told = failure.message if failure.item < 0 else told
             console.print(f"Left out: {escaped(told)}", highlight=False)
         if out is not None and process.index == 0:
             for name in ("table1.csv", "table1.tex", "table1.txt", "table1.pdf"):
@@ -186,20 +197,32 @@ def evaluate(
 def _settings(listed: list[str] | None) -> dict[str, Any]:
     """Settings out of 'layer=5': numbers, lists and the like as Python writes them, else text.
 
+    'rome.layer=5' is one of rome's: {"rome": {"layer": 5}}.
+
     Raises:
-        ValueError: There is no name, or no value.
+        ValueError: There is no name, or no value, or some say whose they are and others do not.
     """
     import ast
 
     found: dict[str, Any] = {}
     for one in listed or ():
-        name, equals, value = one.partition("=")
-        if not (name.strip().isidentifier() and equals and value.strip()):
-            raise ValueError(f"--set {one!r}: expected a name and a value, such as layer=5")
+        name, equals, value = (part.strip() for part in one.partition("="))
+        method, _, name = name.rpartition(".")
+        if not (name.isidentifier() and equals and value):
+            raise ValueError(
+                f"--set {one!r}: expected a name and a value, such as layer=5 or rome.layer=5"
+            )
+        whose = found.setdefault(method, {}) if method else found
         try:
-            found[name.strip()] = ast.literal_eval(value.strip())
+            whose[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            found[name.strip()] = value.strip()
+            whose[name] = value
+    mixed = any("." in one.partition("=")[0] for one in listed or ())
+    if mixed and not all("." in one.partition("=")[0] for one in listed or ()):
+        raise ValueError(
+            f"--set {' '.join(listed or ())}: some settings say whose they are and others do not;"
+            f" write each as rome.layer=5"
+        )
     return found
 
 

@@ -42,6 +42,16 @@ Dtype = Annotated[
 DeviceMap = Annotated[
     str | None, typer.Option(help="Spread one model over devices: 'auto', as TransformerLens does.")
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="A method's settings, e.g. layer=5; of one among several, e.g. rome.layer=5."
+    ),
+]
+Statistics = Annotated[
+    Path | None,
+    typer.Option(help="Key statistics, as `bwlens statistics` writes them, for ROME and its like."),
+]
 Seed = Annotated[int | None, typer.Option(help="Draw the --limit records at random, by this seed.")]
 
 

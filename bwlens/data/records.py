@@ -178,6 +178,18 @@ def checked_limit(limit: int | None) -> int | None:
     return limit or None
 
 
+def record_of(entry: Mapping[str, Any], index: int = 0) -> Record:
+    """The record that one mapping is, in any of the layouts that `read_records` takes.
+
+    Raises:
+        ValueError: A field is missing or is not what it should be.
+    """
+    try:
+        return _record(entry, index)
+    except _Unusable as error:
+        raise ValueError(str(Problem(index, error.field, error.message))) from None
+
+
 class _Unusable(Exception):
     """An entry is no record, because of one field."""
 

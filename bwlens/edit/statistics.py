@@ -103,7 +103,7 @@ def key_statistics(
     model: LensModel,
     texts: Sequence[str] | str | os.PathLike[str],
     *,
-    matrix: str = "W_out",
+    matrix: str | Sequence[str] = "W_out",
     layers: Layers = None,
     max_tokens: int | None = 100_000,
     window: int | None = None,
@@ -120,7 +120,8 @@ def key_statistics(
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         texts: Documents, or a file of them: a JSON list of strings, or text with two blank lines
             between documents. ROME takes 100,000 samples of Wikipedia.
-        matrix: Whose input: "W_out" (the papers'), "W_O", or any of `bwlens.MATRICES`.
+        matrix: Whose input: "W_out" (the papers'), "W_O", or any of `bwlens.MATRICES`; several are
+            counted in the same passes.
         layers: Layers from 0; None for all.
         max_tokens: Stop after this many tokens; None for all.
         window: Tokens in a window; None for the model's context, at most 512.
@@ -140,7 +141,7 @@ def key_statistics(
         torch.Size([768, 768])
     """
     documents = _documents(texts)
-    sites = [tap.site for tap in key_taps(model, [matrix], layers)]
+    sites = [tap.site for tap in key_taps(model, matrix, layers)]
     window = window or min(512, getattr(model.cfg, "n_ctx", None) or 512)
     settings = [matrix, [s.layer for s in sites], max_tokens, window, prepend_bos]
     path = _cached(model, documents, settings) if cache else None

@@ -6,6 +6,7 @@ from bwlens.data.records import Records as Records
 from bwlens.data.records import read_records as read_records
 from bwlens.evaluation.evaluation import Evaluation as Evaluation
 from bwlens.evaluation.harness import evaluate as evaluate
+from bwlens.evaluation.known import known_records as known_records
 from bwlens.evaluation.measuring import Options as Options
 from bwlens.evaluation.methods import Method as Method
 from bwlens.evaluation.metrics import METRICS as METRICS

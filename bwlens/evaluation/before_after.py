@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bwlens.data.given import as_edits
-from bwlens.data.records import Record
+from bwlens.data.given import OneEdit, as_edits
 from bwlens.edit import WeightChange
 from bwlens.model.losses import last_logits
 from bwlens.model.passes import run
@@ -83,7 +82,7 @@ class BeforeAfter:
 
 def before_after(
     model: Any,
-    edit: Edit | Record,
+    edit: OneEdit,
     change: WeightChange,
     paraphrases: Sequence[str] = (),
     neighbours: Sequence[str] = (),

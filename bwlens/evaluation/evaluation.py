@@ -10,13 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from bwlens.evaluation.metrics import METRICS
+from bwlens.runs.intervals import percentiles, resamples
 from bwlens.runs.parts import Failure
 
 if TYPE_CHECKING:
     import pandas as pd
-
-RESAMPLES = 1000
-"""Number of bootstrap resamples."""
 
 MEASURED = tuple(name for name in METRICS if name != "S")
 """The metrics of a single row; S is a mean's."""
@@ -34,7 +32,7 @@ class Evaluation:
     Attributes:
         rows: A row for each record and method; columns are `METRICS` (in percent; nan where there
             was nothing to measure), the change's `norm`, and what the method had to say (`note`).
-        failures: What could not be edited or measured.
+        failures: What could not be edited or measured; -1 stands for all records of a method.
         n_records: Number of records the evaluation was about.
 
     Example:
@@ -50,6 +48,11 @@ class Evaluation:
     def methods(self) -> list[str]:
         """The methods' names, in their order."""
         return list(dict.fromkeys(self.rows["method"]))
+
+    @property
+    def notes(self) -> list[str]:
+        """What concerns a method as such: that it cannot run here, and why."""
+        return [failure.message for failure in self.failures if failure.item < 0]
 
     @property
     def blank(self) -> list[str]:
@@ -114,7 +117,7 @@ class Evaluation:
         mine, theirs = (np.where(gaps, np.nan, values) for values in (mine, theirs))
         found = [_means(values) for values in (mine, theirs)]
         gap, resampled = found[0][0] - found[1][0], found[0][1] - found[1][1]
-        low, high = _interval(resampled, gap)
+        low, high = percentiles(resampled, gap)
         table = pd.DataFrame(
             {
                 "metric": list(METRICS),
@@ -145,7 +148,7 @@ def _summary(rows: pd.DataFrame) -> pd.DataFrame:
 
     values = _values(rows)
     mean, resampled = _means(values)
-    low, high = _interval(resampled, mean)
+    low, high = percentiles(resampled, mean)
     spread = [rows[name].std() if name in rows else np.nan for name in METRICS]
     counts = _counts(values)
     table = {
@@ -170,8 +173,7 @@ def _means(
 ) -> tuple[Float[np.ndarray, " all"], Float[np.ndarray, "resample all"]]:
     """The means of `METRICS`, and those of bootstrap samples; the same draws each time."""
     n = len(values)
-    drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
-    weights = np.concatenate([np.ones((1, n)), drawn])
+    weights = np.concatenate([np.ones((1, n)), resamples(n)])
     there = ~np.isnan(values)
     whole = there[:, [MEASURED.index(name) for name in _OF_SCORE]].all(1)
     three = values[:, [MEASURED.index(name) for name in _OF_SCORE]][whole]
@@ -181,13 +183,3 @@ def _means(
         score = len(_OF_SCORE) / (1 / parts).sum(1)  # 1 / 0 is inf, and the score 0
     together = np.concatenate([score[:, None], means], 1)
     return together[0], together[1:]
-
-
-def _interval(
-    resampled: Float[np.ndarray, "resample all"], mean: Float[np.ndarray, " all"]
-) -> tuple[Float[np.ndarray, " all"], Float[np.ndarray, " all"]]:
-    low, high = np.full((2, len(mean)), np.nan)
-    if (some := ~np.isnan(mean)).any():
-        low[some], high[some] = np.nanquantile(resampled[:, some], (0.025, 0.975), axis=0)
-    # Where all values are alike, rounding must not put the mean outside its interval.
-    return np.fmin(low, mean), np.fmax(high, mean)

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from bwlens.data.given import as_records, own_records
 from bwlens.data.prose import read_prose
-from bwlens.data.records import Record, Records
 from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
-from bwlens.evaluation.measuring import Gauge, Options
+from bwlens.evaluation.measuring import Bench, Options, row_of
 from bwlens.evaluation.methods import Method, methods_of
+from bwlens.evaluation.questions import Questions, questions_of
 from bwlens.model.identity import is_demo, model_label
 from bwlens.model.sites import check_model
 from bwlens.model.targets import unwarned, warn_of_edits
@@ -31,7 +31,9 @@ PART_SIZE = 10
 """Records of a part on disk, at most."""
 
 _HOPELESS = 10
-"""A method that fails on so many records, before it has dealt with any, is not tried further."""
+"""A method that fails on each of so many first records cannot run here, and is left out."""
+
+_LEFT_OUT = "cannot run here and is left out"
 
 _PROBLEMS = (ValueError, RuntimeError, ArithmeticError)
 """What may be wrong with one record or one edit; anything else is a mistake in the code."""
@@ -39,8 +41,8 @@ _PROBLEMS = (ValueError, RuntimeError, ArithmeticError)
 
 def evaluate(
     model: Any,
-    method: Any,
-    records: Records | Sequence[Record] | Record | str | Path | None = None,
+    methods: Any,
+    records: Any = None,
     *,
     settings: Mapping[str, Any] | None = None,
     perplexity_text: str | Path | Sequence[str] | None = None,
@@ -52,12 +54,13 @@ def evaluate(
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was found.
-        method: A method's name ("rome", or "none" for the model as it is), a function
+        methods: A method's name ("rome", or "none" for the model as it is), a function
             `method(model, edit) -> WeightChange`, a list of these, or a mapping from the names
             that rows are to have.
-        records: Records, or what `read_records` takes by name. None is the demo's, for the demo
-            model alone: its facts say nothing of another.
-        settings: Keyword arguments of the method, where it is one.
+        records: Records or mappings of their fields, one or several, or what `read_records` takes
+            by name. None is the demo's, for the demo model alone: its facts say nothing of another.
+        settings: Keyword arguments of the method, where it is one; of several, those of each by
+            its name, `{"rome": {"layer": 5}}`.
         perplexity_text: What perplexity is measured on: "demo", a file, a data set's name or
             texts. None is the demo's stories for the demo model, and no perplexity for others.
         out: A folder for the rows. A run that was killed goes on where it was when it is started
@@ -70,8 +73,8 @@ def evaluate(
 
     Raises:
         ValueError: No such method, setting, option or text; no records for a model that is not
-            the demo model; no usable record; none of the first records can be edited; `out` holds
-            another run.
+            the demo model; no usable record; no method can run here (one of several is left out,
+            which `notes` say); `out` holds another run.
         TypeError: Edits, or something else that is no record, where records are meant.
 
     Source: Meng et al., NeurIPS 2022 (CounterFact); Katz et al., EMNLP 2024, Table 1.
@@ -81,7 +84,7 @@ def evaluate(
         >>> bwlens.evaluate(model, "forward_pass_shift", records).summary   # doctest: +SKIP
     """
     chosen = Options.of(options)
-    harness = Harness(model, methods_of(method, settings), records, perplexity_text, chosen)
+    harness = Harness(model, methods_of(methods, settings), records, perplexity_text, chosen)
     return harness.run(out, progress)
 
 
@@ -103,7 +106,7 @@ class Harness:
         self,
         model: Any,
         methods: Sequence[Method],
-        records: Records | Sequence[Record] | Record | str | Path | None = None,
+        records: Any = None,
         perplexity_text: str | Path | Sequence[str] | None = None,
         options: Options | None = None,
     ) -> None:
@@ -116,9 +119,10 @@ class Harness:
         sentences: Sequence[str] = ()
         if perplexity_text is not None and self.options.perplexity_every:
             sentences = read_prose(perplexity_text)
-        self._gauge = Gauge(model, records, sentences, self.options)
+        self._bench = Bench.of(model, records, sentences, self.options)
         self._failed: Counter[str] = Counter()
-        self._done: Counter[str] = Counter()
+        self._able: set[str] = set()
+        self._left_out: dict[str, Failure] = {}
 
     @unwarned()
     def estimate(self) -> float:
@@ -127,20 +131,20 @@ class Harness:
         What a method loads or makes at its first call is out of the way then.
 
         Raises:
-            ValueError: A method fails on each of the first records.
+            ValueError: No method can run here.
         """
-        n, spent = len(self.records), self._gauge.spent
-        total, item = 0.0, 0
+        n = len(self.records)
+        total, tried = 0.0, []
         for method in self.methods:
-            item = self._first_that_can_be(method)
-            before = dict(spent)
-            self._gauge.row(method, item, periodic=False)
-            total += n * sum(spent[what] - before[what] for what in ("edit", "answers"))
-        before = dict(spent)
-        self._gauge.row(self.methods[-1], item, periodic=True)
+            if (item := self._first_that_can_be(method)) is None:
+                continue
+            _, spent = self._row(method, item, periodic=False)
+            total += n * (spent["edit"] + spent["answers"])
+            tried.append((method, item))
+        _, spent = self._row(*tried[-1], periodic=True)
         for what in ("generation", "perplexity"):  # the same for every method
             if every := getattr(self.options, f"{what}_every"):
-                total += len(self.methods) * -(-n // every) * (spent[what] - before[what])
+                total += len(tried) * -(-n // every) * spent[what]
         return total / Process.current().count
 
     def run(self, out: str | Path | None = None, progress: bool = True) -> Evaluation:
@@ -149,15 +153,18 @@ class Harness:
         With several processes, the rows are those that are finished by all of them so far.
 
         Raises:
-            ValueError: A method fails on each of the first records, or `out` holds another run.
+            ValueError: No method can run here, or `out` holds another run.
         """
         warn_of_edits(self.model, (record.edit for record in self.records))
         n, size = len(self.records), self._part_size
         sizes = [min(size, n - start) for start in range(0, n, size)]
         if out is not None:
             run = Run(out, self.settings(), sizes)
-            if any(map(run.done, range(len(sizes)))):
-                self._done.update(method.name for method in self.methods)
+            self._take_up(out)
+            if Process.current().index:  # by the first records, whichever this process has
+                for method in self._in_play():
+                    if method.name not in self._able:
+                        self._first_that_can_be(method)
             run.work(self._part, progress=progress, label="Evaluating")
             tables = read_tables(out)
             return self._evaluation([tables["rows"]] if tables else [], read_failures(out))
@@ -178,7 +185,7 @@ class Harness:
             "model": {"name": model_label(self.model), "fingerprint": fingerprint(self.model)},
             "records": _digest(map(repr, self.records)),
             "methods": {method.name: method.described() for method in self.methods},
-            "perplexity_text": _digest(map(repr, self._gauge.prose)),
+            "perplexity_text": _digest(map(repr, self._bench.prose)),
             "options": asdict(self.options),
         }
 
@@ -192,39 +199,79 @@ class Harness:
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
-        failures: list[Failure] = []
+        failures: list[tuple[Method, Failure]] = []
         size = self._part_size
         for item in range(part * size, min((part + 1) * size, len(self.records))):
-            for method in self.methods:
+            questions = None  # the same for all methods
+            for method in self._in_play():
                 try:
-                    rows.append(self._gauge.row(method, item))
-                    self._done[method.name] += 1
+                    questions = questions or self._questions(item)
+                    rows.append(row_of(self._bench, method, item, self.records[item], questions)[0])
+                    self._able.add(method.name)
                 except _PROBLEMS as error:
-                    failures.append(Failure(item, f"{method.name}: {error}"))
-                    self._give_up(method, error)
+                    failures.append((method, Failure(item, f"{method.name}: {error}")))
+                    self._count(method, error)
         table = pd.DataFrame(rows, columns=COLUMNS)
+        kept = [failure for method, failure in failures if method.name not in self._left_out]
         # A column without a value in this part is still one of numbers.
-        return Part({"rows": table.astype(dict.fromkeys(MEASURED, float))}, failures)
+        return Part(
+            {"rows": table.astype(dict.fromkeys(MEASURED, float))},
+            [*self._left_out.values(), *kept],
+        )
 
-    def _give_up(self, method: Method, error: Exception) -> None:
-        """Settings that fit no record are said soon, not after a night."""
+    def _questions(self, item: int) -> Questions:
+        return questions_of(self.model, self.records[item], self.options.prepend_bos)
+
+    def _row(
+        self, method: Method, item: int, periodic: bool
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        questions = self._questions(item)
+        return row_of(self._bench, method, item, self.records[item], questions, periodic)
+
+    def _in_play(self) -> list[Method]:
+        return [method for method in self.methods if method.name not in self._left_out]
+
+    def _take_up(self, folder: str | Path) -> None:
+        """What the finished parts of a run say of its methods, so that none is tried in vain."""
+        if tables := read_tables(folder):
+            self._able |= {str(name) for name in tables["rows"]["method"].unique()}
+        for failure in read_failures(folder):
+            for name in (method.name for method in self.methods):
+                if failure.message.startswith(f"{name} {_LEFT_OUT}"):
+                    self._left_out[name] = failure
+                elif failure.message.startswith(f"{name}: "):
+                    self._failed[name] += 1
+
+    def _count(self, method: Method, error: Exception) -> None:
+        """Leave a method out that this model or its settings are not for, and go on with others.
+
+        Raises:
+            ValueError: There is no other left.
+        """
         self._failed[method.name] += 1
         most = min(_HOPELESS, len(self.records))
-        if not self._done[method.name] and self._failed[method.name] >= most:
-            raise ValueError(
-                f"{method.name} fails on each of the first {most} records, so it is not tried"
-                f" further: {error}"
-            ) from error
+        never = isinstance(error, NotImplementedError)
+        if method.name in self._able or (self._failed[method.name] < most and not never):
+            return
+        why = "" if never else f" (it fails on each of the first {most} records)"
+        message = f"{method.name} {_LEFT_OUT}{why}: {error}"
+        self._left_out[method.name] = Failure(-1, message)
+        if not self._in_play():
+            raise ValueError("; ".join(one.message for one in self._left_out.values())) from error
 
-    def _first_that_can_be(self, method: Method) -> int:
-        """The first record that a method can deal with."""
+    def _first_that_can_be(self, method: Method) -> int | None:
+        """The first record that a method can deal with; None where it is left out."""
         for item in range(len(self.records)):
             try:
-                self._gauge.row(method, item, periodic=False)
-                return item
+                self._row(method, item, periodic=False)
             except _PROBLEMS as error:
-                self._give_up(method, error)
-        raise AssertionError("given up before")
+                self._count(method, error)
+                if method.name in self._left_out:
+                    return None
+            else:
+                self._able.add(method.name)
+                return item
+        raise AssertionError("left out before")
 
     def _evaluation(
         self, tables: Sequence[pd.DataFrame], failures: Sequence[Failure]
@@ -235,7 +282,10 @@ class Harness:
         rows = pd.concat(some, ignore_index=True) if some else pd.DataFrame(columns=COLUMNS)
         # What comes from the disk holds words as categories.
         rows = rows.astype(dict.fromkeys(("relation", "method", "note"), "str"))
-        return Evaluation(rows, tuple(failures), len(self.records))
+        # Every part says which methods are left out; what they failed on first is said by that.
+        gone = tuple(f"{name}: " for name in self._left_out)
+        kept = [f for f in dict.fromkeys(failures) if f.item < 0 or not f.message.startswith(gone)]
+        return Evaluation(rows, tuple(kept), len(self.records))
 
 
 def _digest(texts: Iterable[str]) -> str:

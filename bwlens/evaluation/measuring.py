@@ -1,17 +1,19 @@
-"""One row of an evaluation: a record edited, asked everything, and put back."""
+"""One row of an evaluation: questions, the edit, answers, metrics, in this order and once."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from bwlens.data.records import Record
 from bwlens.edit import WeightChange
@@ -25,7 +27,6 @@ from bwlens.evaluation.questions import (
     Questions,
     Row,
     answers_of,
-    questions_of,
 )
 from bwlens.model.passes import device_of, in_eval_mode
 from bwlens.model.tokens import text_to_ids
@@ -79,140 +80,172 @@ class Options:
         return Options(**named)
 
 
-class Gauge:
-    """Measures what a method does to a model on one record after another.
-
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        records: The records.
-        sentences: What perplexity is measured on; none for no perplexity.
-        options: What is measured, and how.
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """What all records of an evaluation are measured with.
 
     Attributes:
-        spent: Seconds spent so far on edits, answers, generation and perplexity.
-        prose: The sentences as tokens.
+        model: A TransformerBridge or HookedTransformer.
+        options: What is measured, and how.
+        writer: Writes on with this model.
+        prose: The sentences for perplexity as tokens; none for no perplexity.
+        weights: Word weights of the records' reference texts.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        records: Sequence[Record],
-        sentences: Sequence[str] = (),
-        options: Options | None = None,
-    ) -> None:
-        self._model, self._records = model, records
-        self._options = options or Options()
+    model: Any
+    options: Options
+    writer: Writer
+    prose: tuple[Row, ...]
+    weights: metrics.TfIdf
+
+    @staticmethod
+    def of(
+        model: Any, records: Sequence[Record], sentences: Sequence[str], options: Options
+    ) -> Bench:
+        """The bench for these records; `sentences` are what perplexity is measured on."""
         with in_eval_mode(model):
-            self._writer = Writer(model)
-        self.prose: tuple[Row, ...] = prose_rows(model, sentences, self._options.prepend_bos)
+            writer = Writer(model)
+        prose = prose_rows(model, sentences, options.prepend_bos)
         references = [text for record in records for text in record.reference_texts]
-        self._weights = metrics.TfIdf.of(references)
-        self._held: tuple[int, Questions] | None = None
-        self.spent = {"edit": 0.0, "answers": 0.0, "generation": 0.0, "perplexity": 0.0}
-
-    def row(self, method: Method, item: int, periodic: bool | None = None) -> dict[str, Any]:
-        """Edit a record's fact, measure, undo.
-
-        What is measured for every so many records only is left out of the row of the others;
-        `periodic` says whether it is wanted here in spite of that.
-
-        Raises:
-            ValueError: The record cannot be tokenised, or not be edited by this method.
-            FloatingPointError: The edited model's logits are not finite.
-        """
-        record, options = self._records[item], self._options
-        questions = self._questions(item)
-        with self._own_luck(item), self._timed("edit") as seconds:
-            change = method(self._model, record.edit, self._options.prepend_bos)
-        row: dict[str, Any] = {
-            "item": item,
-            "case_id": record.case_id,
-            "relation": record.relation or "",
-            "method": method.name,
-            "note": change.note,
-            "norm": change.norm(),
-            "seconds": math.nan if method.function is None else seconds[0],
-        }
-
-        def due(every: int) -> bool:
-            return bool(every) and (item % every == 0 if periodic is None else periodic)
-
-        with change.applied(self._model), in_eval_mode(self._model), torch.no_grad():
-            with self._timed("answers"):
-                row |= _judged(answers_of(self._model, questions, options.batch_tokens))
-                row |= self._greedy(record, questions)
-            if due(options.generation_every):
-                with self._timed("generation"):
-                    row |= self._generated(record)
-            if due(options.perplexity_every) and self.prose:
-                with self._timed("perplexity"):
-                    row["perplexity"] = self._perplexity(change)
-        return row
-
-    def _questions(self, item: int) -> Questions:
-        """The record's tokens, kept while the methods take turns on it."""
-        if self._held is None or self._held[0] != item:
-            made = questions_of(self._model, self._records[item], self._options.prepend_bos)
-            self._held = (item, made)
-        return self._held[1]
-
-    def _greedy(self, record: Record, questions: Questions) -> dict[str, float]:
-        """Whether greedy text holds the target, without teacher forcing."""
-        if not self._options.greedy_tokens:
-            return {}
-        prompts = [*questions.prompts["rewrite"], *questions.prompts["paraphrase"]]
-        target, most = record.edit.target_new, self._options.greedy_tokens
-        held = torch.tensor(self._writer.greedy_contains(prompts, target, most))
-        return {
-            "greedy": metrics.accuracy(held[:1]),
-            "greedy_paraphrase": metrics.accuracy(held[1:]),
-        }
-
-    def _generated(self, record: Record) -> dict[str, float]:
-        options = self._options
-        prompts = [
-            tuple(text_to_ids(self._model, text, options.prepend_bos))
-            for text in record.generation_prompts
-        ]
-        seed = _seed(options.seed, record.case_id)
-        texts = self._writer.sampled(prompts, options.generation_tokens, options.top_k, seed)
-        return {
-            "GE": metrics.generation_entropy(texts),
-            "RS": metrics.consistency(texts, record.reference_texts, self._weights),
-        }
-
-    def _perplexity(self, change: WeightChange) -> float:
-        return self._perplexity_now() if len(change) else self._untouched
+        return Bench(model, options, writer, prose, metrics.TfIdf.of(references))
 
     @cached_property
-    def _untouched(self) -> float:
+    def untouched(self) -> float:
         """Perplexity of the model as it is; measured while a change of nothing is applied."""
-        return self._perplexity_now()
+        return prose_perplexity(self.model, self.prose, self.options.batch_tokens)
 
-    def _perplexity_now(self) -> float:
-        return prose_perplexity(self._model, self.prose, self._options.batch_tokens)
 
-    @contextmanager
-    def _own_luck(self, item: int) -> Iterator[None]:
-        """The same random numbers for a record whenever its turn is, and none of the user's."""
-        device = device_of(self._model)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(_seed(self._options.seed, item))
-            yield
+@dataclass(frozen=True, eq=False)
+class Said:
+    """What an edited model said of a record, before it is judged.
 
-    @contextmanager
-    def _timed(self, what: str) -> Iterator[list[float]]:
-        """Add the seconds spent within; the list yielded holds them afterwards."""
-        seconds: list[float] = []
-        start = self._now()
-        yield seconds
-        seconds.append(self._now() - start)
-        self.spent[what] += seconds[0]
+    Attributes:
+        answers: How probable both answers are, for each kind of prompt.
+        greedy: Whether greedy text holds the target: after the edit's prompt, then paraphrases.
+        texts: Sampled texts; None where none were due.
+        perplexity: Of the prose; None where it was not due.
+        spent: Seconds spent on answers, generation and perplexity.
+    """
 
-    def _now(self) -> float:
-        if device_of(self._model).type == "cuda":
-            torch.cuda.synchronize()  # what was asked of the GPU is done then
-        return time.perf_counter()
+    answers: Mapping[str, Answers]
+    greedy: Bool[Tensor, " prompts"]
+    texts: Sequence[str] | None
+    perplexity: float | None
+    spent: Mapping[str, float]
+
+
+def row_of(
+    bench: Bench,
+    method: Method,
+    item: int,
+    record: Record,
+    questions: Questions,
+    periodic: bool | None = None,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """A record's row, and the seconds spent: its questions, the edit, answers, metrics.
+
+    What is measured for every so many records only is left out of the row of the others;
+    `periodic` says whether it is wanted here in spite of that.
+
+    Raises:
+        ValueError: The record cannot be edited by this method.
+        FloatingPointError: The edited model's logits are not finite.
+    """
+    change, seconds = _edited(bench, method, item, record)
+    said = _said(bench, item, record, questions, change, periodic)
+    row: dict[str, Any] = {
+        "item": item,
+        "case_id": record.case_id,
+        "relation": record.relation or "",
+        "method": method.name,
+        "note": change.note,
+        "norm": change.norm(),
+        "seconds": math.nan if method.function is None else seconds,
+        **_judged(said.answers),
+        **_judged_texts(said, record, bench.weights),
+    }
+    return row, {"edit": seconds, **said.spent}
+
+
+def _edited(bench: Bench, method: Method, item: int, record: Record) -> tuple[WeightChange, float]:
+    """The change that a method makes of a record's fact, and how long it takes.
+
+    It has the same random numbers whenever the record's turn is, and none of the user's.
+    """
+    device = device_of(bench.model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(_seed(bench.options.seed, item))
+        start = _now(bench.model)
+        change = method(bench.model, record.edit, bench.options.prepend_bos)
+        return change, _now(bench.model) - start
+
+
+def _said(
+    bench: Bench,
+    item: int,
+    record: Record,
+    questions: Questions,
+    change: WeightChange,
+    periodic: bool | None,
+) -> Said:
+    """What the model says with a change, which is undone afterwards."""
+    model, options = bench.model, bench.options
+    texts, prose, greedy = None, None, []
+
+    def due(every: int) -> bool:
+        return bool(every) and (item % every == 0 if periodic is None else periodic)
+
+    with change.applied(model), in_eval_mode(model), torch.no_grad():
+        times = [_now(model)]
+        answers = answers_of(model, questions, options.batch_tokens)
+        if options.greedy_tokens:
+            prompts = [*questions.prompts["rewrite"], *questions.prompts["paraphrase"]]
+            target = record.edit.target_new
+            greedy = bench.writer.greedy_contains(prompts, target, options.greedy_tokens)
+        times.append(_now(model))
+        if due(options.generation_every):
+            prompts = [
+                tuple(text_to_ids(model, text, options.prepend_bos))
+                for text in record.generation_prompts
+            ]
+            seed = _seed(options.seed, record.case_id)
+            texts = bench.writer.sampled(prompts, options.generation_tokens, options.top_k, seed)
+        times.append(_now(model))
+        if due(options.perplexity_every) and bench.prose:
+            prose = (
+                prose_perplexity(model, bench.prose, options.batch_tokens)
+                if len(change)
+                else bench.untouched
+            )
+        times.append(_now(model))
+    spent = [end - start for start, end in itertools.pairwise(times)]
+    return Said(
+        answers,
+        torch.tensor(greedy, dtype=torch.bool),
+        texts,
+        prose,
+        dict(zip(("answers", "generation", "perplexity"), spent, strict=True)),
+    )
+
+
+def _judged_texts(said: Said, record: Record, weights: metrics.TfIdf) -> dict[str, float]:
+    """The metrics of what was written, as far as it was."""
+    row: dict[str, float] = {}
+    if len(said.greedy):
+        row["greedy"] = metrics.accuracy(said.greedy[:1])
+        row["greedy_paraphrase"] = metrics.accuracy(said.greedy[1:])
+    if said.texts is not None:
+        row["GE"] = metrics.generation_entropy(said.texts)
+        row["RS"] = metrics.consistency(said.texts, record.reference_texts, weights)
+    if said.perplexity is not None:
+        row["perplexity"] = said.perplexity
+    return row
+
+
+def _now(model: Any) -> float:
+    if device_of(model).type == "cuda":
+        torch.cuda.synchronize()  # what was asked of the GPU is done then
+    return time.perf_counter()
 
 
 def _judged(answers: Mapping[str, Answers]) -> dict[str, float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from bwlens.edit import WeightChange
 from bwlens.model.prompts import Edit
@@ -67,38 +70,83 @@ def editing_methods() -> dict[str, EditMethod]:
     return {name: one for name, one in held.items() if _is_method(one)}
 
 
-def methods_of(method: Any, settings: Mapping[str, Any] | None = None) -> tuple[Method, ...]:
+def named_method(name: str) -> EditMethod | None:
+    """The method of a name; None for "none".
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    held = editing_methods()
+    if name != "none" and name not in held:
+        raise ValueError(f"there is no editing method {name!r}; there are none, {', '.join(held)}")
+    return held.get(name)
+
+
+def with_statistics(methods: Sequence[Method], statistics: Any) -> tuple[Method, ...]:
+    """The methods, with these key statistics for those that take some and have none yet.
+
+    Raises:
+        ValueError: None of them takes statistics.
+    """
+    takes = [
+        method.function is not None
+        and "statistics" in inspect.signature(method.function).parameters
+        for method in methods
+    ]
+    if not any(takes):
+        names = ", ".join(method.name for method in methods)
+        raise ValueError(f"statistics were given, and no method takes any: {names}")
+    return tuple(
+        replace(method, settings={"statistics": statistics, **method.settings}) if wants else method
+        for method, wants in zip(methods, takes, strict=True)
+    )
+
+
+def methods_of(methods: Any, settings: Mapping[str, Any] | None = None) -> tuple[Method, ...]:
     """Methods in any of the ways they may be named.
 
     Args:
-        method: A name ("rome", "none"), a function of a model and an edit, a `Method`, several of
+        methods: A name ("rome", "none"), a function of a model and an edit, a `Method`, several of
             these in a list, or a mapping from the names their rows are to have.
-        settings: Keyword arguments of a single method.
+        settings: Keyword arguments of a single method ("none" beside it has none); of several,
+            those of each by its name, `{"rome": {"layer": 5}}`.
 
     Raises:
-        ValueError: No such method or setting, or settings for several methods.
+        ValueError: No such method or setting, or settings that do not say whose they are.
     """
-    if isinstance(method, Mapping):
-        named = [_method(one, name) for name, one in method.items()]
-    elif isinstance(method, Sequence) and not isinstance(method, str):
-        named = [_method(one) for one in method]
+    if isinstance(methods, Mapping):
+        named = [_method(one, name) for name, one in methods.items()]
+    elif isinstance(methods, Sequence) and not isinstance(methods, str):
+        named = [_method(one) for one in methods]
     else:
-        named = [_method(method)]
+        named = [_method(methods)]
     if not named:
         raise ValueError("no method given; name one, or 'none' for the model as it is")
-    if settings:
-        if len(named) != 1 or named[0].function is None:
-            raise ValueError(
-                "settings belong to one method; for several, give a mapping such as"
-                " {'at layer 3': functools.partial(fine_tune, layers=[3])}"
-            )
-        named = [Method(named[0].name, named[0].function, {**named[0].settings, **settings})]
     names = [one.name for one in named]
     if len(set(names)) < len(names):
         raise ValueError(f"two methods have one name: {', '.join(names)}; name them in a mapping")
+    if settings:
+        each = _settings_of(named, settings)
+        named = [replace(one, settings={**one.settings, **each.get(one.name, {})}) for one in named]
     for one in named:
         _check_settings(one)
     return tuple(named)
+
+
+def _settings_of(
+    methods: Sequence[Method], settings: Mapping[str, Any]
+) -> Mapping[str, Mapping[str, Any]]:
+    """The settings of each method, by its name."""
+    able = [method.name for method in methods if method.function is not None]
+    if all(name in able and isinstance(value, Mapping) for name, value in settings.items()):
+        return settings
+    if len(able) == 1:
+        return {able[0]: settings}
+    raise ValueError(
+        f"settings belong to one method, and {', '.join(settings)} is none of"
+        f" {', '.join(able) or 'those that have any'}; say whose they are, as in"
+        f" {{'rome': {{'layer': 5}}}}"
+    )
 
 
 def _method(method: Any, name: str | None = None) -> Method:
@@ -107,12 +155,7 @@ def _method(method: Any, name: str | None = None) -> Method:
     if method is None or method == "none":
         return Method(name or "none")
     if isinstance(method, str):
-        held = editing_methods()
-        if method not in held:
-            raise ValueError(
-                f"there is no editing method {method!r}; there are none, {', '.join(held)}"
-            )
-        return Method(name or method, held[method])
+        return Method(name or method, named_method(method))
     if not callable(method):
         raise ValueError(
             f"expected an editing method, its name, or a mapping of them, found {method!r:.80}"
@@ -163,4 +206,11 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple | range):
         return [_plain(one) for one in value]
+    if isinstance(value, torch.Tensor):
+        held = value.detach().cpu().flatten()
+        return hashlib.sha256(held.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
     return repr(value)

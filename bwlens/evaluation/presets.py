@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from bwlens.data.given import as_edits
-from bwlens.data.records import Record
+from bwlens.data.given import OneEdit, as_edits
 from bwlens.edit import WeightChange, fine_tune, gradient_step
 from bwlens.edit.shift import default_layer
 from bwlens.edit.whitened import PREFIXES
-from bwlens.evaluation.methods import Method, editing_methods
+from bwlens.evaluation.methods import Method, editing_methods, named_method
 from bwlens.model.identity import is_demo
 from bwlens.model.passes import run
-from bwlens.model.prompts import Edit, make_batch
+from bwlens.model.prompts import make_batch
 
 _TITLES = {"rome": "ROME", "memit": "MEMIT", "none": "original"}
 _ORDER = ("gradient_step", "rome", "memit", "forward_pass_shift")
@@ -71,16 +70,12 @@ def preset(model: Any, name: str) -> Method:
     Raises:
         ValueError: There is no such method.
     """
-    held = editing_methods()
-    if name == "none":
-        return Method(name)
+    function = named_method(name)
     if name == "gradient_step":
         return Method(name, smallest_gradient_step)
     if name == "fine_tune":
         return Method(name, fine_tune, {"layers": [default_layer(model)]})
-    if name not in held:
-        raise ValueError(f"there is no editing method {name!r}; there are none, {', '.join(held)}")
-    return Method(name, held[name], next(iter(_fitting(model, name).values())))
+    return Method(name, function, next(iter(_fitting(model, name).values())))
 
 
 def _fitting(model: Any, name: str) -> dict[str, dict[str, Any]]:
@@ -96,7 +91,7 @@ def method_title(name: str) -> str:
 
 def smallest_gradient_step(
     model: Any,
-    edit: Edit | Record,
+    edit: OneEdit,
     *,
     matrices: Sequence[str] = ("W_out",),
     layers: Sequence[int] | None = None,

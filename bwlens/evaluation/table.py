@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bwlens.data.records import Record, Records
 from bwlens.evaluation.evaluation import Evaluation
 from bwlens.evaluation.harness import Harness
 from bwlens.evaluation.measuring import Options
@@ -45,7 +45,7 @@ class Table1:
         evaluation: The rows it is made of.
 
     Example:
-        >>> table = table1(bwlens.load_model("demo"), records)   # doctest: +SKIP
+        >>> table = table1(bwlens.load_model("demo"), records=records)   # doctest: +SKIP
         >>> table.save("table1.tex")                             # doctest: +SKIP
     """
 
@@ -97,7 +97,8 @@ class Table1:
                 for name in COLUMNS
             ]
             lines.append(" & ".join([_latex(method), *cells]) + r" \\")
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        notes = [f"% {' '.join(note.split())}" for note in self.evaluation.notes]
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, ""])
 
     def figure(self) -> Figure:
         """A panel for each metric, methods as dots with their 95 % intervals."""
@@ -133,8 +134,8 @@ class Table1:
             ax.remove()
         return figure
 
-    def save(self, path: str | Path) -> None:
-        """Write the table: .csv, .tex, .txt, or the figure: .pdf, .svg, .png.
+    def save(self, path: str | Path) -> Path:
+        """Write the table: .csv, .tex, .txt, or the figure: .pdf, .svg, .png; the path is returned.
 
         Raises:
             ValueError: Another suffix.
@@ -153,15 +154,17 @@ class Table1:
                 f"{str(path)!r}: a table is written as .csv, .tex or .txt, its figure as .pdf, .svg"
                 f" or .png"
             )
+        return path
 
     def __rich_console__(self, console: Any, options: Any) -> Iterable[Any]:
         from rich.measure import Measurement
+        from rich.text import Text
 
         wide = options.update(max_width=10_000)
         whole = [self._block(title, intervals=True) for title in BLOCKS]
         fits = all(Measurement.get(console, wide, t).maximum <= options.max_width for t in whole)
         yield from whole if fits else [self._block(title, intervals=False) for title in BLOCKS]
-        yield self._caption(fits)
+        yield Text(self._caption(fits))
 
     def _block(self, title: str, intervals: bool) -> Any:
         """The columns of one paper, in a terminal; without intervals it is half as wide."""
@@ -189,7 +192,7 @@ class Table1:
 
     def _repr_html_(self) -> str:
         html = self.means.to_html(float_format="%.4g", na_rep="")
-        return f"{html}<p>{self._caption()}</p>"
+        return f"{html}<p>{escape(self._caption())}</p>"
 
     def _caption(self, intervals: bool = False) -> str:
         e = self.evaluation
@@ -199,9 +202,9 @@ class Table1:
         )
         if blank := [name for name in COLUMNS if not self.means[name].notna().any()]:
             text += f" Blank for want of data: {', '.join(blank)}."
-        if e.failures:
-            text += f" {len(e.failures)} edits failed and are left out."
-        return text
+        if failed := len(e.failures) - len(e.notes):
+            text += f" {failed} edits failed and are left out."
+        return " ".join([text, *(f"Note: {note}." for note in e.notes)])
 
     def _wide(self, column: str) -> pd.DataFrame:
         wide = self.evaluation.summary.pivot(index="method", columns="metric", values=column)
@@ -228,8 +231,8 @@ class Table1:
 
 def table1(
     model: Any,
-    records: Records | Sequence[Record] | Record | str | Path | None = None,
     methods: Any = None,
+    records: Any = None,
     *,
     perplexity_text: str | Path | Sequence[str] | None = None,
     out: str | Path | None = None,
@@ -240,8 +243,8 @@ def table1(
 
     Args:
         model: A TransformerBridge or HookedTransformer.
-        records: As for `evaluate`.
         methods: As for `evaluate`; None for the model as it is and all methods that bwlens has.
+        records: As for `evaluate`.
         perplexity_text: As for `evaluate`.
         out: A folder for the rows, to carry on a run that was killed.
         progress: Show a bar.

@@ -18,8 +18,8 @@ from bwlens.experiments.base import (
     matrix_names,
     run,
 )
-from bwlens.experiments.intervals import summarize
 from bwlens.gradient.spectra import spectra
+from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,12 +11,12 @@ import numpy as np
 
 from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
-from bwlens.experiments.intervals import summarize
 from bwlens.experiments.own_steps import dense_taps, stepped
 from bwlens.experiments.stepped_layer import WHICH, SteppedLayer, TargetLogit
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.objectives import NLL
 from bwlens.model.sites import available_matrices, resolve_layers
+from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd

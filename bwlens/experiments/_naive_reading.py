@@ -22,7 +22,6 @@ from bwlens.experiments.base import (
     matrix_names,
     run,
 )
-from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
@@ -33,6 +32,7 @@ from bwlens.model.prompts import Edit
 from bwlens.model.sites import Site, resolve_layer
 from bwlens.model.tokens import token_texts
 from bwlens.reading.readouts import readout
+from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bwlens.data.given import Edits, as_edits
+from bwlens.data.given import Edits, as_edits, as_list
 from bwlens.data.records import Record
 from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
-from bwlens.experiments.intervals import RESAMPLES, summarize
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.sites import Site, Tap, find_taps
 from bwlens.reading.effect import EffectOf, tempered
 from bwlens.reading.trust import agreement, controls, delta_scores, other_deltas, true_effects
+from bwlens.runs.intervals import RESAMPLES, summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -222,7 +222,7 @@ def _first(reading: Reading, edit: Edit, word: str) -> int:
 def _objects(data: Any) -> tuple[tuple[str, ...], ...]:
     """Words that answer the same relation (the same template, where no relation is named)."""
     groups: dict[str, set[str]] = {}
-    for one in [data] if isinstance(data, Edit | Record) else data:
+    for one in as_list(data):
         edit = as_edits(one)[0]
         relation = (one.relation if isinstance(one, Record) else None) or edit.prompt
         words = (edit.target_new, edit.target_true)

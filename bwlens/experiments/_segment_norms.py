@@ -19,8 +19,8 @@ from bwlens.experiments.base import (
     run,
     segment_columns,
 )
-from bwlens.experiments.intervals import summarize
 from bwlens.model.segments import SEGMENTS
+from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -17,7 +17,6 @@ from bwlens.data.given import Edits
 from bwlens.edit.given import FIRST_ONLY
 from bwlens.edit.shift import forward_pass_shift
 from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
-from bwlens.experiments.intervals import summarize
 from bwlens.experiments.own_steps import (
     Change,
     Step,
@@ -29,6 +28,7 @@ from bwlens.experiments.own_steps import (
 )
 from bwlens.model.prompts import Batch
 from bwlens.model.sites import Site, resolve_layers
+from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,11 +19,11 @@ from bwlens.experiments.base import (
     run,
     segment_columns,
 )
-from bwlens.experiments.intervals import summarize
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import head_of
 from bwlens.model.segments import SEGMENTS
 from bwlens.reading.readouts import readout
+from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,17 +5,21 @@ import json
 import shutil
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from bwlens.cli import app
 from bwlens.cli.editing import _duration, _settings
 from bwlens.cli.shared import records_of
+from bwlens.data.prose import read_prose
 from bwlens.demo import MODEL_DIR
-from bwlens.edit import WeightChange
+from bwlens.edit import WeightChange, key_statistics, load_statistics, save_statistics
+from bwlens.edit.statistics import demo_statistics
 from bwlens.evaluation.before_after import before_after, demo_company, next_words
 from bwlens.model.loading import load_model
 from bwlens.model.prompts import Edit
+from bwlens.model.sites import Site
 
 MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", " Paris")
 
@@ -68,6 +72,13 @@ def test_a_target_is_taken_as_it_is_written():
         ((*MESSI, "--set", "layer=99"), "layers 0 to 7"),
         ((*MESSI, "--set", "lr=fast"), "forward_pass_shift cannot take --set lr=fast"),
         ((*MESSI, "--dtype", "int8"), "--dtype 'int8': expected one of float32, bfloat16, float16"),
+        ((*MESSI, "--set", "rome.layer=5"), "forward_pass_shift has no setting 'rome'"),
+        ((*MESSI, "--statistics", "none.safetensors"), "none.safetensors"),
+        (("evaluate", "--methods", "rome,memit", "--set", "clamp=1"), "clamp is none of rome"),
+        (("evaluate", "--set", "lr=1", "--set", "rome.clamp=1"), "some settings say whose"),
+        (("evaluate", "--set", "memit.clamp=1"), "has no setting 'memit'"),
+        (("statistics", "--text", "none.txt", "--out", "x.safetensors"), "no such file"),
+        (("statistics", "--text", "none.txt", "--out", "x.pt"), "ends in .safetensors"),
         ((*MESSI, "--method", "nonsense"), "there is no editing method 'nonsense'"),
         (("edit", "plays for", "--subject", "Messi", "--target", "Paris"), "has 0 places {}"),
         (("edit", "{} {}", "--subject", "Messi", "--target", "Paris"), "has 2 places {}"),
@@ -168,7 +179,72 @@ def test_before_after_agrees_with_the_model(model):
     assert demo_company(Edit("{} plays for", "Nobody", " Paris")) == ([], [])
 
 
+def test_methods_that_need_settings_are_chosen_by_name_alone():
+    for method in ("gradient_step", "fine_tune"):
+        assert run(*MESSI, "--method", method).exit_code == 0
+
+
+def test_statistics_are_counted_written_and_used(tmp_path, model):
+    text, path = tmp_path / "text.txt", tmp_path / "keys.safetensors"
+    text.write_text("\n\n\n".join(read_prose("demo")))
+    count = ("statistics", "--text", str(text), "--out", str(path), "--layers", "2,-3")
+    width = model.cfg.d_mlp
+    few = run(*count, "--tokens", str(width - 1))
+    assert few.exit_code == 1
+    assert f"{width - 1:,} tokens are too few for keys of W_out" in few.stderr
+    assert not path.exists()
+    result = run(*count, "--tokens", "2000")
+    assert result.exit_code == 0, result.output
+    assert f"W_out: 2,000 tokens, {2000 / width:.1f} for each of a key's" in result.output
+    held = load_statistics(path)
+    assert {(site.matrix, site.layer) for site in held} == {
+        (matrix, layer) for matrix in ("W_out", "W_O") for layer in (2, 5)
+    }
+    for matrix in ("W_out", "W_O"):
+        alone = key_statistics(
+            model, read_prose("demo"), matrix=matrix, layers=2, max_tokens=2000, cache=False
+        )
+        for site, one in alone.items():
+            torch.testing.assert_close(held[site].second_moment, one.second_moment)
+    edit = (*MESSI, "--method", "rome", "--set", "layer=2", "--set", "prefixes=()")
+    assert run(*edit).output != run(*edit, "--statistics", str(path)).output
+    out = tmp_path / "run"
+    args = (
+        "evaluate", "--methods", "none,rome,forward_pass_shift,memit", "--limit", "2",
+        "--generation-every", "0", "--perplexity-every", "0", "--statistics", str(path),
+        "--set", "rome.layer=2", "--set", "rome.prefixes=()", "--set", "rome.steps=1",
+        "--set", "memit.layers=[2, 5]", "--set", "memit.prefixes=()", "--set", "memit.steps=1",
+        "--out", str(out),
+    )  # fmt: skip
+    result = run(*args)
+    assert result.exit_code == 0, result.output
+    methods = json.loads((out / "run.json").read_text())["settings"]["methods"]
+    assert methods["rome"]["settings"]["layer"] == 2
+    assert methods["memit"]["settings"]["layers"] == [2, 5]
+    assert [("statistics" in one["settings"]) for one in methods.values()] == [
+        False, True, False, True,
+    ]  # fmt: skip
+
+
+def test_a_method_that_cannot_run_is_left_out_and_named(tmp_path):
+    path = tmp_path / "keys.safetensors"
+    held = demo_statistics()
+    save_statistics({site: held[site] for site in [Site("W_out", 7)]}, path)
+    result = run(
+        "evaluate", "--methods", "none,rome,forward_pass_shift", "--limit", "2", "--statistics",
+        str(path), "--generation-every", "0", "--perplexity-every", "0",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.output.split())
+    assert "Left out: rome cannot run here" in said
+    assert "Note: rome cannot run here" in said
+    assert "no key statistics of" in said
+
+
 def test_settings_and_durations():
+    assert _settings(["rome.layer=5", "rome.clamp=1", "ROME, last token.steps=2"]) == {
+        "rome": {"layer": 5, "clamp": 1}, "ROME, last token": {"steps": 2},
+    }  # fmt: skip
     assert _settings(["layer=5", "lr=0.1", "layers=[1, 2]", "position=subject"]) == {
         "layer": 5, "lr": 0.1, "layers": [1, 2], "position": "subject",
     }  # fmt: skip

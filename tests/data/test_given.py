@@ -1,5 +1,6 @@
 """Records where edits are meant, edits where records are, and no records at all."""
 
+from dataclasses import asdict
 from functools import partial
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 import bwlens
 from bwlens import Edit, edit, experiments
-from bwlens.data.records import Record, read_records
+from bwlens.data.given import as_edits, as_records
+from bwlens.data.records import PROMPT_FIELDS, Record, read_records
 from bwlens.evaluation import table1
 from bwlens.evaluation.before_after import before_after
 from bwlens.evaluation.presets import smallest_gradient_step
@@ -32,6 +34,27 @@ def demo():
 @pytest.fixture(scope="module")
 def records():
     return read_records("demo", limit=2)
+
+
+def test_mappings_wherever_edits_or_records_are_meant(demo, records):
+    """As CounterFact writes them, and flat; alone, and among edits and records."""
+    one = records[0]
+    fields = {"case_id": one.case_id, "relation": one.relation, **asdict(one.edit)}
+    flat = fields | {name: getattr(one, name) for name in PROMPT_FIELDS}
+    nested = flat | {"requested_rewrite": asdict(one.edit) | {"relation": one.relation}}
+    shift = METHODS["forward_pass_shift"]
+    expected = bwlens.evaluate(demo, "none", one, **QUICK).rows
+    for mapping in (flat, nested):
+        assert as_edits(mapping) == as_edits([mapping]) == [one.edit]
+        assert as_records(mapping) == as_records([mapping]) == [one]
+        assert as_edits([records[1].edit, mapping, records[1]])[1] == one.edit
+        assert repr(shift(demo, mapping)) == repr(shift(demo, one))
+        assert bwlens.evaluate(demo, "none", mapping, **QUICK).rows.equals(expected)
+        assert table1(demo, "none", [mapping], **QUICK).evaluation.rows.equals(expected)
+        fidelity = experiments.gradient_rank(demo, mapping, progress=False).rows
+        assert fidelity.equals(experiments.gradient_rank(demo, one, progress=False).rows)
+    with pytest.raises(ValueError, match="record 0, subject: is missing"):
+        as_edits({"prompt": "{} is"})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -82,14 +105,14 @@ def test_an_edit_is_no_record(demo, records):
     for given in (records[0].edit, [records[0], records[1].edit]):
         with pytest.raises(TypeError, match=r"expected records, found Edit at .*Record"):
             bwlens.evaluate(demo, "none", given, **QUICK)
-    with pytest.raises(TypeError, match=r"found dict at 0; bwlens\.read_records"):
-        bwlens.evaluate(demo, "none", [{"prompt": "{} is"}], **QUICK)
+    with pytest.raises(ValueError, match="record 1, subject: is missing"):
+        bwlens.evaluate(demo, "none", [records[0], {"prompt": "{} is"}], **QUICK)
     with pytest.raises(TypeError, match="found int at 0"):
         bwlens.evaluate(demo, "none", 3, **QUICK)
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("wrong", ["Lionel Messi", ["Lionel Messi"], 3, {"prompt": "{} is"}, None])
+@pytest.mark.parametrize("wrong", ["Lionel Messi", ["Lionel Messi"], 3, None])
 def test_what_is_neither(wrong, demo, tmp_path):
     for method in METHODS.values():
         with pytest.raises(TypeError, match="expected an Edit or a list of them"):
@@ -103,7 +126,7 @@ def test_what_is_neither(wrong, demo, tmp_path):
 
 def test_another_model_is_not_asked_the_demos_facts(bridge):
     model = bridge("gpt2")
-    for run in (partial(bwlens.evaluate, method="none"), table1):
+    for run in (partial(bwlens.evaluate, methods="none"), table1):
         with pytest.raises(ValueError, match=r"no records given for 'tiny/gpt2'.*read_records"):
             run(model, **QUICK)
     asked = Record(0, Edit("t20 {}", "t5", " t17"))

@@ -142,7 +142,7 @@ def test_a_record_stands_for_its_edit(name, demo):
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_stands_where_an_edit_belongs(demo):
-    for stranger in ("text", ["text"], None, 5, [MESSI, "text"], {"prompt": "x"}):
+    for stranger in ("text", ["text"], None, 5, [MESSI, "text"]):
         with pytest.raises(TypeError, match=r"expected an Edit or a list of them .* write"):
             METHODS["given shift"](demo, stranger)
     with pytest.raises(ValueError, match="target_new is 5; an edit needs text"):

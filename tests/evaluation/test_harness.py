@@ -15,15 +15,16 @@ import torch
 import bwlens
 from bwlens.data.prose import read_prose
 from bwlens.data.records import Record, Records, read_records
-from bwlens.edit import WeightChange
+from bwlens.edit import WeightChange, key_statistics
 from bwlens.evaluation import harness, measuring, metrics
 from bwlens.evaluation.evaluation import COLUMNS, MEASURED, Evaluation
 from bwlens.evaluation.generation import Writer
 from bwlens.evaluation.harness import Harness, evaluate
 from bwlens.evaluation.measuring import Options
-from bwlens.evaluation.methods import editing_methods, methods_of
+from bwlens.evaluation.methods import editing_methods, methods_of, with_statistics
 from bwlens.evaluation.prose_perplexity import prose_perplexity, prose_rows
 from bwlens.evaluation.questions import answers_of, questions_of
+from bwlens.evaluation.table import Table1
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.prompts import Edit
 from tests import tiny
@@ -318,8 +319,31 @@ def test_methods_in_any_form():
     assert named[1].described()["function"].endswith("test_harness.nudge")
     (one,) = methods_of(nudge, {"scale": 3.0})
     assert (one.name, one.settings) == ("nudge", {"scale": 3.0})
+    both = methods_of(["none", nudge], {"scale": 3.0})
+    assert [m.settings for m in both] == [{}, {"scale": 3.0}]
+    each = methods_of({"a": nudge, "b": nudge}, {"b": {"scale": 2.0}})
+    assert [m.settings for m in each] == [{}, {"scale": 2.0}]
     assert {"forward_pass_shift", "gradient_step", "fine_tune"} <= set(editing_methods())
     assert methods_of("forward_pass_shift")[0].name == "forward_pass_shift"
+
+
+def test_statistics_for_the_methods_that_take_some(demo):
+    stories = read_prose("demo")
+    first, second = (key_statistics(demo, stories[i:60], cache=False) for i in (0, 1))
+    given = methods_of(["none", "rome", "forward_pass_shift", "memit"])
+    chosen = with_statistics(given, first)
+    assert ["statistics" in one.settings for one in chosen] == [False, True, False, True]
+    # A run on disk hangs on what they hold, and on no object.
+    described = chosen[1].described()
+    assert json.loads(json.dumps(described)) == described
+    assert with_statistics(given, dict(first))[1].described() == described
+    assert with_statistics(given, second)[1].described() != described
+    edit = read_records("demo")[0].edit
+    few = methods_of(chosen[1], {"prefixes": (), "steps": 1})[0]
+    shipped = methods_of("rome", {"prefixes": (), "steps": 1})[0]
+    assert not torch.equal(*(m(demo, edit)["W_out", 2].dense() for m in (few, shipped)))
+    with pytest.raises(ValueError, match="no method takes any: none, forward_pass_shift"):
+        with_statistics(given[::2], first)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +351,11 @@ def test_methods_in_any_form():
     [
         ("nonsense", None, "no editing method 'nonsense'; there are none"),
         (nudge, {"speed": 1}, "nudge has no setting 'speed'; it has scale, layer"),
-        ([nudge, "none"], {"scale": 1}, "settings belong to one method"),
+        ({"a": nudge, "b": nudge}, {"scale": 1}, "scale is none of a, b; say whose they are"),
+        ("none", {"scale": 1}, "settings belong to one method"),
+        ({"a": nudge, "b": nudge}, {"c": {"scale": 1}}, "c is none of a, b"),
+        ({"a": nudge, "b": nudge}, {"a": {"speed": 1}}, "a has no setting 'speed'"),
+        (nudge, {"speed": {}}, "nudge has no setting 'speed'"),
         ([nudge, nudge], None, "two methods have one name"),
         ([], None, "no method given"),
         (3, None, "expected an editing method"),
@@ -391,11 +419,13 @@ def test_the_model_is_left_as_it_was(boot, monkeypatch):
     assert found["none"].rows.iloc[0]["perplexity"] != row["perplexity"]
     assert math.isnan(found["none"].rows.iloc[0]["seconds"])
 
-    def breaks(answers):
+    def breaks(*args):
         raise ValueError("in the midst of it")
 
-    monkeypatch.setattr(measuring, "_judged", breaks)
-    with pytest.raises(ValueError, match=r"nudge fails on each of the first 1 records.*midst"):
+    monkeypatch.setattr(measuring, "answers_of", breaks)
+    with pytest.raises(
+        ValueError, match=r"nudge cannot run here.* each of the first 1 records.*midst"
+    ):
         evaluate(model, nudge, [record()], **QUICK)
     assert_same_state(model, before)
 
@@ -445,6 +475,44 @@ def test_one_bad_record_does_not_stop_it(model):
     (failure,) = found.failures
     assert (failure.item, failure.message) == (1, "fussy: not this one")
     assert "1 failures" in repr(found)
+
+
+@pytest.mark.parametrize("error", [ValueError, NotImplementedError])
+@pytest.mark.usefixtures("small_parts")
+def test_a_method_that_cannot_run_takes_itself_out(tmp_path, model, error):
+    records = [record(case_id=i) for i in range(5)]
+    calls = []
+
+    def refuses(model, edit):
+        calls.append(edit)
+        raise error("no statistics [of this] model")
+
+    methods = {"none": None, "refuses": refuses, "nudge": nudge}
+    expected = evaluate(model, {"none": None, "nudge": nudge}, records, **QUICK).rows
+    alone = evaluate(model, methods, records, **QUICK)
+    same(alone.rows, expected)
+    (note,) = alone.notes
+    assert note.startswith("refuses cannot run here and is left out")
+    assert note.endswith(": no statistics [of this] model")
+    assert [f.item for f in alone.failures] == [-1]
+    table = Table1(alone)
+    for text in (" ".join(table.text().split()), table._repr_html_(), table.latex()):
+        assert note in text
+    assert "edits failed" not in table.text()
+    assert len(calls) == (1 if error is NotImplementedError else 5)
+    # On disk: carried on, it is not tried again.
+    out = tmp_path / "run"
+    assert evaluate(model, methods, records, out=out, **QUICK).failures == alone.failures
+    (out / "done" / "part-00000.json").unlink()
+    calls.clear()
+    again = evaluate(model, methods, records, out=out, **QUICK)
+    same(again.rows, expected)
+    assert (again.failures, calls) == (alone.failures, [])
+    with pytest.raises(ValueError, match="refuses cannot run here"):
+        evaluate(model, {"refuses": refuses}, records, **QUICK)
+    work = Harness(model, methods_of(methods), records, options=Options(0, 8))
+    assert work.estimate() > 0
+    same(work.run(progress=False).rows.iloc[:2], expected.iloc[:2])
 
 
 @pytest.mark.parametrize(
@@ -518,11 +586,11 @@ def test_parts_on_disk_hold_the_same_rows(tmp_path, model):
     meta = json.loads((out / "run.json").read_text())
     assert list(meta["settings"]["methods"]) == ["none", "nudge"]
     for changed in (
-        {"method": methods | {"nudge": partial(nudge, scale=2.0)}},
+        {"methods": methods | {"nudge": partial(nudge, scale=2.0)}},
         {"records": [*records[:4], record(" t18", case_id=4)]},
         {"seed": 1},
     ):
-        asked = {"method": methods, "records": records, **QUICK, **changed}
+        asked = {"methods": methods, "records": records, **QUICK, **changed}
         with pytest.raises(ValueError, match="other settings"):
             evaluate(model, out=out, **asked)
 

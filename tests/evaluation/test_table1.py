@@ -103,8 +103,9 @@ def test_figure():
 
 @pytest.mark.parametrize("suffix", [".csv", ".tex", ".txt", ".pdf", ".svg", ".png"])
 def test_save(tmp_path, suffix):
-    made_up().save(tmp_path / f"table{suffix}")
-    assert (tmp_path / f"table{suffix}").stat().st_size > 300
+    path = tmp_path / f"table{suffix}"
+    assert made_up().save(path) == path
+    assert path.stat().st_size > 300
 
 
 def test_save_as_something_else(tmp_path):
@@ -149,7 +150,7 @@ def test_table1_of_the_demo(model, tmp_path):
     records = read_records("demo").sample(2)
     methods = {"original": "none", "shift": "forward_pass_shift"}
     quick = {"perplexity_every": 0, "generation_every": 0, "greedy_tokens": 1, "progress": False}
-    found = table1(model, records, methods, out=tmp_path / "run", **quick)
+    found = table1(model, methods, records, out=tmp_path / "run", **quick)
     assert isinstance(found, Table1)
     assert found.means.loc["original", ["efficacy", "neighbourhood"]].tolist() == [0.0, 100.0]
     assert found.means.loc["shift", ["efficacy", "ES", "greedy"]].tolist() == [100.0] * 3

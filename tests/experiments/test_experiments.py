@@ -19,10 +19,10 @@ from bwlens.experiments import (
     segment_norms,
     target_rank,
 )
-from bwlens.experiments.intervals import mean_ci
 from bwlens.gradient.objectives import NLL
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.segments import segment_names
+from bwlens.runs.intervals import mean_ci
 from tests import tiny
 
 EDITS = [

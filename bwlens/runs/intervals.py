@@ -50,20 +50,34 @@ def mean_ci(
     if n_prompts == 0:
         blank = np.full(values.shape[1], np.nan)
         return MeanCI(blank, blank, blank, counts)
-    # How often each prompt is drawn: the means of all groups are then one matrix product.
-    draws = np.random.default_rng(seed).multinomial(
-        n_prompts, np.full(n_prompts, 1 / n_prompts), size=RESAMPLES
-    )
-    draws = draws.astype(float)  # products of integers are not left to BLAS
+    draws = resamples(n_prompts, seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = filled.sum(0) / counts
         means = (draws @ filled) / (draws @ there.astype(float))
-    ends = np.full((2, values.shape[1]), np.nan)
+    return MeanCI(mean, *percentiles(means, mean, level), counts)
+
+
+def resamples(n: int, seed: int = 0) -> Float[np.ndarray, "resample n"]:
+    """How often each of n prompts is drawn in each bootstrap sample; the same for a seed.
+
+    The means of all groups in all samples are then one matrix product.
+    """
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=RESAMPLES)
+    return drawn.astype(float)  # products of integers are not left to BLAS
+
+
+def percentiles(
+    resampled: Float[np.ndarray, "resample groups"],
+    mean: Float[np.ndarray, " groups"],
+    level: float = 0.95,
+) -> tuple[Float[np.ndarray, " groups"], Float[np.ndarray, " groups"]]:
+    """The ends of the middle `level` of resampled means; those of a mean not finite are itself."""
+    ends = np.full((2, len(mean)), np.nan)
     if (some := np.isfinite(mean)).any():
         tail = (1 - level) / 2
-        ends[:, some] = np.nanquantile(means[:, some], (tail, 1 - tail), axis=0)
+        ends[:, some] = np.nanquantile(resampled[:, some], (tail, 1 - tail), axis=0)
     # Where all values are alike, rounding must not put the mean outside its interval.
-    return MeanCI(mean, np.fmin(ends[0], mean), np.fmax(ends[1], mean), counts)
+    return np.fmin(ends[0], mean), np.fmax(ends[1], mean)
 
 
 def summarize(

@@ -65,7 +65,7 @@ def spectra(gradient: LowRankGradient) -> Spectra:
     if not (x.isfinite().all() and delta.isfinite().all()):
         raise ValueError("a row of the gradient is nan or inf; singular values need finite rows")
     numbers = torch.tensor(prompts, device=x.device)
-    row = torch.searchsorted(numbers, gradient.prompt)
+    row = torch.searchsorted(numbers, gradient.prompt.contiguous())
     n = torch.bincount(row, minlength=len(prompts))
     most = int(n.max())
     order = torch.argsort(row, stable=True)

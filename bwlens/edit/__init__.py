@@ -5,6 +5,8 @@ from bwlens.edit._fine_tune import fine_tune as fine_tune
 from bwlens.edit._memit import memit as memit
 from bwlens.edit._rome import rome as rome
 from bwlens.edit._subject_shift import subject_shift as subject_shift
+from bwlens.edit._where import KeyResponses as KeyResponses
+from bwlens.edit._where import where as where
 from bwlens.edit.gradient import gradient_step as gradient_step
 from bwlens.edit.shift import forward_pass_shift as forward_pass_shift
 from bwlens.edit.statistics import KeyStatistics as KeyStatistics

@@ -13,7 +13,7 @@ from torch import Tensor
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
 from bwlens.edit.given import number
-from bwlens.edit.keys import Position, passed_by
+from bwlens.edit.keys import Position, keys_of
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
@@ -116,7 +116,7 @@ def memit(
     change, missing = WeightChange(), []
     for site, left in zip(sites, range(len(sites), 0, -1), strict=True):
         with change.applied(model):
-            keys = around.at(passed_by(model, around.batch, "W_out", site.layer).x[site]).mean(1)
+            keys = around.at(keys_of(model, around.batch, "W_out", site.layer)[site]).mean(1)
             residual = goal - stream()
         missing.append(float(residual.norm(dim=1).mean()))
         tokens = _WEIGHT * keys.shape[1] / _WIDTH if weight is None else weight

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
+from bwlens.edit._where import layer_for
 from bwlens.edit.keys import Position
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
@@ -58,8 +59,8 @@ def rome(
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit, or several to make in turn.
-        layer: Which W_out, negative ones from the end; None takes 17/47 of the depth (17 of GPT-2
-            xl's 48, 2 of 8).
+        layer: Which W_out, negative ones from the end; None takes what `where` measured for this
+            model or, where it did not, 17/47 of the depth (17 of GPT-2 xl's 48, 2 of 8).
         steps: Of Adam; these five are explained in `ValueSettings`.
         lr: See there.
         kl_factor: See there.
@@ -91,7 +92,7 @@ def rome(
     listed = as_edits(edits)
     settings = ValueSettings(steps, lr, kl_factor, weight_decay, clamp)
     search = ValueSearch(settings, prefixes, position, prepend_bos)
-    default = int(_DEPTH * (len(model.blocks) - 1))
+    default = layer_for(model, position, int(_DEPTH * (len(model.blocks) - 1)))
     site = Site("W_out", default if layer is None else resolve_layer(model, layer))
     whitener = statistics_for(model, [site], statistics)[site]
     listed, note = open_edits(model, listed, prepend_bos)

@@ -12,6 +12,7 @@ from torch import Tensor
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
 from bwlens.edit._memit import normal_rows
+from bwlens.edit._where import layer_for
 from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, number, texts_of
 from bwlens.edit.keys import Position, check_position, contexts_of
@@ -59,7 +60,8 @@ def subject_shift(
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
         edits: One edit, or several to make together.
-        layer: Which W_out, negative ones from the end; None takes 5/29 of the depth.
+        layer: Which W_out, negative ones from the end; None takes what `where` measured for this
+            model or, where it did not, 5/29 of the depth.
         steps: Newton steps at most.
         log_odds: What f is to reach, in nats.
         clamp: Largest norm of the value, in norms of the stream h at the plain prompt.
@@ -91,7 +93,7 @@ def subject_shift(
     if not number(clamp, "clamp") > 0:
         raise ValueError(f"clamp is {clamp}; expected a number of norms > 0")
     prefixes = texts_of(prefixes, "prefixes")
-    default = round(_DEPTH * (len(model.blocks) - 1))
+    default = layer_for(model, position, round(_DEPTH * (len(model.blocks) - 1)))
     site = Site("W_out", default if layer is None else resolve_layer(model, layer))
     whitener = statistics_for(model, [site], statistics)[site]
     details = {"method": "subject_shift", "layer": site.layer, "log_odds": []}

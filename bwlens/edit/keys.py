@@ -73,6 +73,21 @@ def passed_by(
     return KeyPass(wide(passed.logits), final, x, z, norms)
 
 
+def keys_of(
+    model: LensModel, batch: Batch, matrices: Sequence[str] | str, layers: Layers = None
+) -> dict[Site, Float[Tensor, "batch pos d_in"]]:
+    """What enters each weight, in one forward pass without gradients; no word is predicted.
+
+    Raises:
+        ValueError: Unknown matrices or layers.
+        NotImplementedError: A mixture of experts, whose tokens go to different weights.
+    """
+    taps = key_taps(model, matrices, layers)
+    passed = run(model, batch.tokens, taps=taps, positions=torch.tensor([0]))
+    shape = batch.tokens.shape
+    return {flow.parts[0][0]: wide(as_rows(flow.x)).unflatten(0, shape) for flow in passed.flows}
+
+
 def norm_entries(model: LensModel, layers: Iterable[int]) -> dict[int, list[Point]]:
     """Where each layer's norms take their input."""
     entries: dict[int, list[Point]] = {}

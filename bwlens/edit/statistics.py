@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bwlens.data.texts import read_texts
-from bwlens.edit.keys import key_taps, passed_by
+from bwlens.edit.keys import key_taps, keys_of
 from bwlens.model.identity import fingerprint, is_demo, model_label
 from bwlens.model.prompts import padded
 from bwlens.model.protocol import LensModel
@@ -303,10 +303,10 @@ class _Sums:
         batch = padded(self._model, rows)
         matrices = list(dict.fromkeys(site.matrix for site in self._sites))
         layers = sorted({site.layer for site in self._sites})
-        passed = passed_by(self._model, batch, matrices, layers)
+        passed = keys_of(self._model, batch, matrices, layers)
         self._n += batch.n_rows
         for site in self._sites:
-            keys = passed.x[site][batch.mask].double()
+            keys = passed[site][batch.mask].double()
             self._first[site] = self._first.get(site, 0) + keys.sum(0)
             self._second[site] = self._second.get(site, 0) + keys.T @ keys
 
@@ -331,8 +331,8 @@ def _probes(model: LensModel, sites: Sequence[Site]) -> dict[Site, Tensor]:
     ids = [(37 * i + 1) % model.cfg.d_vocab for i in range(_PROBE)]
     layers = sorted({site.layer for site in sites})
     matrices = list(dict.fromkeys(site.matrix for site in sites))
-    passed = passed_by(model, padded(model, [ids]), matrices, layers)
-    return {site: passed.x[site][0].norm(dim=-1).float().cpu() for site in sites}
+    passed = keys_of(model, padded(model, [ids]), matrices, layers)
+    return {site: passed[site][0].norm(dim=-1).float().cpu() for site in sites}
 
 
 def _check(model: LensModel, statistics: Mapping[Site, KeyStatistics]) -> None:

@@ -76,7 +76,7 @@ def test_kept_on_disk_by_model_and_text(bridge, tmp_path, monkeypatch):
     key_statistics(model, TEXTS[:-1], layers=1)
     key_statistics(bridge("llama"), TEXTS, layers=1)
     assert len(list((tmp_path / "cache/statistics").iterdir())) == 3
-    monkeypatch.setattr("bwlens.edit.statistics.passed_by", None)  # no pass is needed any more
+    monkeypatch.setattr("bwlens.edit.statistics.keys_of", None)  # no pass is needed any more
     again = key_statistics(model, TEXTS, layers=1)
     for site, one in first.items():
         assert torch.equal(again[site].second_moment, one.second_moment)

@@ -22,7 +22,7 @@ from benchmarks.model import SMALL, TINY
 from benchmarks.rank import rank
 from benchmarks.readings import readings
 from benchmarks.readout import readout
-from benchmarks.setting import Setting
+from benchmarks.setting import REAL, Setting
 from benchmarks.sweep import sweep
 
 
@@ -71,14 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("repeats", "prompts"):
         if (number := getattr(asked, name)) is not None and number < 1:
             parser.error(f"--{name} is {number}; expected 1 or more")
-    real = asked.model or ("demo" if asked.quick else None)
     setting = Setting(
         TINY if asked.quick else SMALL,
         asked.repeats or (1 if asked.quick else 7),
         peer=asked.peer,
         cpu_time=asked.cpu_time,
         prompts=asked.prompts,
-        **({"real_name": real} if real else {}),
+        real_name=asked.model or ("demo" if asked.quick else REAL),
     )
     if asked.cpu_time:
         count_cpu_seconds()

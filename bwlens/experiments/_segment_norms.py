@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import (
-    Experiment,
-    Reading,
-    Result,
-    chosen_layers,
-    frame,
-    matrix_names,
-    run,
-    segment_columns,
-)
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
 from bwlens.experiments.intervals import summarize
+from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
+from bwlens.model.sites import Layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,23 +79,15 @@ class SegmentNorms(Experiment):
 
 
 def segment_norms(
-    model: Any,
-    edits: Edits,
+    model: LensModel,
+    records: Edits,
+    *,
     matrices: str | Sequence[str] | None = None,
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     **options: Any,
 ) -> Result:
     """Mean norms of delta and x by layer and prompt segment.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        edits: The edits.
-        matrices: Names out of `bwlens.MATRICES`; None for all that the model has.
-        layers: Layers from 0, negative ones from the end; None for all.
-        **options: As for `bwlens.experiments.run`.
-
-    Source: Backward Lens, figures 5, 16 and 17.
+    The settings are those of `SegmentNorms`, the options those of `run`.
     """
-    chosen = None if matrices is None else matrix_names(matrices)
-    experiment = SegmentNorms(chosen_layers(model, layers), chosen)
-    return run(experiment, model, edits, **options)
+    return run(SegmentNorms.of(model, layers, matrices=matrices), model, records, **options)

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import (
-    Experiment,
-    Reading,
-    Result,
-    chosen_layers,
-    frame,
-    matrix_names,
-    run,
-    segment_columns,
-)
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
 from bwlens.experiments.intervals import summarize
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import head_of
+from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
+from bwlens.model.sites import Layers
 from bwlens.reading.readouts import readout
 
 if TYPE_CHECKING:
@@ -109,25 +102,18 @@ class TargetRank(Experiment):
 
 
 def target_rank(
-    model: Any,
-    edits: Edits,
+    model: LensModel,
+    records: Edits,
+    *,
     matrices: str | Sequence[str] = ("W_out", "W_in"),
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     normalize: bool = False,
     **options: Any,
 ) -> Result:
     """Mean rank of the target and of the original answer by layer and prompt segment.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        edits: The edits.
-        matrices: Names out of `bwlens.MATRICES`; each is read through the factor of its gradient
-            that is as wide as the residual stream.
-        layers: Layers from 0, negative ones from the end; None for all.
-        normalize: Read vectors at unit length (appendix H).
-        **options: As for `bwlens.experiments.run`.
-
-    Source: Backward Lens, figures 6 and 18-21.
+    Each matrix is read through the factor of its gradient that is as wide as the residual stream.
+    The settings are those of `TargetRank`, the options those of `run`.
     """
-    chosen = chosen_layers(model, layers)
-    return run(TargetRank(chosen, matrix_names(matrices), normalize), model, edits, **options)
+    task = TargetRank.of(model, layers, matrices=matrices, normalize=normalize)
+    return run(task, model, records, **options)

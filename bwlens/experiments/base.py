@@ -24,13 +24,21 @@ from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.segments import SEGMENTS, segment_codes
-from bwlens.model.sites import Site, available_matrices, check_model, resolve_layers
+from bwlens.model.sites import (
+    Layers,
+    Site,
+    available_matrices,
+    check_model,
+    resolve_layers,
+    resolve_matrices,
+)
 from bwlens.model.targets import unwarned, warn_of_edits
 from bwlens.runs.parts import Failure, Part, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 MAX_MEMORY = 2**30
 """Bytes that the activations and gradients of a batch may take, by a rough estimate."""
@@ -154,6 +162,18 @@ class Experiment(ABC):
             )
         return tuple(asked)
 
+    @classmethod
+    def of(cls, model: Any, layers: Layers, **settings: Any) -> Self:
+        """The experiment as a call sets it: layers of any form, `matrices` one or several.
+
+        Raises:
+            ValueError: A layer that the model does not have, or no such matrix.
+        """
+        if settings.get("matrices") is not None:
+            settings["matrices"] = resolve_matrices(settings["matrices"])
+        chosen = None if layers is None else tuple(resolve_layers(model, layers))
+        return cls(layers=chosen, **settings)
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings, as JSON holds them."""
@@ -216,7 +236,7 @@ class Result:
 def run(
     experiment: Experiment,
     model: Any,
-    edits: Edits,
+    records: Edits,
     *,
     prepend_bos: bool | None = None,
     max_memory: int = MAX_MEMORY,
@@ -227,7 +247,7 @@ def run(
     Args:
         experiment: An experiment with its settings.
         model: A TransformerBridge or HookedTransformer.
-        edits: The edits; `read_records(...).edits` gives some.
+        records: Edits or records, one or several; `read_records` gives some.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
         max_memory: Bytes that a batch may take, by a rough estimate.
         progress: Show a bar.
@@ -235,7 +255,7 @@ def run(
     Raises:
         ValueError: No edits, none that can be read, or settings that do not fit the model.
     """
-    work = Batches([experiment], model, edits, prepend_bos, max_memory)
+    work = Batches([experiment], model, records, prepend_bos, max_memory)
     tables: list[pd.DataFrame] = []
     failures = list(work.failures)
     with progress_bar(experiment.title, sum(work.sizes), shown=progress) as advance:
@@ -245,20 +265,6 @@ def run(
             failures += part.failures
             advance(size)
     return Result(experiment, joined(tables), tuple(sorted(failures, key=lambda f: f.item)))
-
-
-def chosen_layers(model: Any, layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
-    """The layers asked for, counted from 0; None for all.
-
-    Raises:
-        ValueError: A layer that the model does not have.
-    """
-    return None if layers is None else tuple(resolve_layers(model, layers))
-
-
-def matrix_names(matrices: str | Sequence[str]) -> tuple[str, ...]:
-    """One matrix or several."""
-    return (matrices,) if isinstance(matrices, str) else tuple(matrices)
 
 
 def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:

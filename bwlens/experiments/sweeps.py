@@ -243,7 +243,13 @@ def _fitting(
 def _made(name: str, settings: dict[str, Any]) -> Experiment:
     from bwlens.experiments import EXPERIMENTS
 
-    return EXPERIMENTS[name](**{k: _tuples(v) for k, v in settings.items()})
+    try:
+        return EXPERIMENTS[name](**{k: _tuples(v) for k, v in settings.items()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{name} was swept by another version of bwlens, whose settings this one does not have"
+            f" ({error}); its rows are in Parquet files that pandas reads"
+        ) from None
 
 
 def _tuples(value: Any) -> Any:

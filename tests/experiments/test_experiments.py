@@ -166,7 +166,9 @@ def test_target_rank(name, bos, bridge):
 
 def test_the_target_is_the_least_probable_word_at_the_top_of_the_model(bridge):
     """delta just below the unembedding: only the target's coefficient is negative (section 1)."""
-    rows = target_rank(bridge("gpt2"), EDITS, ["W_out"], normalize=True, progress=False).rows
+    rows = target_rank(
+        bridge("gpt2"), EDITS, matrices=["W_out"], normalize=True, progress=False
+    ).rows
     last = rows[(rows["layer"] == tiny.LAYERS - 1) & (rows["segment"] == "last")]
     assert last["target_rank"].tolist() == [tiny.VOCAB - 1] * len(EDITS)
     assert last["bottom_share"].tolist() == [1] * len(EDITS)
@@ -182,7 +184,7 @@ def test_the_target_is_the_least_probable_word_at_the_top_of_the_model(bridge):
 def test_layer_cosine(name, segment, bridge):
     model = bridge(name)
     rows = layer_cosine(
-        model, EDITS, ["W_out", "W_in"], segment=segment, prepend_bos=False, progress=False
+        model, EDITS, matrices=["W_out", "W_in"], segment=segment, prepend_bos=False, progress=False
     ).rows
     expected = {}
     for item, edit in enumerate(EDITS):
@@ -290,11 +292,15 @@ def test_one_layer_one_matrix_one_record(bridge):
     model = bridge("llama")
     edit = bwlens.Edit("{} t30 t41", subject="t5 t9", target_new="t17")
     options = {"prepend_bos": False, "progress": False}
-    one = experiments.segment_norms(model, edit, "W_out", -1, **options)
-    several = experiments.segment_norms(model, [Record(0, edit)], ["W_out"], [2], **options)
+    one = experiments.segment_norms(model, edit, matrices="W_out", layers=-1, **options)
+    several = experiments.segment_norms(
+        model, [Record(0, edit)], matrices=["W_out"], layers=slice(2, 3), **options
+    )
     assert one.experiment.settings == {"layers": [2], "matrices": ["W_out"]}
     assert one.rows.equals(several.rows)
     with pytest.raises(ValueError, match="layer 3 asked for"):
         experiments.gradient_rank(model, edit, layers=3)
+    with pytest.raises(ValueError, match="matrices must be among"):
+        experiments.gradient_rank(model, edit, matrices=["W_out", "W_up"])
     with pytest.raises(TypeError):
         experiments.gradient_rank(model, [edit, 5])

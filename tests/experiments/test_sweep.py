@@ -216,3 +216,11 @@ def test_a_killed_sweep_carries_on_to_the_very_same_rows(undisturbed, tmp_path):
 def test_two_launched_processes_give_the_same_rows_as_one(undisturbed, tmp_path):
     complete(COMMAND, tmp_path, LAUNCHER)
     assert_same(results(tmp_path), undisturbed)
+
+
+def test_a_folder_of_another_version_is_named_as_one(demo, tmp_path):
+    sweep("gradient_rank", demo, EDITS[:1], tmp_path, progress=False, page=False)
+    meta = tmp_path / "run.json"
+    meta.write_text(meta.read_text().replace('"matrices"', '"weights"'))
+    with pytest.raises(ValueError, match="another version of bwlens"):
+        read_sweep(tmp_path)

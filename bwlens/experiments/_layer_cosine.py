@@ -11,7 +11,6 @@ import torch
 
 from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run
-from bwlens.experiments.intervals import summarize
 from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
 from bwlens.model.sites import Layers
@@ -40,6 +39,8 @@ class LayerCosine(Experiment):
     source: ClassVar[str] = "Figures 22, 23"
     reading: ClassVar[str] = "How alike the last token's deltas of two layers are."
     published: ClassVar[str] = "cosines above 0.7 over ten neighbouring blocks."
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer", "other")
+    values: ClassVar[tuple[str, ...]] = ("cosine",)
 
     def __post_init__(self) -> None:
         if self.segment not in SEGMENTS:
@@ -70,10 +71,6 @@ class LayerCosine(Experiment):
                 }
             )
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix and pair of layers."""
-        return summarize(rows, ["matrix", "layer", "other"], ["cosine"])
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """A map of layers by layers."""

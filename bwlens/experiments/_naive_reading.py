@@ -14,7 +14,6 @@ from torch import Tensor
 from bwlens.data.given import Edits, as_edits
 from bwlens.data.records import Record
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run
-from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
@@ -39,23 +38,20 @@ class NaiveMap:
     A neuron is a vector of the residual stream's width in the dense gradient: row k of W_out's,
     sum_i x_i[k] delta_i, or column k of W_in's, sum_i delta_i[k] x_i.
 
-    Attributes:
-        site: The matrix.
-        tokens: What the prompt's tokens say, one for each spanning vector.
-        neurons: The neurons' numbers, in the order of the maps' rows.
-        cosine: Of neuron and vector; nan where either is zero.
-        overlap: The share of the neuron's most probable tokens that are among the vector's: among
-            those of -v where the cosine with v is negative, as the neuron then holds a negative
-            multiple of it. nan where either is zero.
-        top_k: How many tokens of each are compared.
+    Where either is zero, cosine and overlap are nan.
     """
 
     site: Site
     tokens: tuple[str, ...]
+    """What the prompt's tokens say, one for each spanning vector."""
     neurons: Int[Tensor, " neurons"]
+    """The neurons' numbers, in the order of the maps' rows."""
     cosine: Float[Tensor, "neurons n"]
     overlap: Float[Tensor, "neurons n"]
+    """The share of the neuron's most probable tokens that are among the vector's: among those of -v
+    where the cosine with v is negative, as the neuron then holds a negative multiple of it."""
     top_k: int
+    """How many tokens of each are compared."""
 
     def __repr__(self) -> str:
         n_neurons, n = self.cosine.shape
@@ -183,6 +179,14 @@ class NaiveReading(Experiment):
         "the neurons' readings repeat the spanning vectors', in their top 100 words and in cosine;"
         " so the vectors are all that need be read."
     )
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer")
+    values: ClassVar[tuple[str, ...]] = (
+        "cosine",
+        "overlap",
+        "control_cosine",
+        "control_overlap",
+        "explained",
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
@@ -195,12 +199,9 @@ class NaiveReading(Experiment):
             )
             n_prompts = len(readings.prompts)
             own = [_best(*readings.maps(at, at)) for at in range(n_prompts)]
-            others = [
-                _best(*readings.maps(at, (at + 1) % n_prompts))
-                if n_prompts > 1
-                else (float("nan"), float("nan"))
-                for at in range(n_prompts)
-            ]
+            others = [_best(*readings.maps(at, (at + 1) % n_prompts)) for at in range(n_prompts)]
+            if n_prompts == 1:
+                others = [(float("nan"), float("nan"))]
             squares = spectra(gradient).singular_values.square()
             columns.append(
                 {
@@ -216,11 +217,6 @@ class NaiveReading(Experiment):
                 }
             )
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix and layer."""
-        values = ["cosine", "overlap", "control_cosine", "control_overlap", "explained"]
-        return summarize(rows, ["matrix", "layer"], values)
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """Best cosine and best overlap by layer, with the control; the share of the first rank."""

@@ -10,7 +10,6 @@ import torch
 
 from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
-from bwlens.experiments.intervals import summarize
 from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
 from bwlens.model.sites import Layers
@@ -44,6 +43,8 @@ class SegmentNorms(Experiment):
         "delta peaks at the subject's tokens in the first layers and at the last token from"
         " about the second quarter on, and is near zero elsewhere; x shows no such pattern."
     )
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer", "segment")
+    values: ClassVar[tuple[str, ...]] = ("delta", "x")
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
@@ -53,10 +54,6 @@ class SegmentNorms(Experiment):
             norms = torch.stack([gradient.delta.norm(dim=1), gradient.x.norm(dim=1)], 1)
             columns.append(segment_columns(reading, site, norms, ("delta", "x")))
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix, layer and segment, of `delta` and of `x`."""
-        return summarize(rows, ["matrix", "layer", "segment"], ["delta", "x"])
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """delta above, x below, a panel for each matrix."""

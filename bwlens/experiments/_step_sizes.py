@@ -24,10 +24,10 @@ from bwlens.experiments.own_steps import (
     Step,
     Stepped,
     dense_taps,
+    full_matrix,
     low_rank,
     padded,
     stepped,
-    whole,
 )
 from bwlens.model.prompts import Batch
 from bwlens.model.protocol import LensModel
@@ -210,7 +210,7 @@ def _directions(reading: Reading, site: Site) -> dict[str, _Direction]:
         "SGD": _Direction(
             lambda rows, step: low_rank(x[rows], -delta[rows], step), _norms(gradient)
         ),
-        "Adam": _Direction(lambda rows, step: whole(-adam[rows], step), _norms(adam)),
+        "Adam": _Direction(lambda rows, step: full_matrix(-adam[rows], step), _norms(adam)),
         "forward pass shift": _Direction(
             lambda rows, step: low_rank(key[rows], value[rows], step),
             key.norm(dim=(1, 2)) * value.norm(dim=(1, 2)),

@@ -10,7 +10,6 @@ import torch
 
 from bwlens.data.given import Edits
 from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
-from bwlens.experiments.intervals import summarize
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import head_of
 from bwlens.model.protocol import LensModel
@@ -54,13 +53,20 @@ class TargetRank(Experiment):
         " layer all other tokens' deltas are zero, and share the rank that the final norm's"
         " bias gives."
     )
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer", "segment")
+    values: ClassVar[tuple[str, ...]] = (
+        "target_rank",
+        "answer_rank",
+        "top_share",
+        "bottom_share",
+        "silent",
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
         head = head_of(reading.model)
         followed = torch.stack([reading.targets, reading.answers.to(reading.targets)], 1)
         least = head.W_U.shape[1] - 1
-        names = ("target_rank", "answer_rank", "top_share", "bottom_share", "silent")
         columns = []
         for site in reading.sites(self.matrices):
             gradient = reading.grads[site]
@@ -74,13 +80,8 @@ class TargetRank(Experiment):
             at_ends = torch.stack([ranks[:, 0] == 0, ranks[:, 0] == least], 1).to(ranks)
             values = torch.cat([ranks, at_ends], 1).masked_fill(blank, float("nan"))
             values = torch.cat([values, blank.to(values)], 1)
-            columns.append(segment_columns(reading, site, values, names))
+            columns.append(segment_columns(reading, site, values, self.values))
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix, layer and segment."""
-        values = ["target_rank", "answer_rank", "top_share", "bottom_share", "silent"]
-        return summarize(rows, ["matrix", "layer", "segment"], values)
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """Target above, answer below, a panel for each matrix."""

@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits
+from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
@@ -48,23 +49,17 @@ _MOST_PROMPTS = 64
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What experiments are given of a batch of edits.
-
-    Attributes:
-        model: The model.
-        edits: The edits.
-        grads: x and delta of every matrix that some experiment asked for.
-        segments: The index in `SEGMENTS` of each token [batch, pos]; -1 at padding.
-        prepend_bos: Whether prompts got a BOS token; None is the model's own default.
-        layers: The layers that the experiment asked for; `grads` may have others as well.
-    """
+    """What experiments are given of a batch of edits."""
 
     model: Any
     edits: tuple[Edit, ...]
     grads: Gradients
+    """x and delta of every matrix that some experiment reads."""
     segments: Int[Tensor, "batch pos"]
+    """The index in `SEGMENTS` of each token; -1 at padding."""
     prepend_bos: bool | None = None
     layers: tuple[int, ...] | None = None
+    """This experiment's layers; `grads` may have others as well."""
 
     @property
     def answers(self) -> Int[Tensor, " batch"]:
@@ -137,9 +132,14 @@ class Experiment(ABC):
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Tidy rows of a batch; the column `item` is the place in the batch."""
 
-    @abstractmethod
+    by: ClassVar[tuple[str, ...]] = ()
+    """Columns of the rows that make a group of the summary."""
+    values: ClassVar[tuple[str, ...]] = ()
+    """Columns whose means are in the summary."""
+
     def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Means over prompts with counts and intervals: `quantity`, `mean`, `low`, `high`, `n`."""
+        return summarize(rows, self.by, self.values)
 
     @abstractmethod
     def draw(self, summary: pd.DataFrame) -> Figure:
@@ -155,8 +155,7 @@ class Experiment(ABC):
         held = available_matrices(model)
         if asked is None:
             return held
-        missing = [matrix for matrix in asked if matrix not in held]
-        if missing:
+        if missing := [matrix for matrix in asked if matrix not in held]:
             raise ValueError(
                 f"{self.name}: this model has no {', '.join(missing)}; it has {', '.join(held)}"
             )
@@ -245,7 +244,7 @@ def run(
     """Run one experiment over edits, in memory.
 
     Args:
-        experiment: An experiment with its settings.
+        experiment: With its settings.
         model: A TransformerBridge or HookedTransformer.
         records: Edits or records, one or several; `read_records` gives some.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
@@ -322,19 +321,14 @@ class Batches:
         except (ValueError, FloatingPointError) as error:
             if len(items) == 1:
                 return Part(self._nothing(), [self._failure(items[0], error)])
-        held: dict[str, list[pd.DataFrame]] = {e.name: [] for e in self._experiments}
-        failures = []
+        parts, failures = [self._nothing()], []
         for item in items:
             try:
-                for name, rows in self._measure([item]).items():
-                    held[name].append(rows)
+                parts.append(self._measure([item]))
             except (ValueError, FloatingPointError) as error:
                 failures.append(self._failure(item, error))
-        nothing = self._nothing()
-        return Part(
-            {name: joined(tables) if tables else nothing[name] for name, tables in held.items()},
-            failures,
-        )
+        tables = {e.name: joined([part[e.name] for part in parts]) for e in self._experiments}
+        return Part(tables, failures)
 
     def _measure(self, items: Sequence[int]) -> dict[str, pd.DataFrame]:
         edits = tuple(self._edits[item] for item in items)

@@ -3,8 +3,10 @@
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from bwlens import Edit, read_records
+from bwlens.cli import app
 from bwlens.experiments import EXPERIMENTS, GradientRank, SegmentNorms, read_sweep, sweep
 from bwlens.experiments.base import Batches, memory_per_token
 from bwlens.model.loading import load_model
@@ -201,8 +203,14 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    complete(COMMAND, folder)
+    """In this process, on one thread as the others are."""
+    folder, threads = tmp_path_factory.mktemp("undisturbed"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = CliRunner().invoke(app, [*COMMAND, "--out", str(folder)])
+    finally:
+        torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
     return results(folder)
 
 

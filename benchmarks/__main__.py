@@ -1,4 +1,4 @@
-"""`python -m benchmarks [name ...] [--repeats N] [--quick] [--cpu-time] [--peer PYTHON]`."""
+"""`python -m benchmarks [name ...] [--repeats N] [--quick] ...`; `--help` has the rest."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from rich.table import Table
 
 from benchmarks.batch import batch
 from benchmarks.capture import capture
+from benchmarks.edits import edits
 from benchmarks.evaluate import evaluate
 from benchmarks.lens import lens
 from benchmarks.measure import Note, Row, count_cpu_seconds
 from benchmarks.model import SMALL, TINY
 from benchmarks.rank import rank
+from benchmarks.readings import readings
 from benchmarks.readout import readout
-from benchmarks.setting import Setting
+from benchmarks.setting import REAL, Setting
 from benchmarks.sweep import sweep
 
 
@@ -37,6 +39,8 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "capture": capture,
     "readout": readout,
     "lens": lens,
+    "readings": readings,
+    "edits": edits,
     "rank": rank,
     "batch": batch,
     "sweep": sweep,
@@ -52,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--repeats", type=int, help="pairs timed; the median counts (default 7)")
+    parser.add_argument("--prompts", type=int, help="how many, where there are several")
+    parser.add_argument("--model", help="of `readings` and `edits` (default smollm2, where it is)")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all?")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread's CPU seconds, for a busy machine"
@@ -62,13 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked = parser.parse_args(arguments)
     if unknown := [name for name in asked.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
-    if asked.repeats is not None and asked.repeats < 1:
-        parser.error(f"--repeats is {asked.repeats}; expected 1 or more")
+    for name in ("repeats", "prompts"):
+        if (number := getattr(asked, name)) is not None and number < 1:
+            parser.error(f"--{name} is {number}; expected 1 or more")
     setting = Setting(
         TINY if asked.quick else SMALL,
-        asked.repeats or (2 if asked.quick else 7),
+        asked.repeats or (1 if asked.quick else 7),
         peer=asked.peer,
         cpu_time=asked.cpu_time,
+        prompts=asked.prompts,
+        real_name=asked.model or ("demo" if asked.quick else REAL),
     )
     if asked.cpu_time:
         count_cpu_seconds()
@@ -105,7 +114,7 @@ def _cells(row: Row, setting: Setting) -> list[str]:
     ratio = f"{row.ratio:.3g}"
     if row.spread is not None:
         ratio += " ({:.3g}-{:.3g})".format(*row.spread)
-    if setting.shape == TINY:  # too small for targets to mean anything
+    if setting.quick:  # too small for targets to mean anything
         return [row.what, row.ours, row.reference, ratio, "", ""]
     target = f"{'≥' if row.more_is_better else '≤'} {row.target:g}"
     met = "[green]yes[/]" if row.met else "[bold red]no[/]"

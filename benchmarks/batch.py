@@ -18,7 +18,8 @@ SHORTEST, LONGEST = 5, 15
 def batch(setting: Setting) -> list[Row | Note]:
     """`bwlens.capture` of 32 prompts of 5 to 15 tokens, W_in and W_out in all layers."""
     generator = torch.Generator().manual_seed(setting.seed)
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (N_PROMPTS,), generator=generator).tolist()
+    n = setting.n_prompts(N_PROMPTS)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (n,), generator=generator).tolist()
     prompts = [
         text(random_tokens(setting.shape, length, seed)) for seed, length in enumerate(lengths)
     ]
@@ -33,7 +34,7 @@ def batch(setting: Setting) -> list[Row | Note]:
 
     return [
         race(
-            f"{N_PROMPTS} prompts at once / one by one, throughput",
+            f"{n} prompts at once / one by one, throughput",
             timed(ours),
             timed(reference),
             setting.repeats,
@@ -42,6 +43,6 @@ def batch(setting: Setting) -> list[Row | Note]:
         ),
         Note(
             f"batch: prompts of {min(lengths)} to {max(lengths)} tokens, {sum(lengths)} in all,"
-            f" {N_PROMPTS * max(lengths)} when padded"
+            f" {n * max(lengths)} when padded"
         ),
     ]

@@ -22,8 +22,7 @@ SETTINGS = {"layer": 5, "lr": 0.1}
 
 def evaluate(setting: Setting) -> list[Row | Note]:
     """The demo model's own records, edited by a shift of given layer and step."""
-    model = bwlens.load_model("demo")
-    n = N_RECORDS if setting.repeats > 2 else 1
+    model, n = setting.demo, setting.prompts or (1 if setting.quick else N_RECORDS)
     records = bwlens.read_records("demo").sample(n, seed=setting.seed)
     # No greedy text, no generation, no perplexity: the loop has none, either.
     options = Options(generation_every=0, greedy_tokens=0, perplexity_every=0)

@@ -75,20 +75,24 @@ def race(
     target: float,
     throughput: bool = False,
 ) -> Row:
-    """Time both in turn, one pair to warm up and `repeats` that count.
+    """Time both in turn: one pair to warm up, unless one is all, and `repeats` that count.
 
     Each side first in every other pair, so that neither a drifting machine nor what the other
     leaves in the caches favours one. The ratio is the median over the pairs, its spread their
     quartiles; times are medians. With `throughput` the ratio is the other way up, more is better.
     """
     pairs = []
-    for index in range(repeats + 1):
-        if index % 2:
-            late = reference()
-            pairs.append((ours(), late))
-        else:
-            pairs.append((ours(), reference()))
-    pairs = pairs[1:]
+    gc.freeze()  # collecting before each run then looks at what the runs left alone
+    try:
+        for index in range(repeats + (repeats > 1)):
+            if index % 2:
+                late = reference()
+                pairs.append((ours(), late))
+            else:
+                pairs.append((ours(), reference()))
+    finally:
+        gc.unfreeze()
+    pairs = pairs[-repeats:]
     ratios = [b / a if throughput else a / b for a, b in pairs]
     low, _, high = quantiles(ratios, n=4, method="inclusive") if repeats > 1 else ratios * 3
     return Row(

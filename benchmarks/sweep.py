@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import islice
 from typing import Any
 
 import torch
@@ -40,9 +41,8 @@ print(json.dumps([swept, drawn]))
 
 def sweep(setting: Setting) -> list[Row | Note]:
     """Rank, norms and target ranks of the demo model's own records, 5 to 15 tokens each."""
-    model = bwlens.load_model("demo")
-    n = N_PROMPTS if setting.repeats > 2 else N_PROMPTS // 12
-    edits = [edit for edit in bwlens.read_records("demo").edits if _fits(model, edit)][:n]
+    model, n = setting.demo, setting.n_prompts(N_PROMPTS)
+    edits = list(islice((e for e in bwlens.read_records("demo").edits if _fits(model, e)), n))
     experiments = [GradientRank(), SegmentNorms(), TargetRank()]
 
     def ours() -> Any:
@@ -59,7 +59,7 @@ def sweep(setting: Setting) -> list[Row | Note]:
             torch.nn.functional.cross_entropy(logits[None], target[None]).backward()
             model.zero_grad()
 
-    few, many = (FEW, MANY) if setting.repeats > 2 else (FEW // 10, MANY // 10)
+    few, many = (FEW // 10, MANY // 10) if setting.quick else (FEW, MANY)
     (least, least_drawn), (most, most_drawn) = (_peaks(n) for n in (few, many))
     return [
         race(

@@ -29,7 +29,8 @@ MAY_TAKE = 0.1  # seconds, in Python and again in a browser
 
 def table(setting: Setting) -> list[Row | Note]:
     """Size, time to build, and time until a browser has parsed, mounted and laid out the page."""
-    lens = fake_lens(words_alike(), 48, 40, matrices=("W_out",))
+    shape = (4, 8) if setting.quick else (48, 40)
+    lens = fake_lens(words_alike(), *shape, matrices=("W_out",))
     assets()  # once a session
     html = as_html(lens)
     weight = len(html.encode())

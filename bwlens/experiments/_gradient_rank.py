@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import (
-    Experiment,
-    Reading,
-    Result,
-    chosen_layers,
-    frame,
-    matrix_names,
-    run,
-)
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.gradient.spectra import spectra
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers
 from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
@@ -92,25 +86,18 @@ class GradientRank(Experiment):
 
 
 def gradient_rank(
-    model: Any,
-    edits: Edits,
+    model: LensModel,
+    records: Edits,
+    *,
     matrices: str | Sequence[str] = ("W_in", "W_out"),
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     **options: Any,
 ) -> Result:
     """Rank of each prompt's gradient of each matrix, against the number of its tokens.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        edits: The edits.
-        matrices: Names out of `bwlens.MATRICES`.
-        layers: Layers from 0, negative ones from the end; None for all.
-        **options: As for `bwlens.experiments.run`.
-
-    Source: Backward Lens, Lemma 4.1 and figure 3.
+    The settings are those of `GradientRank`, the options those of `run`.
     """
-    experiment = GradientRank(chosen_layers(model, layers), matrix_names(matrices))
-    return run(experiment, model, edits, **options)
+    return run(GradientRank.of(model, layers, matrices=matrices), model, records, **options)
 
 
 def _columns(reading: Reading, matrices: Sequence[str]) -> list[dict[str, Any]]:

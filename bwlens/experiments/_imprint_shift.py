@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.experiments.own_steps import dense_taps, stepped
 from bwlens.experiments.stepped_layer import WHICH, SteppedLayer, TargetLogit
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.objectives import NLL
-from bwlens.model.sites import available_matrices, resolve_layers
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, available_matrices, resolve_layers
 from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
@@ -156,33 +157,27 @@ class ImprintShift(Experiment):
 
 
 def imprint_shift(
-    model: Any,
-    edits: Edits,
-    layers: Iterable[int] | int | None = None,
+    model: LensModel,
+    records: Edits,
+    *,
+    layers: Layers = None,
     etas: Sequence[float] = ETAS,
     **options: Any,
 ) -> Result:
     """What a step on W_in, W_out or both of one layer does, predicted and measured.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer whose MLPs, in those layers, are dense.
-        edits: The edits.
-        layers: Layers from 0, negative ones from the end; None for all.
-        etas: Step sizes.
-        **options: As for `bwlens.experiments.run`.
+    The settings are those of `ImprintShift`, the options those of `run`.
 
     Raises:
         ValueError: A step size that is not positive, or no such layer.
         NotImplementedError: A layer is a mixture of experts.
 
-    Source: Backward Lens, Lemma 5.2.
-
     Example:
-        >>> found = imprint_shift(model, edits, layers=[5])  # doctest: +SKIP
-        >>> found.summary.query("quantity == 'loss_reach'")  # doctest: +SKIP
+        >>> result = imprint_shift(model, edits, layers=[5])  # doctest: +SKIP
+        >>> result.summary.query("quantity == 'loss_reach'")  # doctest: +SKIP
     """
-    chosen = chosen_layers(model, layers)
-    return run(ImprintShift(chosen, tuple(map(float, etas))), model, edits, **options)
+    task = ImprintShift.of(model, layers, etas=tuple(map(float, etas)))
+    return run(task, model, records, **options)
 
 
 def _mlp_matrices(model: Any) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -10,17 +10,10 @@ import numpy as np
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import (
-    Experiment,
-    Reading,
-    Result,
-    chosen_layers,
-    frame,
-    matrix_names,
-    run,
-)
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
-from bwlens.runs.intervals import summarize
+from bwlens.model.sites import Layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,12 +32,19 @@ class LayerCosine(Experiment):
 
     matrices: tuple[str, ...] = ("W_out",)
     segment: str = "last"
+    """Whose token is read, out of `bwlens.model.segments.SEGMENTS`."""
 
     name: ClassVar[str] = "layer_cosine"
     title: ClassVar[str] = "Cosine between layers' deltas"
     source: ClassVar[str] = "Figures 22, 23"
     reading: ClassVar[str] = "How alike the last token's deltas of two layers are."
     published: ClassVar[str] = "cosines above 0.7 over ten neighbouring blocks."
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer", "other")
+    values: ClassVar[tuple[str, ...]] = ("cosine",)
+
+    def __post_init__(self) -> None:
+        if self.segment not in SEGMENTS:
+            raise ValueError(f"no segment {self.segment!r}; expected one of {', '.join(SEGMENTS)}")
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
@@ -71,10 +71,6 @@ class LayerCosine(Experiment):
                 }
             )
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix and pair of layers."""
-        return summarize(rows, ["matrix", "layer", "other"], ["cosine"])
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """A map of layers by layers."""
@@ -105,29 +101,20 @@ class LayerCosine(Experiment):
 
 
 def layer_cosine(
-    model: Any,
-    edits: Edits,
+    model: LensModel,
+    records: Edits,
+    *,
     matrices: str | Sequence[str] = ("W_out",),
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     segment: str = "last",
     **options: Any,
 ) -> Result:
-    """Cosines between the deltas of all pairs of layers at the prompts' last token.
+    """Cosines between the deltas of all pairs of layers at one token, the prompts' last.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        edits: The edits.
-        matrices: Names out of `bwlens.MATRICES`.
-        layers: Layers from 0, negative ones from the end; None for all.
-        segment: The segment whose token is read, out of `bwlens.model.segments.SEGMENTS`.
-        **options: As for `bwlens.experiments.run`.
+    The settings are those of `LayerCosine`, the options those of `run`.
 
     Raises:
         ValueError: No such segment.
-
-    Source: Backward Lens, figures 22 and 23.
     """
-    if segment not in SEGMENTS:
-        raise ValueError(f"no segment {segment!r}; expected one of {', '.join(SEGMENTS)}")
-    chosen = chosen_layers(model, layers)
-    return run(LayerCosine(chosen, matrix_names(matrices), segment), model, edits, **options)
+    task = LayerCosine.of(model, layers, matrices=matrices, segment=segment)
+    return run(task, model, records, **options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,15 +13,7 @@ from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits
 from bwlens.data.records import Record
-from bwlens.experiments.base import (
-    Experiment,
-    Reading,
-    Result,
-    chosen_layers,
-    frame,
-    matrix_names,
-    run,
-)
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
@@ -29,10 +21,10 @@ from bwlens.gradient.spectra import spectra
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import Head, head_of
 from bwlens.model.prompts import Edit
-from bwlens.model.sites import Site, resolve_layer
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, resolve_layer
 from bwlens.model.tokens import token_texts
 from bwlens.reading.readouts import readout
-from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,27 +38,24 @@ class NaiveMap:
     A neuron is a vector of the residual stream's width in the dense gradient: row k of W_out's,
     sum_i x_i[k] delta_i, or column k of W_in's, sum_i delta_i[k] x_i.
 
-    Attributes:
-        site: The matrix.
-        tokens: What the prompt's tokens say, one for each spanning vector.
-        neurons: The neurons' numbers, in the order of the maps' rows.
-        cosine: Of neuron and vector; nan where either is zero.
-        overlap: The share of the neuron's most probable tokens that are among the vector's: among
-            those of -v where the cosine with v is negative, as the neuron then holds a negative
-            multiple of it. nan where either is zero.
-        top: How many tokens of each are compared.
+    Where either is zero, cosine and overlap are nan.
     """
 
     site: Site
     tokens: tuple[str, ...]
+    """What the prompt's tokens say, one for each spanning vector."""
     neurons: Int[Tensor, " neurons"]
+    """The neurons' numbers, in the order of the maps' rows."""
     cosine: Float[Tensor, "neurons n"]
     overlap: Float[Tensor, "neurons n"]
-    top: int
+    """The share of the neuron's most probable tokens that are among the vector's: among those of -v
+    where the cosine with v is negative, as the neuron then holds a negative multiple of it."""
+    top_k: int
+    """How many tokens of each are compared."""
 
     def __repr__(self) -> str:
         n_neurons, n = self.cosine.shape
-        return f"NaiveMap({self.site}: {n_neurons} neurons, {n} spanning vectors, top {self.top})"
+        return f"NaiveMap({self.site}: {n_neurons} neurons, {n} spanning vectors, top {self.top_k})"
 
     @property
     def nearest(self) -> Int[Tensor, " neurons"]:
@@ -86,7 +75,7 @@ class NaiveMap:
         axes = figure.subplots(1, 2, sharey=True)
         shown = (
             (self.cosine, "cosine", "RdBu", -1.0),
-            (self.overlap, f"overlap of the top {self.top}", SCALE, 0.0),
+            (self.overlap, f"overlap of the top {self.top_k}", SCALE, 0.0),
         )
         for ax, (values, name, cmap, low) in zip(axes, shown, strict=True):
             ax.imshow(
@@ -107,11 +96,12 @@ class NaiveMap:
 
 
 def naive_map(
-    model: Any,
+    model: LensModel,
     edit: Edit | Record,
-    layer: int,
+    *,
     matrix: str = "W_out",
-    top: int = 100,
+    layer: int,
+    top_k: int = 100,
     neurons: int | None = None,
     normalize: bool = True,
     prepend_bos: bool | None = None,
@@ -121,23 +111,23 @@ def naive_map(
     Args:
         model: A TransformerBridge or HookedTransformer.
         edit: The prompt and its new target.
-        layer: From 0, or negative from the end.
         matrix: A name out of `bwlens.MATRICES`.
-        top: How many tokens of each reading are compared.
+        layer: From 0, or negative from the end.
+        top_k: How many tokens of each reading are compared.
         neurons: Only so many neurons, those with the largest norms; None for all.
         normalize: Read vectors at unit length: a neuron's scale is then no matter. Where vectors
             are small, the final norm's epsilon makes all readings alike otherwise.
         prepend_bos: Whether the prompt gets a BOS token; None is the model's own default.
 
     Raises:
-        ValueError: No such layer or matrix, or `top` is larger than the vocabulary.
+        ValueError: No such layer or matrix, or `top_k` is larger than the vocabulary.
         NotImplementedError: The layer is a mixture of experts.
 
     Source: Backward Lens, appendix C, figures 7-9.
 
     Example:
         >>> edit = Edit("{} plays for", "Lionel Messi", " Paris")
-        >>> naive_map(model, edit, 3).figure()  # doctest: +SKIP
+        >>> naive_map(model, edit, layer=3).figure()  # doctest: +SKIP
     """
     (edit,) = as_edits(edit)
     layer = resolve_layer(model, layer)
@@ -150,11 +140,11 @@ def naive_map(
             f"layer {layer} is a mixture of experts, each with a gradient of its own; name a layer"
             f" with a dense MLP, or run naive_reading, which reads them one by one"
         )
-    found = _Readings(head_of(model), matrix, grads[site], top, neurons, normalize)
+    found = _Readings(head_of(model), matrix, grads[site], top_k, neurons, normalize)
     cosine, overlap = found.maps(0, 0)
     ids = grads.batch.tokens[0].tolist()
     tokens = token_texts(model.tokenizer, ids) if model.tokenizer else [str(i) for i in ids]
-    return NaiveMap(site, tuple(tokens), found.numbers[0], cosine, overlap, top)
+    return NaiveMap(site, tuple(tokens), found.numbers[0], cosine, overlap, top_k)
 
 
 @dataclass(frozen=True)
@@ -171,7 +161,7 @@ class NaiveReading(Experiment):
     """
 
     matrices: tuple[str, ...] = ("W_out", "W_in")
-    top: int = 100
+    top_k: int = 100
     """How many tokens of each reading are compared."""
     neurons: int | None = 64
     """How many neurons are read, those with the largest norms; None for all."""
@@ -189,6 +179,14 @@ class NaiveReading(Experiment):
         "the neurons' readings repeat the spanning vectors', in their top 100 words and in cosine;"
         " so the vectors are all that need be read."
     )
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer")
+    values: ClassVar[tuple[str, ...]] = (
+        "cosine",
+        "overlap",
+        "control_cosine",
+        "control_overlap",
+        "explained",
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
@@ -197,16 +195,13 @@ class NaiveReading(Experiment):
         for site in reading.sites(self.matrices):
             gradient = reading.grads[site]
             readings = _Readings(
-                head, site.matrix, gradient, self.top, self.neurons, self.normalize
+                head, site.matrix, gradient, self.top_k, self.neurons, self.normalize
             )
             n_prompts = len(readings.prompts)
             own = [_best(*readings.maps(at, at)) for at in range(n_prompts)]
-            others = [
-                _best(*readings.maps(at, (at + 1) % n_prompts))
-                if n_prompts > 1
-                else (float("nan"), float("nan"))
-                for at in range(n_prompts)
-            ]
+            others = [_best(*readings.maps(at, (at + 1) % n_prompts)) for at in range(n_prompts)]
+            if n_prompts == 1:
+                others = [(float("nan"), float("nan"))]
             squares = spectra(gradient).singular_values.square()
             columns.append(
                 {
@@ -222,11 +217,6 @@ class NaiveReading(Experiment):
                 }
             )
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix and layer."""
-        values = ["cosine", "overlap", "control_cosine", "control_overlap", "explained"]
-        return summarize(rows, ["matrix", "layer"], values)
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """Best cosine and best overlap by layer, with the control; the share of the first rank."""
@@ -244,7 +234,7 @@ class NaiveReading(Experiment):
         explained = summary[summary["quantity"] == "explained"]
         rows.append(explained.assign(line=explained["matrix"]))
         names = [f"{m}{owner}" for m in self.matrices for owner in ("", ", another prompt")]
-        titles = ["best |cosine|", f"best overlap of the top {self.top}", "share of rank 1"]
+        titles = ["best |cosine|", f"best overlap of the top {self.top_k}", "share of rank 1"]
         figure, axes = panels(pd.concat(rows), titles, rows, "line", names, "")
         for ax in axes:
             ax.set_ylim(0, 1.04)
@@ -252,32 +242,22 @@ class NaiveReading(Experiment):
 
 
 def naive_reading(
-    model: Any,
-    edits: Edits,
+    model: LensModel,
+    records: Edits,
+    *,
     matrices: str | Sequence[str] = ("W_out", "W_in"),
-    layers: Iterable[int] | int | None = None,
-    top: int = 100,
+    layers: Layers = None,
+    top_k: int = 100,
     neurons: int | None = 64,
     normalize: bool = True,
     **options: Any,
 ) -> Result:
     """Best cosine and overlap of the gradient's neurons with the vectors that span it.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        edits: The edits.
-        matrices: Names out of `bwlens.MATRICES`.
-        layers: Layers from 0, negative ones from the end; None for all.
-        top: How many tokens of each reading are compared.
-        neurons: How many neurons are read, those with the largest norms; None for all.
-        normalize: Read vectors at unit length, see `naive_map`.
-        **options: As for `bwlens.experiments.run`.
-
-    Source: Backward Lens, appendix C, figures 7-9.
+    The settings are those of `NaiveReading`, the options those of `run`.
     """
-    chosen = chosen_layers(model, layers)
-    experiment = NaiveReading(chosen, matrix_names(matrices), top, neurons, normalize)
-    return run(experiment, model, edits, **options)
+    settings = {"matrices": matrices, "top_k": top_k, "neurons": neurons, "normalize": normalize}
+    return run(NaiveReading.of(model, layers, **settings), model, records, **options)
 
 
 class _Readings:
@@ -288,13 +268,13 @@ class _Readings:
         head: Head,
         matrix: str,
         gradient: LowRankGradient,
-        top: int,
+        top_k: int,
         neurons: int | None,
         normalize: bool,
     ) -> None:
         if neurons is not None and neurons < 1:
             raise ValueError(f"neurons is {neurons}; expected 1 or more, or None for all")
-        self._d_vocab, self._top = head.W_U.shape[1], top
+        self._d_vocab = head.W_U.shape[1]
         self.prompts = gradient.prompts
         self._vectors, self._neurons, self.numbers = [], [], []
         through = READ_THROUGH[matrix]
@@ -307,7 +287,7 @@ class _Readings:
             self.numbers.append(kept)
 
         def tops(rows: list[Tensor], sign: int) -> list[Tensor]:
-            found = readout(head, torch.cat(rows), top, normalize=normalize, sign=sign)
+            found = readout(head, torch.cat(rows), top_k, normalize=normalize, sign=sign)
             return list(found.top_ids.to(gradient.device).split([len(part) for part in rows]))
 
         self._of_neurons = tops(self._neurons, 1)

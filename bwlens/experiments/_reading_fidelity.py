@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits, as_list
 from bwlens.data.records import Record
-from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
-from bwlens.model.sites import Site, Tap, find_taps
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, Tap, find_taps
 from bwlens.reading.effect import EffectOf, tempered
 from bwlens.reading.trust import agreement, controls, delta_scores, other_deltas, true_effects
 from bwlens.runs.intervals import RESAMPLES, summarize
@@ -239,23 +240,17 @@ def _is_share(text: str) -> bool:
 
 
 def reading_fidelity(
-    model: Any,
+    model: LensModel,
     records: Edits,
     *,
     readings: str | Sequence[str] = READINGS,
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     **options: Any,
 ) -> Result:
     """How far each reading's words are what a step on a layer does, with controls.
 
-    W_out, the prompt's last token; three replays of every layer a prompt.
-
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        records: Records or edits; records' relations give the control of another word.
-        readings: Out of "plain", "cosine", "dual" and "effect", each also tempered: "effect^0.1".
-        layers: Layers from 0, negative ones from the end; None for all.
-        **options: As for `bwlens.experiments.run`.
+    W_out, the prompt's last token; three replays of every layer a prompt. The settings are those of
+    `ReadingFidelity` (records' relations give the control of another word), the options `run`'s.
 
     Raises:
         ValueError: No such reading.
@@ -266,5 +261,5 @@ def reading_fidelity(
         >>> result.figure()  # doctest: +SKIP
     """
     names = (readings,) if isinstance(readings, str) else tuple(readings)
-    task = ReadingFidelity(chosen_layers(model, layers), names).given(records)
+    task = ReadingFidelity.of(model, layers, readings=names).given(records)
     return run(task, model, records, **options)

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import (
-    Experiment,
-    Reading,
-    Result,
-    chosen_layers,
-    frame,
-    matrix_names,
-    run,
-    segment_columns,
-)
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
+from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
-from bwlens.runs.intervals import summarize
+from bwlens.model.sites import Layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,6 +43,8 @@ class SegmentNorms(Experiment):
         "delta peaks at the subject's tokens in the first layers and at the last token from"
         " about the second quarter on, and is near zero elsewhere; x shows no such pattern."
     )
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer", "segment")
+    values: ClassVar[tuple[str, ...]] = ("delta", "x")
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
@@ -60,10 +54,6 @@ class SegmentNorms(Experiment):
             norms = torch.stack([gradient.delta.norm(dim=1), gradient.x.norm(dim=1)], 1)
             columns.append(segment_columns(reading, site, norms, ("delta", "x")))
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix, layer and segment, of `delta` and of `x`."""
-        return summarize(rows, ["matrix", "layer", "segment"], ["delta", "x"])
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """delta above, x below, a panel for each matrix."""
@@ -86,23 +76,15 @@ class SegmentNorms(Experiment):
 
 
 def segment_norms(
-    model: Any,
-    edits: Edits,
+    model: LensModel,
+    records: Edits,
+    *,
     matrices: str | Sequence[str] | None = None,
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     **options: Any,
 ) -> Result:
     """Mean norms of delta and x by layer and prompt segment.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        edits: The edits.
-        matrices: Names out of `bwlens.MATRICES`; None for all that the model has.
-        layers: Layers from 0, negative ones from the end; None for all.
-        **options: As for `bwlens.experiments.run`.
-
-    Source: Backward Lens, figures 5, 16 and 17.
+    The settings are those of `SegmentNorms`, the options those of `run`.
     """
-    chosen = None if matrices is None else matrix_names(matrices)
-    experiment = SegmentNorms(chosen_layers(model, layers), chosen)
-    return run(experiment, model, edits, **options)
+    return run(SegmentNorms.of(model, layers, matrices=matrices), model, records, **options)

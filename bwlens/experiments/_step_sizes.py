@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,18 +16,21 @@ from torch import Tensor
 from bwlens.data.given import Edits
 from bwlens.edit.given import FIRST_ONLY
 from bwlens.edit.shift import forward_pass_shift
-from bwlens.experiments.base import Experiment, Reading, Result, chosen_layers, frame, run
+from bwlens.edit.smallest import smallest_steps
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run
 from bwlens.experiments.own_steps import (
     Change,
     Step,
+    Stepped,
     dense_taps,
+    full_matrix,
     low_rank,
     padded,
     stepped,
-    whole,
 )
 from bwlens.model.prompts import Batch
-from bwlens.model.sites import Site, resolve_layers
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, resolve_layers
 from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
@@ -97,7 +100,7 @@ class StepSizes(Experiment):
         for layer in resolve_layers(reading.model, self.layers):
             site = Site("W_out", layer)
             for method, direction in _directions(reading, site).items():
-                step = _Search(reading, site, direction).smallest(open_, self.within)
+                step = _smallest(reading, site, direction, open_, self.within)
                 ppl = [float("nan")] * len(step)
                 for item, size in enumerate(step.tolist()):
                     if prose and math.isfinite(size):
@@ -143,9 +146,10 @@ class StepSizes(Experiment):
 
 
 def step_sizes(
-    model: Any,
-    edits: Edits,
-    layers: Iterable[int] | int | None = None,
+    model: LensModel,
+    records: Edits,
+    *,
+    layers: Layers = None,
     within: float = 1.1,
     text: str | None = "demo",
     sentences: int = 5,
@@ -153,24 +157,14 @@ def step_sizes(
 ) -> Result:
     """The smallest step of SGD, Adam and the forward pass shift that flips each answer.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer whose MLPs, in those layers, are dense.
-        edits: The edits.
-        layers: Layers from 0, negative ones from the end; None for all.
-        within: The step is at most this much above one that fails.
-        text: What perplexity is measured on, as for `bwlens.data.prose.read_prose`: "demo", a
-            file, or None for nothing.
-        sentences: How many sentences of it.
-        **options: As for `bwlens.experiments.run`.
+    The settings are those of `StepSizes`, the options those of `run`.
 
     Raises:
         ValueError: A setting out of range, or a text that cannot be read.
         NotImplementedError: A layer is a mixture of experts.
-
-    Source: Backward Lens, figure 26.
     """
-    chosen = chosen_layers(model, layers)
-    return run(StepSizes(chosen, within, text, sentences), model, edits, **options)
+    task = StepSizes.of(model, layers, within=within, text=text, sentences=sentences)
+    return run(task, model, records, **options)
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +210,7 @@ def _directions(reading: Reading, site: Site) -> dict[str, _Direction]:
         "SGD": _Direction(
             lambda rows, step: low_rank(x[rows], -delta[rows], step), _norms(gradient)
         ),
-        "Adam": _Direction(lambda rows, step: whole(-adam[rows], step), _norms(adam)),
+        "Adam": _Direction(lambda rows, step: full_matrix(-adam[rows], step), _norms(adam)),
         "forward pass shift": _Direction(
             lambda rows, step: low_rank(key[rows], value[rows], step),
             key.norm(dim=(1, 2)) * value.norm(dim=(1, 2)),
@@ -228,43 +222,32 @@ def _norms(matrices: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(matrices)
 
 
-class _Search:
-    """The smallest step of each prompt in a batch, by forward passes that all of them share."""
+def _smallest(
+    reading: Reading,
+    site: Site,
+    direction: _Direction,
+    open_: Bool[Tensor, " batch"],
+    within: float,
+) -> Float[Tensor, " batch"]:
+    """The smallest steps of the open prompts, in passes that all share; nan where none works.
 
-    def __init__(self, reading: Reading, site: Site, direction: _Direction) -> None:
-        self._model, self._batch = reading.model, reading.grads.batch
-        self._site, self._direction = site, direction
-        self._targets = reading.targets
+    They are searched from where the MLP's output moves by its own length.
+    """
+    model, batch = reading.model, reading.grads.batch
+    taps = dense_taps(model, ["W_out"], [site.layer])
 
-    def smallest(self, open_: Bool[Tensor, " batch"], within: float) -> Float[Tensor, " batch"]:
-        """Steps of the open prompts; nan for the others and where none that was tried works."""
-        low, high = torch.zeros(len(open_)), torch.full((len(open_),), torch.inf)
-        trial, going, moves = self._first(), open_.clone(), 0
-        while going.any() and moves < 8 * _MOST:
-            works = self._works(torch.where(going, trial, 0.0))
-            high = torch.where(going & works, trial, high)
-            low = torch.where(going & ~works, trial, low)
-            moves += 1
-            outside = (low == 0) | high.isinf()
-            trial = torch.where(outside, torch.where(works, trial / _FACTOR, trial * _FACTOR),
-                                (low * high).sqrt())  # fmt: skip
-            going = open_ & torch.where(outside, moves < _MOST, high > within * low)
-        return torch.where(open_ & high.isfinite(), high, float("nan"))
+    def passed(steps: Tensor) -> Stepped:
+        return stepped(model, batch, {site: direction.every(steps)}, taps)
 
-    def _first(self) -> Float[Tensor, " batch"]:
-        """Steps at which the MLP's output moves by its own length."""
-        taps = dense_taps(self._model, ["W_out"], [self._site.layer])
-        ones = torch.ones(len(self._batch))
-        still = stepped(self._model, self._batch, {}, taps).z[self._site]
-        moved = stepped(self._model, self._batch, {self._site: self._direction.every(ones)}, taps)
-        length = (moved.z[self._site] - still).norm(dim=1)
-        first = still.norm(dim=1) / length
-        return torch.where(first.isfinite() & (first > 0), first, 1.0).cpu()
+    def works(steps: Tensor) -> Tensor:
+        answers = passed(steps).last_logits(batch).argmax(-1)
+        return (answers == reading.targets.to(answers)).cpu()
 
-    def _works(self, steps: Float[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-        found = stepped(self._model, self._batch, {self._site: self._direction.every(steps)})
-        answers = found.last_logits(self._batch).argmax(-1)
-        return (answers == self._targets.to(answers)).cpu()
+    still = stepped(model, batch, {}, taps).z[site]
+    moved = passed(torch.ones(len(batch))).z[site]
+    first = still.norm(dim=1) / (moved - still).norm(dim=1)
+    first = torch.where(first.isfinite() & (first > 0), first, 1.0).cpu()
+    return smallest_steps(works, first, within=within, most=_MOST, factor=_FACTOR, searched=open_)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import (
-    Experiment,
-    Reading,
-    Result,
-    chosen_layers,
-    frame,
-    matrix_names,
-    run,
-    segment_columns,
-)
+from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
 from bwlens.lens.backward import READ_THROUGH
 from bwlens.model.head import head_of
+from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
+from bwlens.model.sites import Layers
 from bwlens.reading.readouts import readout
-from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,13 +53,20 @@ class TargetRank(Experiment):
         " layer all other tokens' deltas are zero, and share the rank that the final norm's"
         " bias gives."
     )
+    by: ClassVar[tuple[str, ...]] = ("matrix", "layer", "segment")
+    values: ClassVar[tuple[str, ...]] = (
+        "target_rank",
+        "answer_rank",
+        "top_share",
+        "bottom_share",
+        "silent",
+    )
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
         head = head_of(reading.model)
         followed = torch.stack([reading.targets, reading.answers.to(reading.targets)], 1)
         least = head.W_U.shape[1] - 1
-        names = ("target_rank", "answer_rank", "top_share", "bottom_share", "silent")
         columns = []
         for site in reading.sites(self.matrices):
             gradient = reading.grads[site]
@@ -81,13 +80,8 @@ class TargetRank(Experiment):
             at_ends = torch.stack([ranks[:, 0] == 0, ranks[:, 0] == least], 1).to(ranks)
             values = torch.cat([ranks, at_ends], 1).masked_fill(blank, float("nan"))
             values = torch.cat([values, blank.to(values)], 1)
-            columns.append(segment_columns(reading, site, values, names))
+            columns.append(segment_columns(reading, site, values, self.values))
         return frame(columns)
-
-    def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
-        """Means over prompts by matrix, layer and segment."""
-        values = ["target_rank", "answer_rank", "top_share", "bottom_share", "silent"]
-        return summarize(rows, ["matrix", "layer", "segment"], values)
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """Target above, answer below, a panel for each matrix."""
@@ -109,25 +103,18 @@ class TargetRank(Experiment):
 
 
 def target_rank(
-    model: Any,
-    edits: Edits,
+    model: LensModel,
+    records: Edits,
+    *,
     matrices: str | Sequence[str] = ("W_out", "W_in"),
-    layers: Iterable[int] | int | None = None,
+    layers: Layers = None,
     normalize: bool = False,
     **options: Any,
 ) -> Result:
     """Mean rank of the target and of the original answer by layer and prompt segment.
 
-    Args:
-        model: A TransformerBridge or HookedTransformer.
-        edits: The edits.
-        matrices: Names out of `bwlens.MATRICES`; each is read through the factor of its gradient
-            that is as wide as the residual stream.
-        layers: Layers from 0, negative ones from the end; None for all.
-        normalize: Read vectors at unit length (appendix H).
-        **options: As for `bwlens.experiments.run`.
-
-    Source: Backward Lens, figures 6 and 18-21.
+    Each matrix is read through the factor of its gradient that is as wide as the residual stream.
+    The settings are those of `TargetRank`, the options those of `run`.
     """
-    chosen = chosen_layers(model, layers)
-    return run(TargetRank(chosen, matrix_names(matrices), normalize), model, edits, **options)
+    task = TargetRank.of(model, layers, matrices=matrices, normalize=normalize)
+    return run(task, model, records, **options)

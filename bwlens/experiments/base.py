@@ -19,18 +19,27 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits
+from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.segments import SEGMENTS, segment_codes
-from bwlens.model.sites import Site, available_matrices, check_model, resolve_layers
+from bwlens.model.sites import (
+    Layers,
+    Site,
+    available_matrices,
+    check_model,
+    resolve_layers,
+    resolve_matrices,
+)
 from bwlens.model.targets import unwarned, warn_of_edits
 from bwlens.runs.parts import Failure, Part, progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 MAX_MEMORY = 2**30
 """Bytes that the activations and gradients of a batch may take, by a rough estimate."""
@@ -40,23 +49,17 @@ _MOST_PROMPTS = 64
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What experiments are given of a batch of edits.
-
-    Attributes:
-        model: The model.
-        edits: The edits.
-        grads: x and delta of every matrix that some experiment asked for.
-        segments: The index in `SEGMENTS` of each token [batch, pos]; -1 at padding.
-        prepend_bos: Whether prompts got a BOS token; None is the model's own default.
-        layers: The layers that the experiment asked for; `grads` may have others as well.
-    """
+    """What experiments are given of a batch of edits."""
 
     model: Any
     edits: tuple[Edit, ...]
     grads: Gradients
+    """x and delta of every matrix that some experiment reads."""
     segments: Int[Tensor, "batch pos"]
+    """The index in `SEGMENTS` of each token; -1 at padding."""
     prepend_bos: bool | None = None
     layers: tuple[int, ...] | None = None
+    """This experiment's layers; `grads` may have others as well."""
 
     @property
     def answers(self) -> Int[Tensor, " batch"]:
@@ -129,9 +132,14 @@ class Experiment(ABC):
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Tidy rows of a batch; the column `item` is the place in the batch."""
 
-    @abstractmethod
+    by: ClassVar[tuple[str, ...]] = ()
+    """Columns of the rows that make a group of the summary."""
+    values: ClassVar[tuple[str, ...]] = ()
+    """Columns whose means are in the summary."""
+
     def summarize(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Means over prompts with counts and intervals: `quantity`, `mean`, `low`, `high`, `n`."""
+        return summarize(rows, self.by, self.values)
 
     @abstractmethod
     def draw(self, summary: pd.DataFrame) -> Figure:
@@ -147,12 +155,23 @@ class Experiment(ABC):
         held = available_matrices(model)
         if asked is None:
             return held
-        missing = [matrix for matrix in asked if matrix not in held]
-        if missing:
+        if missing := [matrix for matrix in asked if matrix not in held]:
             raise ValueError(
                 f"{self.name}: this model has no {', '.join(missing)}; it has {', '.join(held)}"
             )
         return tuple(asked)
+
+    @classmethod
+    def of(cls, model: Any, layers: Layers, **settings: Any) -> Self:
+        """The experiment as a call sets it: layers of any form, `matrices` one or several.
+
+        Raises:
+            ValueError: A layer that the model does not have, or no such matrix.
+        """
+        if settings.get("matrices") is not None:
+            settings["matrices"] = resolve_matrices(settings["matrices"])
+        chosen = None if layers is None else tuple(resolve_layers(model, layers))
+        return cls(layers=chosen, **settings)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -216,7 +235,7 @@ class Result:
 def run(
     experiment: Experiment,
     model: Any,
-    edits: Edits,
+    records: Edits,
     *,
     prepend_bos: bool | None = None,
     max_memory: int = MAX_MEMORY,
@@ -225,9 +244,9 @@ def run(
     """Run one experiment over edits, in memory.
 
     Args:
-        experiment: An experiment with its settings.
+        experiment: With its settings.
         model: A TransformerBridge or HookedTransformer.
-        edits: The edits; `read_records(...).edits` gives some.
+        records: Edits or records, one or several; `read_records` gives some.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
         max_memory: Bytes that a batch may take, by a rough estimate.
         progress: Show a bar.
@@ -235,7 +254,7 @@ def run(
     Raises:
         ValueError: No edits, none that can be read, or settings that do not fit the model.
     """
-    work = Batches([experiment], model, edits, prepend_bos, max_memory)
+    work = Batches([experiment], model, records, prepend_bos, max_memory)
     tables: list[pd.DataFrame] = []
     failures = list(work.failures)
     with progress_bar(experiment.title, sum(work.sizes), shown=progress) as advance:
@@ -245,20 +264,6 @@ def run(
             failures += part.failures
             advance(size)
     return Result(experiment, joined(tables), tuple(sorted(failures, key=lambda f: f.item)))
-
-
-def chosen_layers(model: Any, layers: Iterable[int] | int | None) -> tuple[int, ...] | None:
-    """The layers asked for, counted from 0; None for all.
-
-    Raises:
-        ValueError: A layer that the model does not have.
-    """
-    return None if layers is None else tuple(resolve_layers(model, layers))
-
-
-def matrix_names(matrices: str | Sequence[str]) -> tuple[str, ...]:
-    """One matrix or several."""
-    return (matrices,) if isinstance(matrices, str) else tuple(matrices)
 
 
 def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -316,19 +321,14 @@ class Batches:
         except (ValueError, FloatingPointError) as error:
             if len(items) == 1:
                 return Part(self._nothing(), [self._failure(items[0], error)])
-        held: dict[str, list[pd.DataFrame]] = {e.name: [] for e in self._experiments}
-        failures = []
+        parts, failures = [self._nothing()], []
         for item in items:
             try:
-                for name, rows in self._measure([item]).items():
-                    held[name].append(rows)
+                parts.append(self._measure([item]))
             except (ValueError, FloatingPointError) as error:
                 failures.append(self._failure(item, error))
-        nothing = self._nothing()
-        return Part(
-            {name: joined(tables) if tables else nothing[name] for name, tables in held.items()},
-            failures,
-        )
+        tables = {e.name: joined([part[e.name] for part in parts]) for e in self._experiments}
+        return Part(tables, failures)
 
     def _measure(self, items: Sequence[int]) -> dict[str, pd.DataFrame]:
         edits = tuple(self._edits[item] for item in items)

@@ -30,17 +30,13 @@ Step = float | Float[Tensor, " batch"]
 
 @dataclass(frozen=True, eq=False)
 class Stepped:
-    """A forward pass under changes.
-
-    Attributes:
-        logits: [batch, pos, d_vocab], float32 at least.
-        x: What entered each matrix that was watched, at the prompts' last tokens [batch, d_in].
-        z: What left it, its change included [batch, d_out]; both float32 at least.
-    """
+    """A forward pass under changes, float32 at least."""
 
     logits: Float[Tensor, "batch pos d_vocab"]
     x: dict[Site, Float[Tensor, "batch d_in"]]
+    """What entered each matrix that was watched, at the prompts' last tokens."""
     z: dict[Site, Float[Tensor, "batch d_out"]]
+    """What left it there, its change included."""
 
     def last_logits(self, batch: Batch) -> Float[Tensor, "batch d_vocab"]:
         """The logits after each prompt's last token."""
@@ -120,12 +116,12 @@ def padded(gradient: LowRankGradient, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     assert gradient.prompt is not None
     assert gradient.pos is not None
-    whole = []
-    for rows in (gradient.x, gradient.delta):
-        full = rows.new_zeros(*batch.tokens.shape, rows.shape[1])
-        full[gradient.prompt, gradient.pos] = rows
-        whole.append(full.to(batch.tokens.device))
-    return whole[0], whole[1]
+    at = (gradient.prompt, gradient.pos)
+    x, delta = (
+        rows.new_zeros(*batch.tokens.shape, rows.shape[1]).index_put(at, rows)
+        for rows in (gradient.x, gradient.delta)
+    )
+    return x.to(batch.tokens.device), delta.to(batch.tokens.device)
 
 
 def low_rank(
@@ -136,7 +132,7 @@ def low_rank(
     return lambda entering: (entering @ x.to(entering).mT) @ scaled.to(entering)
 
 
-def whole(matrix: Float[Tensor, "batch d_in d_out"], step: Step) -> Change:
+def full_matrix(matrix: Float[Tensor, "batch d_in d_out"], step: Step) -> Change:
     """The change dW_b = step_b M_b with a matrix for each prompt."""
     return lambda entering: _times(entering @ matrix.to(entering), step)
 

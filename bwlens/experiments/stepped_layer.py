@@ -44,11 +44,11 @@ class SteppedLayer:
 
     Args:
         model: The model.
-        grads: The loss' gradients of the layer's matrices.
+        grads: The gradients of `loss`, which is stepped down.
         raised: Those of the target's logit, of the same batch.
         taps: The layer's W_in, W_gate if it has one, and W_out, in this order.
         before: A pass without a step, its x and z at the taps.
-        loss: The loss whose gradient is stepped down.
+        loss: See above.
     """
 
     def __init__(

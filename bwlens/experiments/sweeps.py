@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bwlens.data.given import Edits, as_edits
 from bwlens.data.records import Records, checked_limit, read_records
@@ -30,9 +30,6 @@ from bwlens.runs.parts import (
     table_names,
     whole,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +53,17 @@ class Results(Mapping[str, Result]):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep:
-    """What a sweep's folder holds.
-
-    Attributes:
-        folder: The folder.
-        results: The result of each experiment, by its name, of the parts that are there; read
-            from the folder each time it is asked for.
-        failures: Edits that could not be measured, and records that could not be read.
-        finished: Whether every part is there.
-        settings: What the sweep was started with.
-    """
+    """What a sweep's folder holds."""
 
     folder: Path
     results: Results
+    """By experiment, of the parts that are there; read from the folder each time."""
     failures: tuple[Failure, ...]
+    """Edits that could not be measured, and records that could not be read."""
     finished: bool
+    """Whether every part is there."""
     settings: dict[str, Any] = field(repr=False)
+    """What the sweep was started with."""
 
     def __getitem__(self, name: str) -> Result:
         return self.results[name]
@@ -243,7 +235,13 @@ def _fitting(
 def _made(name: str, settings: dict[str, Any]) -> Experiment:
     from bwlens.experiments import EXPERIMENTS
 
-    return EXPERIMENTS[name](**{k: _tuples(v) for k, v in settings.items()})
+    try:
+        return EXPERIMENTS[name](**{k: _tuples(v) for k, v in settings.items()})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{name} was swept by another version of bwlens, whose settings this one does not have"
+            f" ({error}); its rows are in Parquet files that pandas reads"
+        ) from None
 
 
 def _tuples(value: Any) -> Any:
@@ -255,11 +253,8 @@ def _edits(data: Any, limit: int | None) -> tuple[list[Edit], str, list[Failure]
     """The edits, where they come from, and the records that could not be read."""
     limit = checked_limit(limit)
     if isinstance(data, Records):
-        problems = [
-            # Its index counts records, the rows' items and their failures count edits.
-            Failure(-1, str(problem))
-            for problem in data.problems
-        ]
+        # A problem's index counts records, the rows' items and their failures count edits.
+        problems = [Failure(-1, str(problem)) for problem in data.problems]
         return data.edits[:limit], data.source, problems
     return as_edits(data)[:limit], "edits", []
 

@@ -83,7 +83,7 @@ def test_experiments_and_sweeps_take_records(demo, records, tmp_path):
         "gradient_rank", demo, list(records), tmp_path, limit=0, progress=False, page=False
     )
     assert set(swept["gradient_rank"].rows["item"]) == {0, 1}
-    by_record, by_edit = (experiments.naive_map(demo, one, 3, neurons=4) for one in
+    by_record, by_edit = (experiments.naive_map(demo, one, layer=3, neurons=4) for one in
                           (records[0], records[0].edit))  # fmt: skip
     torch.testing.assert_close(by_record.cosine, by_edit.cosine)
 

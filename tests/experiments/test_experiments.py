@@ -103,13 +103,11 @@ def test_segment_norms(name, bos, bridge):
     for item, edit in enumerate(EDITS):
         grads, names = alone(model, edit, bos, matrices)
         for site, gradient in grads.items():
+            lengths = [rows.norm(dim=1).tolist() for rows in (gradient.delta, gradient.x)]
             for segment in set(names):
                 at = [i for i, other in enumerate(names) if other == segment]
-                expected[item, site.matrix, site.layer, segment] = (
-                    len(at),
-                    float(np.mean([float(gradient.delta[i].norm()) for i in at])),
-                    float(np.mean([float(gradient.x[i].norm()) for i in at])),
-                )
+                means = (float(np.mean([norms[i] for i in at])) for norms in lengths)
+                expected[item, site.matrix, site.layer, segment] = (len(at), *means)
     assert len(rows) == len(expected)
     for row in rows.to_dict("records"):
         tokens, delta, x = expected[row["item"], row["matrix"], row["layer"], row["segment"]]
@@ -119,11 +117,11 @@ def test_segment_norms(name, bos, bridge):
     assert ("bos" in set(rows["segment"])) == bos
 
 
-def slow_rank(model, vector, token):
-    """How many tokens score strictly higher, by the model's own modules."""
+def slow_ranks(model, vector, tokens):
+    """How many tokens score strictly higher than each, by the model's own modules."""
     with torch.no_grad():
         logits = model.unembed(model.ln_final(vector[None, None]))[0, 0]
-    return int((logits > logits[token]).sum())
+    return [int((logits > logits[token]).sum()) for token in tokens]
 
 
 def mean_of(values):
@@ -135,11 +133,11 @@ def mean_of(values):
 @pytest.mark.parametrize("name", NAMES)
 def test_target_rank(name, bos, bridge):
     model = bridge(name)
+    singly = [alone(model, edit, bos) for edit in EDITS]
     for normalize in (False, True):
         rows = target_rank(model, EDITS, normalize=normalize, prepend_bos=bos, progress=False).rows
         expected = {}
-        for item, edit in enumerate(EDITS):
-            grads, names = alone(model, edit, bos)
+        for item, (grads, names) in enumerate(singly):
             target, answer = grads.batch.targets[0][0], int(grads.next_logits[0].argmax())
             for site, gradient in grads.items():
                 found = {}
@@ -147,10 +145,9 @@ def test_target_rank(name, bos, bridge):
                 for segment, vector in zip(names, vectors, strict=True):
                     vector = vector / vector.norm() if normalize and vector.any() else vector
                     silent = not vector.any()
-                    ranks = [
-                        math.nan if silent else slow_rank(model, vector, token)
-                        for token in (target, answer)
-                    ]
+                    ranks = (
+                        [math.nan] * 2 if silent else slow_ranks(model, vector, (target, answer))
+                    )
                     found.setdefault(segment, []).append((*ranks, silent))
                 for segment, values in found.items():
                     columns = zip(*values, strict=True)
@@ -166,7 +163,9 @@ def test_target_rank(name, bos, bridge):
 
 def test_the_target_is_the_least_probable_word_at_the_top_of_the_model(bridge):
     """delta just below the unembedding: only the target's coefficient is negative (section 1)."""
-    rows = target_rank(bridge("gpt2"), EDITS, ["W_out"], normalize=True, progress=False).rows
+    rows = target_rank(
+        bridge("gpt2"), EDITS, matrices=["W_out"], normalize=True, progress=False
+    ).rows
     last = rows[(rows["layer"] == tiny.LAYERS - 1) & (rows["segment"] == "last")]
     assert last["target_rank"].tolist() == [tiny.VOCAB - 1] * len(EDITS)
     assert last["bottom_share"].tolist() == [1] * len(EDITS)
@@ -182,7 +181,7 @@ def test_the_target_is_the_least_probable_word_at_the_top_of_the_model(bridge):
 def test_layer_cosine(name, segment, bridge):
     model = bridge(name)
     rows = layer_cosine(
-        model, EDITS, ["W_out", "W_in"], segment=segment, prepend_bos=False, progress=False
+        model, EDITS, matrices=["W_out", "W_in"], segment=segment, prepend_bos=False, progress=False
     ).rows
     expected = {}
     for item, edit in enumerate(EDITS):
@@ -290,11 +289,15 @@ def test_one_layer_one_matrix_one_record(bridge):
     model = bridge("llama")
     edit = bwlens.Edit("{} t30 t41", subject="t5 t9", target_new="t17")
     options = {"prepend_bos": False, "progress": False}
-    one = experiments.segment_norms(model, edit, "W_out", -1, **options)
-    several = experiments.segment_norms(model, [Record(0, edit)], ["W_out"], [2], **options)
+    one = experiments.segment_norms(model, edit, matrices="W_out", layers=-1, **options)
+    several = experiments.segment_norms(
+        model, [Record(0, edit)], matrices=["W_out"], layers=slice(2, 3), **options
+    )
     assert one.experiment.settings == {"layers": [2], "matrices": ["W_out"]}
     assert one.rows.equals(several.rows)
     with pytest.raises(ValueError, match="layer 3 asked for"):
         experiments.gradient_rank(model, edit, layers=3)
+    with pytest.raises(ValueError, match="matrices must be among"):
+        experiments.gradient_rank(model, edit, matrices=["W_out", "W_up"])
     with pytest.raises(TypeError):
         experiments.gradient_rank(model, [edit, 5])

@@ -56,7 +56,7 @@ def slow_map(model, edit, matrix, layer, top, normalize=True, owner=None):
 def test_map_against_one_lens_at_a_time(name, matrix, bridge):
     model = bridge(name)
     for layer in (1, 2):
-        found = naive_map(model, EDITS[0], layer, matrix, top=TOP)
+        found = naive_map(model, EDITS[0], matrix=matrix, layer=layer, top_k=TOP)
         _, cosine, overlap = slow_map(model, EDITS[0], matrix, layer, TOP)
         torch.testing.assert_close(
             found.cosine.float(), cosine, rtol=1e-3, atol=1e-3, equal_nan=True
@@ -73,7 +73,9 @@ def test_of_one_spanning_vector_every_neuron_is_a_multiple(bridge):
     """The last layer's gradient has rank 1: the naive reading says one thing, over and over."""
     for matrix in ("W_out", "W_in"):
         edits = [EDITS[0], EDITS[2]]  # targets of one token
-        result = naive_reading(bridge("llama"), edits, [matrix], [2], top=TOP, progress=False)
+        result = naive_reading(
+            bridge("llama"), edits, matrices=matrix, layers=2, top_k=TOP, progress=False
+        )
         assert (result.rows["cosine"] > 1 - 1e-5).all()
         assert (result.rows["overlap"] > 1 - 1e-5).all()
         assert (result.rows["explained"] > 1 - 1e-9).all()
@@ -81,7 +83,7 @@ def test_of_one_spanning_vector_every_neuron_is_a_multiple(bridge):
 
 def test_a_negative_multiple_is_compared_with_the_other_end(bridge):
     """With a bias in the final norm the words of -v are no mirror image of those of v."""
-    found = naive_map(bridge("gpt2"), EDITS[0], 2, "W_out", top=TOP)
+    found = naive_map(bridge("gpt2"), EDITS[0], matrix="W_out", layer=2, top_k=TOP)
     last = found.cosine[:, -1]
     assert (last < -0.99).any()
     assert (last > 0.99).any()
@@ -91,7 +93,7 @@ def test_a_negative_multiple_is_compared_with_the_other_end(bridge):
 @pytest.mark.parametrize("name", ["gpt2", "gemma2"])
 def test_rows_are_means_of_the_best(name, bridge):
     model = bridge(name)
-    result = naive_reading(model, EDITS, layers=[1], top=TOP, neurons=10, progress=False)
+    result = naive_reading(model, EDITS, layers=[1], top_k=TOP, neurons=10, progress=False)
     batch = in_batch(model)
     for row in result.rows.to_dict("records"):
         edit = EDITS[row["item"]]
@@ -115,35 +117,35 @@ def in_batch(model):
 
 
 def test_a_batch_of_one_has_no_control(bridge):
-    rows = naive_reading(bridge("gpt2"), EDITS[:1], top=TOP, progress=False).rows
+    rows = naive_reading(bridge("gpt2"), EDITS[:1], top_k=TOP, progress=False).rows
     assert rows["control_cosine"].isna().all()
     assert rows["cosine"].notna().all()
 
 
 def test_experts_one_by_one(bridge):
-    rows = naive_reading(bridge("mixtral"), EDITS, layers=[1], top=TOP, progress=False).rows
+    rows = naive_reading(bridge("mixtral"), EDITS, layers=[1], top_k=TOP, progress=False).rows
     assert len(set(rows["expert"])) > 1
     assert (rows["cosine"] <= 1 + 1e-6).all()
     with pytest.raises(NotImplementedError, match="mixture of experts"):
-        naive_map(bridge("mixtral"), EDITS[0], 1, top=TOP)
+        naive_map(bridge("mixtral"), EDITS[0], layer=1, top_k=TOP)
 
 
 def test_sorting_and_figures(bridge):
     model = bridge("gpt2")
-    found = naive_map(model, EDITS[0], 1, top=TOP, neurons=12)
+    found = naive_map(model, EDITS[0], layer=1, top_k=TOP, neurons=12)
     assert len(found.neurons) == len(found.nearest) == 12
     expected = [int(np.argmax(row)) for row in found.cosine.abs().numpy()]
     assert found.nearest.tolist() == expected
     assert len(found.tokens) == found.cosine.shape[1]
     assert found._repr_png_()[0].startswith(b"\x89PNG")
     assert "12 neurons" in repr(found)
-    result = naive_reading(model, EDITS, top=TOP, progress=False)
+    result = naive_reading(model, EDITS, top_k=TOP, progress=False)
     assert set(result.summary["n"]) == {len(EDITS)}
     assert len(result.figure().axes) == 3
 
 
 def test_the_neurons_are_those_of_the_dense_gradient(bridge):
-    found = naive_map(bridge("llama"), EDITS[0], 1, "W_in", top=TOP, neurons=5)
+    found = naive_map(bridge("llama"), EDITS[0], matrix="W_in", layer=1, top_k=TOP, neurons=5)
     gradient = bwlens.capture(bridge("llama"), EDITS[0].text, " t20", ["W_in"], 1)["W_in", 1]
     assert isinstance(gradient, LowRankGradient)
     norms = gradient.dense().norm(dim=0)
@@ -153,8 +155,8 @@ def test_the_neurons_are_those_of_the_dense_gradient(bridge):
 def test_what_does_not_fit_is_refused(bridge):
     model = bridge("gpt2")
     with pytest.raises(ValueError, match=f"1 to {tiny.VOCAB}"):
-        naive_map(model, EDITS[0], 1, top=100)
+        naive_map(model, EDITS[0], layer=1, top_k=100)
     with pytest.raises(ValueError, match="expected 1 or more"):
-        naive_map(model, EDITS[0], 1, top=TOP, neurons=0)
+        naive_map(model, EDITS[0], layer=1, top_k=TOP, neurons=0)
     with pytest.raises(ValueError, match="layers 0 to 2"):
-        naive_map(model, EDITS[0], 5, top=TOP)
+        naive_map(model, EDITS[0], layer=5, top_k=TOP)

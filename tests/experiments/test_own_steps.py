@@ -6,7 +6,7 @@ import torch
 import bwlens
 from bwlens import Site
 from bwlens.edit import WeightChange
-from bwlens.experiments.own_steps import dense_taps, low_rank, padded, stepped, whole
+from bwlens.experiments.own_steps import dense_taps, full_matrix, low_rank, padded, stepped
 from bwlens.model.sites import available_matrices
 from tests import cases, tiny
 
@@ -77,7 +77,7 @@ def test_a_whole_matrix_is_the_same_as_its_rows(bridge):
     site, batch = Site("W_out", LAYER), grads.batch
     dense = torch.stack([part.dense() for part in grads[site].split()])
     etas = torch.tensor([0.3, 0.05, 0.5])
-    found = stepped(model, batch, {site: whole(dense, -etas)}).logits
+    found = stepped(model, batch, {site: full_matrix(dense, -etas)}).logits
     expected = stepped(model, batch, {site: low_rank(*padded(grads[site], batch), -etas)}).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

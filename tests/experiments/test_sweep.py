@@ -3,8 +3,10 @@
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from bwlens import Edit, read_records
+from bwlens.cli import app
 from bwlens.experiments import EXPERIMENTS, GradientRank, SegmentNorms, read_sweep, sweep
 from bwlens.experiments.base import Batches, memory_per_token
 from bwlens.model.loading import load_model
@@ -201,8 +203,14 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    complete(COMMAND, folder)
+    """In this process, on one thread as the others are."""
+    folder, threads = tmp_path_factory.mktemp("undisturbed"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = CliRunner().invoke(app, [*COMMAND, "--out", str(folder)])
+    finally:
+        torch.set_num_threads(threads)
+    assert done.exit_code == 0, done.output
     return results(folder)
 
 
@@ -216,3 +224,11 @@ def test_a_killed_sweep_carries_on_to_the_very_same_rows(undisturbed, tmp_path):
 def test_two_launched_processes_give_the_same_rows_as_one(undisturbed, tmp_path):
     complete(COMMAND, tmp_path, LAUNCHER)
     assert_same(results(tmp_path), undisturbed)
+
+
+def test_a_folder_of_another_version_is_named_as_one(demo, tmp_path):
+    sweep("gradient_rank", demo, EDITS[:1], tmp_path, progress=False, page=False)
+    meta = tmp_path / "run.json"
+    meta.write_text(meta.read_text().replace('"matrices"', '"weights"'))
+    with pytest.raises(ValueError, match="another version of bwlens"):
+        read_sweep(tmp_path)

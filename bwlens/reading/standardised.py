@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.model.head import Head
+from bwlens.model.head import Head, head_of
 
 RIDGE = 0.1
 """Chosen on tuning records of SmolLM2: 0 to 1 differ little, and it holds for extreme gains."""
@@ -118,6 +118,17 @@ def _centred(head: Head) -> tuple[Tensor, Tensor]:
 
 def _precise(head: Head) -> torch.dtype:
     return torch.promote_types(head.W_U.dtype, torch.float32)
+
+
+def head_by(model: Any, reading: str, bias: bool = True) -> Head:
+    """The head that reads a vector by a reading's name.
+
+    "dual" and "cosine" know of no bias; all others are the model's own head, with or without it.
+    """
+    head = head_of(model)
+    if reading in ("dual", "cosine"):
+        return {"dual": dual_head, "cosine": cosine_head}[reading](head)
+    return head if bias else without_bias(head)
 
 
 def without_bias(head: Head) -> Head:

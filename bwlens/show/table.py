@@ -24,7 +24,7 @@ from bwlens.show.words import probability_of, quoted, spaced, target_words, visi
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-FORMAT = 2
+FORMAT = 3
 """Of the data that the script reads; a page may hold outputs of several versions."""
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search

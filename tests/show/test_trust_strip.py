@@ -26,7 +26,7 @@ def judged(r=R, **options):
         "plain", "W_out", 4, lens.layers, values / 2, values, values, none, none + 1,
         none + 0.04, none, none - 0.02, none,
     )  # fmt: skip
-    return replace(lens, _trust=trust)
+    return replace(lens, _trust={"plain": trust})
 
 
 def test_the_verdicts():

@@ -4,8 +4,8 @@ At the top of a model delta = M g with g = p - onehot(target) and M = diag(gain)
 token. The logit lens multiplies by M^T, which tells tokens with long or common columns before those
 that were meant. Here each token is asked how well it explains delta:
 
-- **dual**: m_v^T A^-1 delta / sqrt(m_v^T A^-1 m_v), with A = M M^T + ridge * tr(M M^T)/d * I: what
-  the step *asks for*. Whitened by A, then each token over its own length in that metric.
+- **dual**: the cosine of m_v and delta in the metric A^-1, A = M M^T + ridge * tr(M M^T)/d * I:
+  what the step *asks for*, whatever the lengths of delta and of tokens in that metric.
 - **cosine**: delta . (u_v - mean u) / ||u_v - mean u||, the gain left alone.
 
 Neither knows of a final norm's statistics or bias, so no epsilon and no bias is read.
@@ -53,8 +53,9 @@ def dual_head(head: Head, ridge: float = RIDGE) -> Head:
 
     def undone(rows: Tensor) -> Tensor:
         flat = rows.flatten(0, -2).to(gain)
-        solved = torch.cholesky_solve(flat.T, factor).T * gain
-        return solved.view(rows.shape).to(lengths)
+        solved = torch.cholesky_solve(flat.T, factor).T
+        length = (flat * solved).sum(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny).sqrt()
+        return (solved * gain / length).view(rows.shape).to(lengths)
 
     return _head(head, undone, lengths)
 

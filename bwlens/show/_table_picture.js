@@ -25,7 +25,11 @@ function paint(widget) {
       if (differs(widget, at)) marks.push("bw-other");
       for (const mark of marks) seen.add(mark);
       cell.className = marks.join(" ");
-      if (state.show === "rank") say(cell, whole(lens.rank(state, widget.who, at)));
+      if (state.show !== "norm" && state.show !== "shade" && !best.some(Boolean)) {
+        seen.add("bw-nil");
+        cell.setAttribute("aria-label", "not read");
+        say(cell, "\u00b7");
+      } else if (state.show === "rank") say(cell, whole(lens.rank(state, widget.who, at)));
       else if (state.show === "norm") say(cell, short(delta[at]));
       else if (state.show === "shade") say(cell, "");
       else if (best.length === 1) say(cell, bare(lens.word(best[0])));
@@ -182,7 +186,7 @@ function drawLegend(widget, scale, seen) {
   key("bw-faint", lens.through(state) === "effect"
     ? "steps of different sizes disagree"
     : "vector so short that the final norm\u2019s epsilon outweighs it");
-  key("bw-nil", "no gradient");
+  key("bw-nil", "no gradient, or not read");
   const trust = lenses.map((each) => each.judged(state)).find(Boolean);
   key("bw-trust", trust?.key);
   key("bw-chance", trust?.why);

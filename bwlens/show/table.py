@@ -150,8 +150,8 @@ def part(
         f"<tbody>{''.join(rows)}</tbody></table>"
         f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed:'
         f" {_html(probability_of(lens)) if lens.target else 'the target'}."
-        " · no gradient here. Slanted: a vector so short that the final norm's epsilon outweighs"
-        f" it.{_html(strips)}</p></section>"
+        " · no gradient here, or not read. Slanted: a vector so short that the final norm's"
+        f" epsilon outweighs it.{_html(strips)}</p></section>"
     )
 
 

@@ -50,7 +50,9 @@ def test_the_dual_by_its_definition(name, ridge, bridge):
     A += ridge * A.trace() / len(A) * torch.eye(len(A), dtype=A.dtype)
     inverse, M = torch.linalg.inv(A), torch.tensor(M)
     lengths = torch.stack([(m @ inverse @ m).sqrt() for m in M.T])
-    expected = torch.stack([(M.T @ inverse @ d) / lengths for d in delta.double()])
+    expected = torch.stack(
+        [(M.T @ inverse @ d) / lengths / (d @ inverse @ d).sqrt() for d in delta.double()]
+    )
     torch.testing.assert_close(
         scores_of(dual_head(head, ridge), delta), expected.float(), rtol=1e-3, atol=1e-4
     )

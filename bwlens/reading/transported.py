@@ -5,6 +5,10 @@ with J the mean Jacobian that a `JacobianLens` of TransformerLens (from 4.3) has
 output. The final norm and the unembedding then read it as they read the last stream.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -13,6 +13,10 @@ of another prompt's delta, each against the same effect. With it goes a check of
 itself: the loss must fall by what ||delta|| says.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Sequence

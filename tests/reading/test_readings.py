@@ -383,6 +383,16 @@ def test_bad_input(options, message, demo):
         bwlens.backward_lens(demo, FACT, " Paris", **options)
 
 
+def test_in_half_precision_a_cell_is_measured_or_marked():
+    """Steps that drown in rounding are made larger; what still does is in doubt."""
+    half = bwlens.load_model("demo", dtype="bfloat16")
+    options = {"reading": "effect", "matrices": "W_out", "positions": "last"}
+    lens = bwlens.backward_lens(half, FACT, " Paris", **options)
+    doubtful = lens.readout().eps_regime[:, -1]
+    assert doubtful.sum() <= 4
+    assert (doubtful | (lens.target_places()[:, -1] <= 10)).all()
+
+
 def test_many_cells_are_read_where_it_counts(demo):
     long = " ".join(["The story says that"] * 15) + " " + FACT
     with pytest.warns(UserWarning, match="only the subject's and the last token"):

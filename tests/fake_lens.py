@@ -89,11 +89,11 @@ def fake_lens(
             x = torch.randn(n_pos, 6, generator=make)
             held[Site(matrix, layer)] = LowRankGradient(x, delta, pos=torch.arange(n_pos))
     readings = {
-        normalized: {
-            m: _reading(held, m, n_layers, v, min(k, v), followed, normalized, make)
+        name: {
+            m: _reading(held, m, n_layers, v, min(k, v), followed, name == "normalised", make)
             for m in matrices
         }
-        for normalized in ((False, True) if both else (False,))
+        for name in (("plain", "normalised") if both else ("plain",))
     }
     batch = Batch(token_ids, torch.tensor([n_pos]), torch.tensor([n_pos]))
     logits = torch.zeros(1, v)
@@ -112,7 +112,6 @@ def fake_lens(
         loss=4.398,
         layers=tuple(range(n_layers)),
         matrices=tuple(matrices),
-        normalized=False,
         gradients=Gradients(torch.tensor([4.398]), logits, batch, held),
         settings={"model": "fake", "objective": "NextToken"},
         _readings=readings,

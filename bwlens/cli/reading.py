@@ -59,9 +59,15 @@ def lens(
         str,
         typer.Option(
             help="How gradients become words: plain (the paper's), dual, cosine, or effect (what a"
-            " step on the matrix does, measured)."
+            " step on the matrix does, measured); several ('plain,dual') for the page to switch."
         ),
     ] = "plain",
+    imprint: Annotated[
+        str, typer.Option(help="How inputs become words: plain, dual or cosine.")
+    ] = "plain",
+    bias: Annotated[
+        bool, typer.Option(help="Let plain readings have the final norm's bias in them.")
+    ] = True,
     positions: Annotated[
         str | None, typer.Option(help="Read only these tokens: 'last' or 'subject'.")
     ] = None,
@@ -88,8 +94,12 @@ def lens(
                 writable(path, [ending])
         wanted = _layers(layers)
         _check(prompt, target, subject, matrix)
-        if reading not in ("plain", "dual", "cosine", "effect"):
-            raise ValueError(f"--reading {reading!r}: there are plain, dual, cosine and effect")
+        readings = reading.split(",")
+        if unknown := {*readings} - {"plain", "dual", "cosine", "effect"}:
+            raise ValueError(
+                f"--reading {', '.join(unknown)}: there are plain, dual, cosine and effect (and, in"
+                f" Python, transported)"
+            )
         if positions not in (None, "last", "subject"):
             raise ValueError(f"--positions {positions!r}: there are 'last' and 'subject'")
         from bwlens.show.terminal import TextTable
@@ -102,11 +112,13 @@ def lens(
             subject,
             (dtype, device_map),
             layers=wanted,
-            matrices=_read_with(matrix, reading),
+            matrices=_read_with(matrix, readings),
             top_k=top_k,
             normalize=normalize,
             prepend_bos=bos,
-            reading=reading,
+            reading=readings,
+            imprint=imprint,
+            bias=bias,
             positions=positions,
             temper=temper,
             trust=trust,
@@ -117,9 +129,9 @@ def lens(
                 _save(console, found, path)
 
 
-def _read_with(matrix: str, reading: str) -> list[str] | None:
+def _read_with(matrix: str, readings: list[str]) -> list[str] | None:
     """The matrices of the page; each costs passes of its own where effects are measured."""
-    if reading == "effect":
+    if "effect" in readings:
         return [matrix]
     return None if matrix in ("W_in", "W_out") else ["W_in", "W_out", matrix]
 

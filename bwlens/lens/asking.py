@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import operator
+from itertools import chain
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from bwlens.model.prompts import Edit, one_prompt
+
+READINGS = ("plain", "dual", "cosine", "transported", "effect")
+IMPRINTS = ("plain", "dual", "cosine")
 
 
 def whole_number(value: Any, name: str, most: int | None = None) -> int:
@@ -54,3 +58,29 @@ def prompt_of(
         return one_prompt(prompt), target, subject, None
     except ValueError as error:
         raise ValueError(f"{error}. An Edit does as well; bwlens.capture takes several") from None
+
+
+def readings_of(reading: Any, normalize: Any, temper: Any, imprint: Any) -> tuple[str, ...]:
+    """The readings of a lens, "normalised" in place of the plain one or beside it.
+
+    Raises:
+        ValueError: An unknown reading or one named twice, or an option that goes with none of them.
+    """
+    if not (isinstance(normalize, bool) or normalize == "both"):
+        raise ValueError(f"normalize must be True, False or 'both', found {normalize!r}")
+    readings = (reading,) if isinstance(reading, str) else tuple(reading)
+    for name in readings:
+        if name not in READINGS:
+            raise ValueError(f"reading is {name!r}; there are {', '.join(READINGS)}")
+    if len({*readings}) < max(1, len(readings)):
+        raise ValueError(f"reading is {reading!r}; expected one or several, each once")
+    if imprint not in IMPRINTS:
+        raise ValueError(f"imprint is {imprint!r}; there are {', '.join(IMPRINTS)}")
+    if not 0 <= temper <= 1 or (temper and "effect" not in readings):
+        raise ValueError(f"temper is {temper}; expected 0 to 1, and it goes with reading='effect'")
+    if normalize is False:
+        return readings
+    if "plain" not in readings:
+        raise ValueError(f"normalize goes with reading='plain', not with {reading!r}")
+    instead = ("plain", "normalised") if normalize == "both" else ("normalised",)
+    return tuple(chain.from_iterable(instead if n == "plain" else (n,) for n in readings))

@@ -34,8 +34,8 @@ from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL, as_objective
 from bwlens.lens import frames
-from bwlens.lens.asking import prompt_of, whole_number
-from bwlens.lens.reading import READINGS, Positions, Reading, resolve_positions
+from bwlens.lens.asking import prompt_of, readings_of, whole_number
+from bwlens.lens.reading import Positions, Reading, resolve_positions
 from bwlens.lens.rows import READ_THROUGH as READ_THROUGH
 from bwlens.lens.rows import neuron_norms, parts_of, stream_rows
 from bwlens.model.head import head_of
@@ -44,6 +44,7 @@ from bwlens.model.prompts import Edit, Prompts
 from bwlens.model.sites import Layers, default_matrices, resolve_layers, resolve_matrices
 from bwlens.model.tokens import subject_positions, token_texts
 from bwlens.reading.readouts import Readout
+from bwlens.reading.transported import check_jacobian
 from bwlens.reading.trust import Trust, measure_trust
 from bwlens.runs.paths import writable
 
@@ -72,11 +73,12 @@ class BackwardLens:
         loss: The loss whose gradient this is.
         layers: The layers read, ascending.
         matrices: The matrices read.
-        normalized: Whether vectors were read at unit length; see `as_normalized`.
         gradients: x and delta of every matrix.
         settings: What is needed to make this lens again.
         loss_is: What the loss is, in words: "loss", "mean loss of the target's 2 tokens".
         n_layers: How many layers the model has, read or not; 0 where that is not known.
+        reading: How gradients became words here; `readings` are all that it holds.
+        positions: The positions read; None for all.
     """
 
     prompt: str
@@ -92,16 +94,15 @@ class BackwardLens:
     loss: float
     layers: tuple[int, ...]
     matrices: tuple[str, ...]
-    normalized: bool
     gradients: Gradients
     settings: dict[str, Any]
-    _readings: dict[bool, dict[str, Readout]] = field(repr=False)
+    _readings: dict[str, dict[str, Readout]] = field(repr=False)
     _words: dict[int, str] = field(repr=False)
     loss_is: str = "loss"
     n_layers: int = 0
     reading: str = "plain"
     positions: tuple[int, ...] | None = None
-    _trust: Trust | None = field(default=None, repr=False)
+    _trust: dict[str, Trust] = field(default_factory=dict, repr=False)
 
     @property
     def trust(self) -> Trust:
@@ -112,17 +113,17 @@ class BackwardLens:
         Raises:
             ValueError: The lens was made without it.
         """
-        if self._trust is None:
+        if not self._trust:
             raise ValueError(
                 "trust was not measured, and a lens holds no model to measure it on; make it with"
                 " backward_lens(..., trust=True)"
             )
-        return self._trust
+        return self._trust[self.reading]
 
     @property
     def has_trust(self) -> bool:
         """Whether it was measured."""
-        return self._trust is not None
+        return bool(self._trust)
 
     def through(self, matrix: str = "W_out") -> Literal["x", "delta", "effect"]:
         """What the words of a matrix are read from.
@@ -131,6 +132,12 @@ class BackwardLens:
         subtracts the gradient, the least probable ones of delta.
         """
         return "effect" if self.reading == "effect" else READ_THROUGH[self._known(matrix)]
+
+    def unit(self, matrix: str = "W_out") -> str:
+        """What the scores of a matrix' words are: "logit", "effect" (nats for a nat), "score"."""
+        through = self.through(matrix)
+        by = self.settings.get("imprint", "plain") if through == "x" else self.reading
+        return "effect" if through == "effect" else "score" if by in ("dual", "cosine") else "logit"
 
     @property
     def d_vocab(self) -> int:
@@ -149,27 +156,30 @@ class BackwardLens:
 
     def readout(self, matrix: str = "W_out") -> Readout:
         """The `Readout` [layer, pos] of a matrix; its targets are the target's, then the answer."""
-        return self._readings[self.normalized][self._known(matrix)]
+        return self._readings[self.reading][self._known(matrix)]
 
     @property
-    def readings(self) -> tuple[bool, ...]:
-        """The readings this lens holds, as values of `normalized`, its default first."""
+    def readings(self) -> tuple[str, ...]:
+        """The readings this lens holds, that of its first look first."""
         return tuple(self._readings)
 
-    def as_normalized(self, normalized: bool = True) -> BackwardLens:
-        """This lens in its other reading: of vectors at unit length, or (False) as they are.
+    @property
+    def normalized(self) -> bool:
+        """Whether vectors were read at unit length."""
+        return self.reading == "normalised"
 
-        Nothing is read again and nothing copied.
+    def as_reading(self, reading: str) -> BackwardLens:
+        """This lens by another of its `readings`; nothing is read again and nothing copied.
 
         Raises:
-            ValueError: The lens was made with the one reading only.
+            ValueError: The lens was made without it.
         """
-        if normalized not in self._readings:
+        if reading not in self._readings:
             raise ValueError(
-                f"this lens holds no {'normalised' if normalized else 'raw'} reading; make it"
-                f' with backward_lens(..., normalize="both")'
+                f"this lens holds no {reading} reading, but {', '.join(self.readings)}; make it"
+                f" with backward_lens(..., reading=[{reading!r}, ...])"
             )
-        return self if normalized == self.normalized else replace(self, normalized=normalized)
+        return self if reading == self.reading else replace(self, reading=reading)
 
     def words(
         self, which: Literal["promoted", "suppressed"] = "promoted", matrix: str = "W_out"
@@ -454,9 +464,12 @@ def backward_lens(
     top_k: int = 10,
     normalize: bool | Literal["both"] = False,
     prepend_bos: bool | None = None,
-    reading: str = "plain",
+    reading: str | Sequence[str] = "plain",
+    imprint: str = "plain",
     positions: Positions = None,
     temper: float = 0.0,
+    bias: bool = True,
+    jacobian: Any = None,
     trust: bool = False,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
@@ -471,26 +484,31 @@ def backward_lens(
         matrices: One or several out of `bwlens.MATRICES`; None for those of the MLP.
         layers: One, several or a slice, from 0, negative ones from the model's end; None for all.
         top_k: Words kept at each end of each cell, from 1; at most all that there are.
-        normalize: Read each vector at unit length (appendix H); norms stay the raw ones. "both"
-            keeps the two readings, see `BackwardLens.as_normalized`.
+        normalize: Read each vector at unit length (appendix H): "normalised" in place of "plain".
+            Norms stay the raw ones. "both" keeps the two readings.
         prepend_bos: Whether a text prompt gets a BOS token; None is the model's own default.
-        reading: How delta becomes words. "plain", the paper's, applies the final norm and the
-            unembedding; "dual" and "cosine" undo the unembedding of delta instead (`bwlens.reading.
-            standardised`). "effect" measures what a step on each cell does to the words that follow
-            (`bwlens.reading.effect`), at two forward passes a cell or more.
+        reading: How delta becomes words: one, or several for tables to switch between. "plain", the
+            paper's, applies the final norm and the unembedding; "dual" and "cosine" undo the
+            unembedding instead (`bwlens.reading.standardised`); "transported" carries delta through
+            `jacobian` first. "effect" measures what a step on each cell does to the words that
+            follow (`bwlens.reading.effect`), at two forward passes a cell or more; of a loss that
+            reads several positions, at the first from the cell's own on.
+        imprint: How x becomes words: "plain", "dual" or "cosine".
         positions: Positions to read: "last", "subject", one, several, a slice; None for all. Others
             have no words. "effect" reads at most 512 cells: beyond, the subject's and the last.
         temper: For "effect": words are ordered by p^temper times the change of their
             log-probability. 0 lets words lead that nobody would say; .1 reads better on SmolLM2,
             and worse where the target is all but impossible beforehand (the demo).
+        bias: False leaves a final LayerNorm's bias (and the unembedding's) out of plain readings.
+        jacobian: A `JacobianLens` of TransformerLens 4.3 or later, fitted to this model.
         trust: Also measure how far the words of W_out (of W_O, where W_out is not read) at the last
             position read say what a step does, as `BackwardLens.trust`; the tables show it.
 
     Raises:
-        ValueError: An unknown reading, or `normalize` with another than the plain one; positions
-            out of range; more than one prompt, no target, a subject that is not in the prompt,
-            another `normalize` or `top_k`, or anything that `capture` and `readout` refuse; `trust`
-            without a matrix that is read through delta.
+        ValueError: An unknown reading, or `normalize` without the plain one; positions out of
+            range; "transported" without a `jacobian` of this model; more than one prompt, no
+            target, a subject that is not in the prompt, another `normalize` or `top_k`, or anything
+            that `capture` and `readout` refuse; `trust` without a matrix read through delta.
         UntrueGradientError: `trust` found that the loss does not fall as delta says.
         NotImplementedError: No MLP was found and no matrices were named, or what `capture` refuses.
 
@@ -501,16 +519,8 @@ def backward_lens(
         >>> lens.promoted(k=3)  # doctest: +SKIP
     """
     prompt, target, subject, start = prompt_of(prompt, target, subject)
-    if not (isinstance(normalize, bool) or normalize == "both"):
-        raise ValueError(f"normalize must be True, False or 'both', found {normalize!r}")
     top_k = whole_number(top_k, "top_k")
-    if reading not in READINGS:
-        raise ValueError(f"reading is {reading!r}; there are {', '.join(READINGS)}")
-    if not 0 <= temper <= 1 or (temper and reading != "effect"):
-        raise ValueError(f"temper is {temper}; expected 0 to 1, and it goes with reading='effect'")
-    if reading != "plain" and normalize is not False:
-        raise ValueError(f"normalize goes with reading='plain', not with {reading!r}")
-    readings = (False, True) if normalize == "both" else (normalize,)
+    readings = readings_of(reading, normalize, temper, imprint)
     matrices = default_matrices(model) if matrices is None else resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
     marked = _subject(model, prompt, subject, prepend_bos, start)
@@ -520,8 +530,10 @@ def backward_lens(
             f"trust is measured of delta's words, and {', '.join(matrices)} are not read through"
             f" delta; read W_out or W_O as well"
         )
-    if reading != "effect":
+    if readings != ("effect",):
         head_of(model)  # refused before the work, where there is none
+    if "transported" in readings:
+        check_jacobian(model, jacobian, matrices, wanted)
     grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
     ids = grads.batch.tokens[0].tolist()
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)
@@ -530,18 +542,19 @@ def backward_lens(
     followed = [*target_ids, answer_id]
     chosen = resolve_positions(positions, len(ids), marked, int(grads.batch.last[0]))
     objective = as_objective(target)
-    task = Reading(model, grads, matrices, wanted, chosen, top_k, followed)
-    if reading == "effect":
+    task = Reading(
+        model, grads, objective, matrices, wanted, chosen, top_k, followed,
+        imprint=imprint, temper=temper, bias=bias, jacobian=jacobian,
+    )  # fmt: skip
+    if "effect" in readings:
         task = task.affordable(marked)
-        readouts = {False: task.effects(objective, temper)}
-    else:
-        readouts = {normalized: task.of_vectors(reading, normalized) for normalized in readings}
-    known = None
+    readouts = {name: task.by(name) for name in readings}
+    known = {}
     if trust and judged is not None:
         position = task.positions[-1] if task.positions else int(grads.batch.last[0])
         known = measure_trust(
             model, grads, objective, judged, wanted, position,
-            reading=reading, temper=temper, normalize=readings[0],
+            readings=readings, temper=temper, bias=bias, jacobian=jacobian,
         )  # fmt: skip
     read = chain.from_iterable(each.values() for each in readouts.values())
     words = _vocabulary(model, read, [*ids, *followed])
@@ -559,7 +572,6 @@ def backward_lens(
         loss=float(grads.losses[0]),
         layers=tuple(wanted),
         matrices=tuple(matrices),
-        normalized=readings[0],
         gradients=grads,
         settings={
             "model": model_label(model),
@@ -569,14 +581,23 @@ def backward_lens(
             else getattr(objective, "__name__", type(objective).__name__),
             "top_k": top_k,
             "prepend_bos": prepend_bos,
-            "reading": f"{reading}, temper {temper}" if temper else reading,
+            "reading": ", ".join(readings),
+            **{
+                name: value
+                for name, value, usual in (
+                    ("imprint", imprint, "plain"),
+                    ("temper", temper, 0),
+                    ("bias", bias, True),
+                )
+                if value != usual
+            },
             **{name: version(name) for name in ("bwlens", "transformer_lens", "torch")},
         },
         _readings=readouts,
         _words=words,
         loss_is=_loss_is(objective, len(target_ids)),
         n_layers=len(model.blocks),
-        reading=reading,
+        reading=readings[0],
         positions=task.positions,
         _trust=known,
     )

@@ -14,14 +14,13 @@ from torch import Tensor
 from bwlens.gradient.capturing import Gradients
 from bwlens.gradient.objectives import Objective
 from bwlens.lens.rows import READ_THROUGH, parts_of, stream_rows
-from bwlens.model.head import Head, head_of
 from bwlens.model.sites import Site
 from bwlens.reading.effect import EffectOf, tempered
 from bwlens.reading.readouts import Readout, readout, readout_of_scores
-from bwlens.reading.standardised import cosine_head, dual_head
+from bwlens.reading.standardised import head_by
+from bwlens.reading.transported import transported
 from bwlens.runs.parts import progress_bar
 
-READINGS = ("plain", "dual", "cosine", "effect")
 MOST_CELLS = 512
 
 Positions = Literal["last", "subject"] | int | Iterable[int] | slice | None
@@ -70,44 +69,53 @@ class Reading:
     Attributes:
         model: The model.
         grads: The gradients of one prompt.
+        objective: The loss they are gradients of.
         matrices: Which of them.
         layers: Which layers.
         positions: Which positions; None for all.
         top_k: How many words at each end.
         followed: Ids whose ranks are kept.
+        imprint, temper, bias, jacobian: As for `backward_lens`.
     """
 
     model: Any
     grads: Gradients
+    objective: Objective
     matrices: Sequence[str]
     layers: Sequence[int]
     positions: tuple[int, ...] | None
     top_k: int
     followed: Sequence[int]
+    imprint: str
+    temper: float
+    bias: bool
+    jacobian: Any
 
-    def of_vectors(self, reading: str, normalized: bool) -> dict[str, Readout]:
-        """The plain reading, or delta's by the dual or the cosine, of each matrix [layer, pos]."""
-        head = head_of(self.model)
-        of_delta: Head = head
-        if reading != "plain":
-            of_delta = {"dual": dual_head, "cosine": cosine_head}[reading](head)
-        k = min(self.top_k, head.W_U.shape[1])
+    def by(self, reading: str) -> dict[str, Readout]:
+        """The readout [layer, pos] of each matrix, by one reading."""
+        return self._effects() if reading == "effect" else self._of_vectors(reading)
+
+    def _of_vectors(self, reading: str) -> dict[str, Readout]:
+        normalize = reading == "normalised"
+        of_delta = head_by(self.model, reading, self.bias)
+        of_x = head_by(self.model, self.imprint, self.bias)
+        k = min(self.top_k, of_x.W_U.shape[1])
         read: dict[tuple[str, str], Readout] = {}
-        found = {}
         for matrix in self.matrices:
             # W_in and W_gate (and W_Q, W_K, W_V) share their x: read it once.
-            factor = READ_THROUGH[matrix]
-            key = (factor, "attn" if matrix[2:] in "QKVO" else "mlp")
-            if key not in read:
-                rows = torch.stack(
-                    [stream_rows(self.grads, matrix, layer, factor) for layer in self.layers]
-                )
-                chosen = head if factor == "x" else of_delta
-                read[key] = readout(
-                    chosen, self._kept(rows), k, list(self.followed), normalize=normalized
-                )
-            found[matrix] = read[key]
-        return found
+            factor, key = READ_THROUGH[matrix], _shared(matrix)
+            if key in read:
+                continue
+            rows = torch.stack(
+                [stream_rows(self.grads, matrix, layer, factor) for layer in self.layers]
+            )
+            if factor == "delta" and reading == "transported":
+                rows = transported(self.jacobian, self.layers, rows)
+            read[key] = readout(
+                of_x if factor == "x" else of_delta,
+                self._kept(rows), k, list(self.followed), normalize=normalize,
+            )  # fmt: skip
+        return {matrix: read[_shared(matrix)] for matrix in self.matrices}
 
     def _kept(self, rows: Tensor) -> Tensor:
         """Rows of other positions are zero, which nothing is computed for."""
@@ -118,7 +126,7 @@ class Reading:
         return kept
 
     def affordable(self, subject: Sequence[int]) -> Reading:
-        """This, or of too many cells for an effect those of the subject and the last token."""
+        """This, or of too many cells for effects those of the subject and the last token."""
         n_pos = self.grads.batch.tokens.shape[1]
         cells = len(self.matrices) * len(self.layers) * n_pos
         if self.positions is not None or cells <= MOST_CELLS:
@@ -131,11 +139,10 @@ class Reading:
         )
         return replace(self, positions=tuple(sorted({*subject[-1:], last})))
 
-    def effects(self, objective: Objective, temper: float) -> dict[str, Readout]:
-        """The measured effect of a step on each cell, of each matrix [layer, pos]."""
+    def _effects(self) -> dict[str, Readout]:
         n_pos = self.grads.batch.tokens.shape[1]
         chosen = range(n_pos) if self.positions is None else self.positions
-        task = EffectOf(self.model, self.grads, objective)
+        task = EffectOf(self.model, self.grads, self.objective)
         found = {}
         total = len(self.matrices) * len(self.layers) * len(chosen)
         with progress_bar("effects", total, shown=total > 16) as advance:
@@ -148,7 +155,10 @@ class Reading:
                 at = torch.tensor(
                     [self.layers.index(cells[i][0].layer) * n_pos + cells[i][1] for i in there]
                 )
-                scores = tempered(effects.scores, effects.probabilities, temper)
+                scores = effects.scores
+                if self.temper:
+                    likely = torch.stack([task.probabilities_at(cells[i][1]) for i in there])
+                    scores = tempered(scores, likely, self.temper)
                 norms = torch.stack(
                     [self.grads[cells[i][0]].delta[cells[i][1]].norm() for i in there]
                 )
@@ -172,3 +182,7 @@ class Reading:
                 f" are none (W_O is no part of one), or take another reading"
             )
         return Site(matrix, layer)
+
+
+def _shared(matrix: str) -> tuple[str, str]:
+    return READ_THROUGH[matrix], "attn" if matrix[2:] in "QKVO" else "mlp"

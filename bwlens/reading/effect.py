@@ -2,7 +2,9 @@
 
 A step on the weight gradient's cell (one row x_i of a matrix' input with its delta_i) changes what
 leaves the matrix at that position by a multiple of -delta_i. So we add c * (-delta / ||delta||)
-there and take the central difference of the logits that the loss reads. With c = nats / ||delta||
+there and take the central difference of the logits that the loss reads: of several positions, at
+the first from the cell's own on, which is the target's first token, for cells of the prompt, and
+the very next word, where the loss reads every position. With c = nats / ||delta||
 the loss falls by `nats` to first order, whatever the cell, so that cells, layers and matrices
 compare: an effect is in nats of a word's logit for each nat by which the loss falls.
 
@@ -55,14 +57,12 @@ class Effects:
             right and the step small.
         agreement: Correlation of the effects of two step sizes over the vocabulary [cell].
         nats: The predicted fall of the smaller step [cell].
-        probabilities: The model's own before the step, at the position read [d_vocab].
     """
 
     scores: Float[Tensor, "cell d_vocab"]
     fall: Float[Tensor, " cell"]
     agreement: Float[Tensor, " cell"]
     nats: Float[Tensor, " cell"]
-    probabilities: Float[Tensor, " d_vocab"]
 
     @property
     def measured(self) -> Tensor:
@@ -72,7 +72,7 @@ class Effects:
 
 def tempered(
     scores: Float[Tensor, "*lead d_vocab"],
-    probabilities: Float[Tensor, " d_vocab"],
+    probabilities: Float[Tensor, "*#lead d_vocab"],
     temper: float,
 ) -> Float[Tensor, "*lead d_vocab"]:
     """`p^temper * d log p`: the change of `p^temper / temper`, a power of each word's probability.
@@ -117,11 +117,10 @@ class EffectOf:
                 "the loss reads no logits of this prompt, so a step has no effect on words that"
                 " could be read; use reading='plain'"
             )
-        self.position: int = reads[0]
         self._reads = reads
         self._replay = every.reading(reads)
         self._loss = loss.detach().double()
-        self._log_p = self._replay.logits[0].log_softmax(-1)
+        self._log_p = self._replay.logits.log_softmax(-1)
         cfg = model.cfg
         wide = 12 * cfg.d_model + 3 * (getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
         heads = getattr(cfg, "n_heads", 1) * len(self._tokens)
@@ -130,8 +129,17 @@ class EffectOf:
 
     @property
     def probabilities(self) -> Float[Tensor, " d_vocab"]:
-        """The model's own at the position read, before any step."""
-        return self._log_p.exp()
+        """The model's own before any step, at the first position that the loss reads."""
+        return self.probabilities_at(0)
+
+    def probabilities_at(self, pos: int) -> Float[Tensor, " d_vocab"]:
+        """The model's own before any step, where a cell at this position has its effect."""
+        return self._log_p[self._heard(pos)].exp()
+
+    def _heard(self, pos: int) -> int:
+        """Which of the positions read has a cell's effect: the first that it can reach."""
+        later = [at for at, read in enumerate(self._reads) if read >= pos]
+        return later[0] if later else len(self._reads) - 1
 
     @property
     def device(self) -> torch.device:
@@ -172,7 +180,7 @@ class EffectOf:
             advance(len(unsettled) - len(left))
             unsettled = left
         advance(len(unsettled))
-        return Effects(scores, fall, agreement, sizes, self._log_p.exp())
+        return Effects(scores, fall, agreement, sizes)
 
     def along(
         self,
@@ -191,7 +199,8 @@ class EffectOf:
             sizes = scores.new_full((len(batch),), nats)
             rows = [deltas[i] for i in batch]
             logits = self._stepped([cells[i] for i in batch], rows, sizes, (1.0,))
-            scores[batch] = (logits[:, 0, 0].log_softmax(-1) - self._log_p) / nats
+            after, heard = self._log_probs([cells[i] for i in batch], logits)
+            scores[batch] = (after[:, 0] - self._log_p[heard]) / nats
             fall[batch] = ((self._loss - self._losses(logits)[:, 0].double()) / nats).to(fall)
         return scores, fall
 
@@ -213,12 +222,21 @@ class EffectOf:
         rows = [self._row(site, pos) for site, pos in cells]
         logits = self._stepped(cells, rows, nats, _STEPS)
         losses = self._losses(logits).double()
-        log_p = logits[:, :, 0].log_softmax(-1)
+        log_p, _ = self._log_probs(cells, logits)
         small = (log_p[:, 0] - log_p[:, 1]) / (2 * nats[:, None])
         large = (log_p[:, 2] - log_p[:, 3]) / (4 * nats[:, None])
         fall = (losses[:, 1] - losses[:, 0]) / (2 * nats.double())
         # The error of a central difference is quadratic in the step: taken out by the two sizes.
         return (4 * small - large) / 3, fall.to(nats), correlation(small, large)
+
+    def _log_probs(
+        self,
+        cells: Sequence[tuple[Site, int]],
+        logits: Float[Tensor, "cell step position d_vocab"],
+    ) -> tuple[Float[Tensor, "cell step d_vocab"], list[int]]:
+        """Each cell's where it has its effect, and which position that is."""
+        heard = [self._heard(pos) for _, pos in cells]
+        return logits[range(len(cells)), :, heard].log_softmax(-1), heard
 
     def _stepped(
         self,

@@ -4,8 +4,8 @@ At the top of a model delta = M g with g = p - onehot(target) and M = diag(gain)
 token. The logit lens multiplies by M^T, which tells tokens with long or common columns before those
 that were meant. Here each token is asked how well it explains delta:
 
-- **dual**: m_v^T A^-1 delta / sqrt(m_v^T A^-1 m_v), with A = M M^T + ridge * tr(M M^T)/d * I: what
-  the step *asks for*. Whitened by A, then each token over its own length in that metric.
+- **dual**: the cosine of m_v and delta in the metric A^-1, A = M M^T + ridge * tr(M M^T)/d * I:
+  what the step *asks for*, whatever the lengths of delta and of tokens in that metric.
 - **cosine**: delta . (u_v - mean u) / ||u_v - mean u||, the gain left alone.
 
 Neither knows of a final norm's statistics or bias, so no epsilon and no bias is read.
@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.model.head import Head
+from bwlens.model.head import Head, head_of
 
 RIDGE = 0.1
 """Chosen on tuning records of SmolLM2: 0 to 1 differ little, and it holds for extreme gains."""
@@ -53,8 +53,9 @@ def dual_head(head: Head, ridge: float = RIDGE) -> Head:
 
     def undone(rows: Tensor) -> Tensor:
         flat = rows.flatten(0, -2).to(gain)
-        solved = torch.cholesky_solve(flat.T, factor).T * gain
-        return solved.view(rows.shape).to(lengths)
+        solved = torch.cholesky_solve(flat.T, factor).T
+        length = (flat * solved).sum(1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny).sqrt()
+        return (solved * gain / length).view(rows.shape).to(lengths)
 
     return _head(head, undone, lengths)
 
@@ -118,6 +119,17 @@ def _centred(head: Head) -> tuple[Tensor, Tensor]:
 
 def _precise(head: Head) -> torch.dtype:
     return torch.promote_types(head.W_U.dtype, torch.float32)
+
+
+def head_by(model: Any, reading: str, bias: bool = True) -> Head:
+    """The head that reads a vector by a reading's name.
+
+    "dual" and "cosine" know of no bias; all others are the model's own head, with or without it.
+    """
+    head = head_of(model)
+    if reading in ("dual", "cosine"):
+        return {"dual": dual_head, "cosine": cosine_head}[reading](head)
+    return head if bias else without_bias(head)
 
 
 def without_bias(head: Head) -> Head:

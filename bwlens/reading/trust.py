@@ -13,9 +13,13 @@ of another prompt's delta, each against the same effect. With it goes a check of
 itself: the loss must fall by what ||delta|| says.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,11 +30,11 @@ from torch import Tensor
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import UntrueGradientError
-from bwlens.model.head import head_of
 from bwlens.model.sites import Site
 from bwlens.reading.effect import AGREES, WRONG, EffectOf, correlation, tempered
 from bwlens.reading.readouts import all_scores
-from bwlens.reading.standardised import cosine_head, dual_head
+from bwlens.reading.standardised import head_by
+from bwlens.reading.transported import transported
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,20 +166,12 @@ def agreement(scores: Scores, effects: Scores, probabilities: Tensor) -> Agreeme
 
 
 def delta_scores(
-    model: Any, deltas: Float[Tensor, "cell d_model"], reading: str, normalize: bool = False
+    model: Any, deltas: Float[Tensor, "cell d_model"], reading: str, bias: bool = True
 ) -> Scores:
-    """Every word's score by a reading of delta, the most promoted highest.
-
-    Args:
-        model: The model.
-        deltas: Vectors as wide as the stream.
-        reading: "plain", "dual" or "cosine".
-        normalize: Read them at unit length.
-    """
-    head = head_of(model)
-    if reading != "plain":
-        head = {"dual": dual_head, "cosine": cosine_head}[reading](head)
-    return -all_scores(head, deltas, normalize)  # a step subtracts: delta's least is promoted most
+    """Every word's score by a reading of delta ("effect" excepted), the most promoted highest."""
+    head = head_by(model, reading, bias)
+    # A step subtracts: delta's least is promoted most.
+    return -all_scores(head, deltas, normalize=reading == "normalised")
 
 
 def true_effects(
@@ -247,13 +243,14 @@ def measure_trust(
     layers: Sequence[int],
     position: int,
     *,
-    reading: str = "plain",
+    readings: Sequence[str] = ("plain",),
     temper: float = 0.0,
-    normalize: bool = False,
-) -> Trust:
-    """The trust of a reading of one matrix' delta at one position of one prompt.
+    bias: bool = True,
+    jacobian: Any = None,
+) -> dict[str, Trust]:
+    """The trust of readings of one matrix' delta at one position of one prompt.
 
-    Costs two replays from each cell's layer on (four more where the reading is the effect itself,
+    Costs two replays from each cell's layer on (four more where a reading is the effect itself,
     for its controls) and one forward and backward pass of the other prompt.
 
     Raises:
@@ -272,25 +269,31 @@ def measure_trust(
     effects, fall = true_effects(task, cells, list(deltas))
     others = other_deltas(model, grads, matrix, layers, position).to(deltas)
 
-    def scores(rows: Tensor, measured: Callable[[], Tensor]) -> Tensor:
+    def scores(reading: str, rows: Tensor) -> Tensor:
         if reading == "effect":
-            return tempered(measured(), task.probabilities, temper)
-        return delta_scores(model, rows, reading, normalize).to(effects)
+            measured = effects if rows is deltas else task.along(cells, list(rows))[0]
+            return tempered(measured, likely, temper)
+        if reading == "transported":
+            rows = transported(jacobian, layers, rows)
+        return delta_scores(model, rows, reading, bias).to(effects)
 
-    own = agreement(scores(deltas, lambda: effects), effects, task.probabilities)
-    noise, other = (
-        agreement(scores(r, lambda r=r: task.along(cells, list(r))[0]), effects, task.probabilities)
-        for r in controls(deltas, others)
-    )
-    return Trust(
-        reading=f"{reading}, temper {temper}" if temper else reading,
-        matrix=matrix,
-        position=position,
-        layers=tuple(layers),
-        **{name: part.cpu() for name, part in own._asdict().items()},
-        fall=fall.cpu(),
-        random=noise.plausible.cpu(),
-        random_vocabulary=noise.vocabulary.cpu(),
-        other=other.plausible.cpu(),
-        other_vocabulary=other.vocabulary.cpu(),
-    )
+    likely = task.probabilities_at(position)
+    noise, others = controls(deltas, others)
+    judged = {}
+    for reading in readings:
+        own, random, other = (
+            agreement(scores(reading, rows), effects, likely) for rows in (deltas, noise, others)
+        )
+        judged[reading] = Trust(
+            reading=f"{reading}, temper {temper}" if temper and reading == "effect" else reading,
+            matrix=matrix,
+            position=position,
+            layers=tuple(layers),
+            **{name: part.cpu() for name, part in own._asdict().items()},
+            fall=fall.cpu(),
+            random=random.plausible.cpu(),
+            random_vocabulary=random.vocabulary.cpu(),
+            other=other.plausible.cpu(),
+            other_vocabulary=other.vocabulary.cpu(),
+        )
+    return judged

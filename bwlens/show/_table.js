@@ -73,7 +73,7 @@ function switches(widget, matrices, readings) {
   const groups = [
     ["matrix", "Matrix", named(...matrices)],
     ["end", "Words", named("promoted", "suppressed", "both")],
-    ["reading", "Lens", named(...readings)],
+    ["reading", "Reading", named(...readings)],
     ["show", "Cells", shown],
     ["scale", "Scale", named("linear", "log")],
     ["top", "On top", [["last", "last layer"], ["first", "first layer"]]],
@@ -112,9 +112,6 @@ function view(widget, part, which) {
   // What was written for viewers without styles gives way to the style sheet.
   for (const element of body.querySelectorAll("[style]")) element.removeAttribute("style");
   part.querySelector(".bw-note").remove();
-  part.querySelectorAll(".bw-trust").forEach((strip, at) => {
-    strip.style.setProperty("--r", lens.trust.r.at(-1 - at));
-  });
   heads.forEach((head, pos) => {
     head.title = `position ${pos}: ${exact(lens.tokens[pos])}`;
     if (pos >= lens.given) head.classList.add("bw-forced");

@@ -58,9 +58,12 @@ function decode(lens) {
     layerOf: (cell) => Math.floor(cell / width),
     posOf: (cell) => cell % width,
     // The trust that speaks of what is shown: norms are exact in every layer.
-    judged: (state) => lens.trust && lens.trust.matrix === state.matrix
-      && lens.trust.reading === state.reading ? lens.trust : null,
-    through: (state) => matrices[state.matrix].through,
+    judged(state) {
+      const trust = lens.trust?.[state.reading];
+      return trust?.matrix === state.matrix ? trust : null;
+    },
+    through: (state) => reading(state).through,
+    unit: (state) => reading(state).unit,
     delta: (state) => matrices[state.matrix].delta,
     x: (state) => matrices[state.matrix].x,
     left: (state, cell) => reading(state).faint[cell], // -1 where there is no doubt

@@ -25,7 +25,11 @@ function paint(widget) {
       if (differs(widget, at)) marks.push("bw-other");
       for (const mark of marks) seen.add(mark);
       cell.className = marks.join(" ");
-      if (state.show === "rank") say(cell, whole(lens.rank(state, widget.who, at)));
+      if (state.show !== "norm" && state.show !== "shade" && !best.some(Boolean)) {
+        seen.add("bw-nil");
+        cell.setAttribute("aria-label", "not read");
+        say(cell, "\u00b7");
+      } else if (state.show === "rank") say(cell, whole(lens.rank(state, widget.who, at)));
       else if (state.show === "norm") say(cell, short(delta[at]));
       else if (state.show === "shade") say(cell, "");
       else if (best.length === 1) say(cell, bare(lens.word(best[0])));
@@ -37,7 +41,14 @@ function paint(widget) {
     table.dataset.show = state.show;
     const trust = lens.judged(state);
     table.classList.toggle("bw-judged", Boolean(trust));
-    rows.forEach((row, at) => row.classList.toggle("bw-pale", Boolean(trust?.pale[at])));
+    rows.forEach((row, at) => {
+      row.classList.toggle("bw-pale", Boolean(trust?.pale[at]));
+      const strip = trust && row.querySelector(".bw-trust");
+      if (!strip) return;
+      strip.style.setProperty("--r", trust.r[at]);
+      strip.title = trust.says[at];
+      strip.setAttribute("aria-label", trust.says[at]);
+    });
     if (trust) seen.add("bw-trust").add("bw-chance");
     say(caption, sentence(widget, lens));
     const inOrder = state.top === "last" ? [...rows].reverse() : rows;
@@ -175,8 +186,8 @@ function drawLegend(widget, scale, seen) {
   key("bw-faint", lens.through(state) === "effect"
     ? "steps of different sizes disagree"
     : "vector so short that the final norm\u2019s epsilon outweighs it");
-  key("bw-nil", "no gradient");
-  const trust = lenses.map((each) => each.trust).find(Boolean);
+  key("bw-nil", "no gradient, or not read");
+  const trust = lenses.map((each) => each.judged(state)).find(Boolean);
   key("bw-trust", trust?.key);
   key("bw-chance", trust?.why);
   legend.replaceChildren(bar, keys);
@@ -187,8 +198,7 @@ function detail({ state }, lens) {
   const title = make("p", "bw-cell");
   const facts = make("dl", "bw-facts");
   const note = make("p", "bw-doubt");
-  const unit = lens.through(state) === "effect" ? "effect" : "logit";
-  const heads = ["#", "promoted", unit, "suppressed", unit].map((text) => {
+  const heads = ["#", "promoted", "", "suppressed", ""].map((text) => {
     const head = make("th", "", text);
     head.scope = "col";
     return head;
@@ -233,6 +243,7 @@ function detail({ state }, lens) {
         score.textContent = entry ? signed(entry.score) : "";
       });
     });
+    for (const at of [2, 4]) heads[at].textContent = lens.unit(state);
     note.textContent = doubt(lens, state, at);
   }
 
@@ -247,7 +258,7 @@ function doubt(lens, state, at) {
     return "Steps of different sizes disagree, or the loss falls otherwise than predicted: these"
       + " words are not to be relied on.";
   }
-  const advice = Object.keys(lens.matrices[state.matrix].readings).length > 1
+  const advice = "normalised" in lens.matrices[state.matrix].readings
     ? "the normalised lens reads it at unit length" : "a normalised lens would not shrink it";
   return "A very short vector: the final norm\u2019s epsilon leaves"
     + ` ${left} % of its length, so these words may be the`

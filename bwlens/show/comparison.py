@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bwlens.lens.backward import BackwardLens
 from bwlens.runs.paths import writable
-from bwlens.show.pack import READING, pack
+from bwlens.show.pack import pack
 from bwlens.show.table import assets, element, first_matrix, part, tables, titled
 
 
@@ -27,7 +27,7 @@ class Comparison:
     lenses: tuple[BackwardLens, BackwardLens]
     names: tuple[str, str]
     matrices: tuple[str, ...]
-    readings: tuple[bool, ...]
+    readings: tuple[str, ...]
     n_pos: int
 
     def differing(self, matrix: str | None = None) -> list[tuple[int, int]]:
@@ -70,7 +70,7 @@ class Comparison:
         return self._element() + assets()
 
     def _views(self) -> list[BackwardLens]:
-        return [lens.as_normalized(self.readings[0]) for lens in self.lenses]
+        return [lens.as_reading(self.readings[0]) for lens in self.lenses]
 
     def _element(self) -> str:
         matrix, layers = first_matrix(self.matrices), self.lenses[0].layers
@@ -119,8 +119,8 @@ def compare(
     readings = tuple(reading for reading in lens_a.readings if reading in lens_b.readings)
     if not readings:
         raise ValueError(
-            f"one lens holds the {READING[lens_a.normalized]} reading and the other the"
-            f" {READING[lens_b.normalized]} one; make them with the same normalize="
+            f"no reading in both: {', '.join(lens_a.readings)} in one,"
+            f" {', '.join(lens_b.readings)} in the other; make them with the same reading="
         )
     same = lens_a.tokens == lens_b.tokens
     n_pos = len(lens_a.tokens) if same else lens_a.n_prompt

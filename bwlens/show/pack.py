@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
 ENDS = ("promoted", "suppressed")
-READING = {False: "raw", True: "normalised"}
 
 
 def compressed(data: Any) -> str:
@@ -37,7 +36,7 @@ def compressed(data: Any) -> str:
 def pack(
     lens: BackwardLens,
     matrices: Sequence[str] | None = None,
-    readings: Sequence[bool] | None = None,
+    readings: Sequence[str] | None = None,
     n_pos: int | None = None,
 ) -> dict[str, Any]:
     """What the table's script reads, in flat lists by cell (layer index times width plus column).
@@ -45,17 +44,17 @@ def pack(
     `words` are those that occur, after "" for none; `ids` are places among them, k to a cell.
     Scores are in hundredths, as shown, norms have five digits. Ranks are -1 without gradient,
     `faint` the percents of a doubtful vector that the norm's epsilon leaves, -1 without doubt. What
-    two matrices share (W_in and W_gate have one x) is in `readings` once.
+    two matrices or two readings share (W_in and W_gate have one x) is in `readings` once.
 
     Of the lens' `matrices`, `readings` (as in `BackwardLens.readings`) and columns (`n_pos`), None
     takes all.
     """
     matrices = lens.matrices if matrices is None else matrices
-    views = {n: lens.as_normalized(n) for n in (lens.readings if readings is None else readings)}
+    views = {n: lens.as_reading(n) for n in (lens.readings if readings is None else readings)}
     keep = slice(n_pos)
     sides = {
-        (normalized, matrix, end): [_flat(part[:, keep]) for part in view.side(end, matrix)]
-        for normalized, view in views.items()
+        (reading, matrix, end): [_flat(part[:, keep]) for part in view.side(end, matrix)]
+        for reading, view in views.items()
         for matrix in matrices
         for end in ENDS
     }
@@ -72,24 +71,25 @@ def pack(
     by_matrix: dict[str, Any] = {}
     for matrix in matrices:
         at: dict[str, int] = {}
-        for normalized, view in views.items():
+        for reading, view in views.items():
             read = view.readout(matrix)
             left = (100 * _flat(read.shrinkage[:, keep])).round().astype(int)
             entry: dict[str, Any] = {
+                "through": view.through(matrix),
+                "unit": view.unit(matrix),
                 "answer": _flat(view.answer_ranks(matrix)[:, keep]).tolist(),
                 "faint": np.where(_flat(read.eps_regime[:, keep]), left, -1).tolist(),
             }
             if lens.target_ids:
                 entry["target"] = _flat(view.target_ranks(matrix)[:, keep]).tolist()
             for end in ENDS:
-                ids, scores = sides[normalized, matrix, end]
+                ids, scores = sides[reading, matrix, end]
                 hundredths = (100 * np.nan_to_num(scores.astype("f8")).clip(-1e12, 1e12)).round()
                 entry[end] = {"ids": places(ids), "scores": hundredths.astype("i8").tolist()}
             if entry not in entries:
                 entries.append(entry)
-            at[READING[normalized]] = entries.index(entry)
+            at[reading] = entries.index(entry)
         by_matrix[matrix] = {
-            "through": lens.through(matrix),
             "delta": _digits(lens.norms(matrix, "delta")[:, keep]),
             "x": _digits(lens.norms(matrix, "x")[:, keep]),
             "readings": at,
@@ -106,7 +106,9 @@ def pack(
         "said": probability_of(lens),
         "matrices": by_matrix,
         "readings": entries,
-        "trust": trusting.packed(lens, READING[lens.normalized]),
+        "trust": {n: trusting.packed(view) for n, view in views.items()}
+        if lens.has_trust
+        else None,
     }
 
 

@@ -24,7 +24,7 @@ from bwlens.show.words import probability_of, quoted, spaced, target_words, visi
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-FORMAT = 2
+FORMAT = 3
 """Of the data that the script reads; a page may hold outputs of several versions."""
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search
@@ -150,8 +150,8 @@ def part(
         f"<tbody>{''.join(rows)}</tbody></table>"
         f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed:'
         f" {_html(probability_of(lens)) if lens.target else 'the target'}."
-        " · no gradient here. Slanted: a vector so short that the final norm's epsilon outweighs"
-        f" it.{_html(strips)}</p></section>"
+        " · no gradient here, or not read. Slanted: a vector so short that the final norm's"
+        f" epsilon outweighs it.{_html(strips)}</p></section>"
     )
 
 

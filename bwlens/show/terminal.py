@@ -171,7 +171,7 @@ def _legend(lens: BackwardLens, matrix: str, top: float) -> Text:
     line = Text("Shade: norm of delta, 0 ", "dim")
     for step in range(9):
         line.append("  ", Style(bgcolor=css(shade(step / 8))))
-    line.append(f" {top:.3g}\n· no gradient here: a step writes nothing", "dim")
+    line.append(f" {top:.3g}\n· no gradient here, where a step writes nothing, or not read", "dim")
     if lens.target_ids:
         line.append(
             f"\n#n place of {probability_of(lens)} among {lens.d_vocab:,} words, #1 the most"

@@ -58,15 +58,12 @@ def pale(trust: Trust | None, at: int) -> bool:
     return trust is not None and trust.verdict(at) in ("none", "unknown")
 
 
-def packed(lens: BackwardLens, reading: str) -> dict[str, Any] | None:
+def packed(lens: BackwardLens) -> dict[str, Any]:
     """What the table's script needs of it."""
-    if not lens.has_trust:
-        return None
     trust = lens.trust
     layers = range(len(trust.layers))
     return {
         "matrix": trust.matrix,
-        "reading": reading,
         "r": [round(share(trust, at), 3) for at in layers],
         "says": [trust.sentence(at) for at in layers],
         "pale": [pale(trust, at) for at in layers],

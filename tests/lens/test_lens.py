@@ -177,7 +177,7 @@ def test_text_marks_what_is_doubtful_and_says_what_marks_mean():
     legend = repr(lens)[repr(lens).index("Shade:") :]
     for mark in ("· no gradient", "#n place of the target", "~ vector so short"):
         assert mark in legend
-    plain = repr(fake_lens(target=None, both=True).as_normalized())
+    plain = repr(fake_lens(target=None, both=True).as_reading("normalised"))
     assert "#n" not in plain
     assert "~" not in plain
 

@@ -123,7 +123,7 @@ def test_the_vector_that_is_read_is_one_for_all_experts(both):
     torch.testing.assert_close(lens.norms("W_out")[1], expected, rtol=1e-4, atol=1e-7)
     assert weights.allclose(torch.ones(6)) == seen["sums to one"]
     # Lengths aside, the words are those of dL/d(what the experts add up to).
-    read = lens.as_normalized().readout("W_out")
+    read = lens.as_reading("normalised").readout("W_out")
     assert torch.equal(read.bottom_ids[1], seen["read"].bottom_ids)
 
 

@@ -50,7 +50,9 @@ def test_the_dual_by_its_definition(name, ridge, bridge):
     A += ridge * A.trace() / len(A) * torch.eye(len(A), dtype=A.dtype)
     inverse, M = torch.linalg.inv(A), torch.tensor(M)
     lengths = torch.stack([(m @ inverse @ m).sqrt() for m in M.T])
-    expected = torch.stack([(M.T @ inverse @ d) / lengths for d in delta.double()])
+    expected = torch.stack(
+        [(M.T @ inverse @ d) / lengths / (d @ inverse @ d).sqrt() for d in delta.double()]
+    )
     torch.testing.assert_close(
         scores_of(dual_head(head, ridge), delta), expected.float(), rtol=1e-3, atol=1e-4
     )
@@ -194,6 +196,37 @@ def test_a_loss_that_reads_no_logits(bridge):
         EffectOf(model, grads, lambda logits, batch: logits[:, 0, 0] * 0)
 
 
+def test_a_loss_that_reads_every_position(bridge):
+    """A cell's effect is on the word next to it, and of a target's second token on that."""
+    model, tokens = bridge("llama"), torch.tensor(TOKENS)
+
+    def language(logits, batch):
+        flat = logits[0, :-1].log_softmax(-1)
+        return -flat.gather(1, batch.tokens[0, 1:, None].to(flat.device)).mean()[None]
+
+    grads = bwlens.capture(model, tokens, language, "W_out")
+    task = EffectOf(model, grads, language)
+    cells = [(Site("W_out", layer), pos) for layer in (0, 2) for pos in range(4)]
+    effects = task.of(cells)
+    assert effects.measured.all()
+    for row, (site, pos) in zip(effects.scores, cells, strict=True):
+        alone = -grads[site].delta[pos] / grads[site].delta[pos].norm() ** 2
+        log_p = []
+        for sign in (1, -1):
+            added = torch.zeros(1, 5, 16)
+            added[0, pos] = sign * 1e-2 * alone
+            tap = find_taps(model, ["W_out"], site.layer)[0]
+            log_p.append(Replay(model, tokens, [pos])({tap.z: added})[0, 0].log_softmax(-1))
+        expected = (log_p[0] - log_p[1]) / 2e-2
+        assert torch.corrcoef(torch.stack([row, expected]))[0, 1] > 0.999
+    two = bwlens.backward_lens(
+        model, PROMPT, NLL([17, 30]), reading="effect", matrices="W_out", prepend_bos=False
+    )
+    assert len(two.tokens) == 6
+    assert not two.readout().eps_regime[:, -1].any()
+    assert two.readout().target_scores[:, -1, 1].gt(0.5).all()  # the second's own, where it is read
+
+
 def test_the_temper_weighs_likely_words():
     scores, p = torch.tensor([[1.0, 2.0]]), torch.tensor([0.81, 0.0001])
     assert tempered(scores, p, 0.0).tolist() == [[1.0, 2.0]]
@@ -238,6 +271,57 @@ def test_a_lens_by_another_reading(reading, demo):
     assert ids.shape[-1] == 10
 
 
+def test_several_readings_in_one_lens(demo):
+    options = {"subject": "Lionel Messi", "positions": "last", "trust": True}
+    several = ("plain", "dual", "effect")
+    lens = bwlens.backward_lens(demo, FACT, " Paris", reading=several, temper=0.1, **options)
+    assert lens.readings == several
+    assert lens.reading == "plain"
+    for name in several:
+        temper = {"temper": 0.1} if name == "effect" else {}
+        alone = bwlens.backward_lens(demo, FACT, " Paris", reading=name, **temper, **options)
+        one = lens.as_reading(name)
+        assert one.words() == alone.words()
+        assert one.through() == alone.through()
+        assert torch.equal(one.target_places("W_in"), alone.target_places("W_in"))
+        assert one.trust.reading == alone.trust.reading
+        assert torch.equal(one.trust.plausible, alone.trust.plausible)
+    with pytest.raises(ValueError, match="no cosine reading, but plain, dual, effect"):
+        lens.as_reading("cosine")
+
+
+@pytest.mark.parametrize("imprint", ["dual", "cosine"])
+def test_inputs_read_as_deltas_are(imprint, demo):
+    lens = bwlens.backward_lens(demo, FACT, " Paris", imprint=imprint)
+    plain = bwlens.backward_lens(demo, FACT, " Paris")
+    head = {"dual": dual_head, "cosine": cosine_head}[imprint](head_of(demo))
+    read = readout(head, lens.gradient("W_in", 3).x)
+    assert torch.equal(lens.readout("W_in").top_ids[3], read.top_ids)
+    assert not torch.equal(lens.readout("W_in").top_ids, plain.readout("W_in").top_ids)
+    assert torch.equal(lens.readout("W_out").top_ids, plain.readout("W_out").top_ids)
+    assert (lens.unit("W_in"), lens.unit("W_out")) == ("score", "logit")
+
+
+def test_a_lens_without_the_final_norm_s_bias(bridge):
+    model = bridge("gpt2")
+    lens = bwlens.backward_lens(model, PROMPT, TARGET, bias=False, matrices=["W_in", "W_out"])
+    with_bias = bwlens.backward_lens(model, PROMPT, TARGET)
+    for matrix, factor in (("W_in", "x"), ("W_out", "delta")):
+        rows = getattr(lens.gradient(matrix, 1), factor)
+        read = readout(without_bias(head_of(model)), rows)
+        assert torch.equal(lens.readout(matrix).top_ids[1], read.top_ids)
+        # Without a bias the reading of the other direction is the reversed one.
+        torch.testing.assert_close(
+            lens.readout(matrix).top_scores[1],
+            -readout(without_bias(head_of(model)), -rows).bottom_scores, rtol=1e-3, atol=1e-3,
+        )  # fmt: skip
+        assert not torch.equal(lens.readout(matrix).top_ids, with_bias.readout(matrix).top_ids)
+    duals = [
+        bwlens.backward_lens(model, PROMPT, TARGET, reading="dual", bias=b) for b in (True, False)
+    ]
+    assert torch.equal(duals[0].readout().top_ids, duals[1].readout().top_ids)
+
+
 def test_effects_read_matrices_that_have_no_plain_reading(demo):
     lens = bwlens.backward_lens(
         demo, FACT, " Paris", reading="effect", matrices=["W_in", "W_Q", "W_V"], positions="last"
@@ -267,7 +351,7 @@ def test_the_command_line_names_the_readings_there_are():
     from typer.testing import CliRunner
 
     from bwlens.cli import app
-    from bwlens.lens.reading import READINGS
+    from bwlens.lens.asking import READINGS
 
     command = ["lens", FACT, "--target", " Paris", "--reading", "tuned"]
     refused = CliRunner().invoke(app, command)
@@ -279,7 +363,11 @@ def test_the_command_line_names_the_readings_there_are():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reading": "tuned"}, "there are plain, dual, cosine, effect"),
+        ({"reading": "tuned"}, "there are plain, dual, cosine, transported, effect"),
+        ({"reading": ["plain", "tuned"]}, "reading is 'tuned'; there are plain"),
+        ({"reading": ["dual", "dual"]}, "each once"),
+        ({"reading": []}, "expected one or several"),
+        ({"imprint": "effect"}, "imprint is 'effect'; there are plain, dual, cosine"),
         ({"reading": "dual", "normalize": True}, "normalize goes with reading='plain'"),
         ({"positions": 4}, "has the positions 0 to 3"),
         ({"positions": []}, "has the positions 0 to 3"),
@@ -293,6 +381,16 @@ def test_the_command_line_names_the_readings_there_are():
 def test_bad_input(options, message, demo):
     with pytest.raises(ValueError, match=message):
         bwlens.backward_lens(demo, FACT, " Paris", **options)
+
+
+def test_in_half_precision_a_cell_is_measured_or_marked():
+    """Steps that drown in rounding are made larger; what still does is in doubt."""
+    half = bwlens.load_model("demo", dtype="bfloat16")
+    options = {"reading": "effect", "matrices": "W_out", "positions": "last"}
+    lens = bwlens.backward_lens(half, FACT, " Paris", **options)
+    doubtful = lens.readout().eps_regime[:, -1]
+    assert doubtful.sum() <= 4
+    assert (doubtful | (lens.target_places()[:, -1] <= 10)).all()
 
 
 def test_many_cells_are_read_where_it_counts(demo):

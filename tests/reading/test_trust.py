@@ -127,7 +127,7 @@ def test_a_delta_that_is_no_gradient_is_refused(fault, bridge):
     with pytest.raises(
         UntrueGradientError, match=r"W_out.*1.* was to lower the loss by .* 3 cells"
     ):
-        measure_trust(model, replace(grads, _held=held), objective, "W_out", [0, 1, 2], 4)
+        measure_trust(model, replace(grads, _parts=held), objective, "W_out", [0, 1, 2], 4)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -182,10 +182,10 @@ def test_packed_lenses_say_what_the_lens_says():
     assert words[0] == ""
     assert words[data["target"]] == spaced(lens.target)
     assert words[data["answer"]] == spaced(lens.answer)
-    for matrix, normalized in product(lens.matrices, lens.readings):
-        view = lens.as_normalized(normalized)
+    for matrix, reading in product(lens.matrices, lens.readings):
+        view = lens.as_reading(reading)
         of_matrix = data["matrices"][matrix]
-        entry = data["readings"][of_matrix["readings"]["normalised" if normalized else "raw"]]
+        entry = data["readings"][of_matrix["readings"][reading]]
         for end in ("promoted", "suppressed"):
             ids = torch.tensor(entry[end]["ids"]).reshape(*shape, data["k"])
             assert [[[words[i] for i in cell if i] for cell in row] for row in ids] == [
@@ -226,7 +226,7 @@ def test_a_large_lens_is_small():
 def test_readings_shared_by_two_matrices_are_stored_once():
     lens = fake_lens(matrices=("W_in", "W_out"))
     twice = fake_lens(matrices=("W_in", "W_out"))
-    twice._readings[False]["W_gate"] = twice._readings[False]["W_in"]
+    twice._readings["plain"]["W_gate"] = twice._readings["plain"]["W_in"]
     object.__setattr__(twice, "matrices", ("W_in", "W_gate", "W_out"))
     held = twice.gradients._parts
     held |= {type(s)("W_gate", s.layer): g for s, g in held.items() if s.matrix == "W_in"}
@@ -266,9 +266,9 @@ def test_comparisons_say_what_cannot_be_compared(tmp_path):
         compare(lens, fake_lens(n_pos=3, tokens=["a", "b", "c"]))
     with pytest.raises(ValueError, match="no matrix was read in both: W_in in one, W_out"):
         compare(fake_lens(matrices=("W_in",)), fake_lens(matrices=("W_out",)))
-    normalized = fake_lens(both=True).as_normalized()
-    normalized._readings.pop(False)
-    with pytest.raises(ValueError, match="raw reading and the other the normalised"):
+    normalized = fake_lens(both=True).as_reading("normalised")
+    normalized._readings.pop("plain")
+    with pytest.raises(ValueError, match="no reading in both: plain in one, normalised in"):
         compare(fake_lens(), normalized)
     with pytest.raises(ValueError, match="names must be two"):
         compare(lens, lens, ("one",))

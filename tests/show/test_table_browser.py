@@ -148,11 +148,11 @@ def test_the_mouse_and_the_keys_find_each_other(show, lens):
 
 
 @pytest.mark.parametrize("matrix", ["W_in", "W_gate", "W_out"])
-@pytest.mark.parametrize("normalized", [False, True])
-def test_every_switch_shows_what_the_lens_holds(show, lens, matrix, normalized):
+@pytest.mark.parametrize("reading", ["plain", "normalised"])
+def test_every_switch_shows_what_the_lens_holds(show, lens, matrix, reading):
     view = show(table(lens))
-    spoken = lens.as_normalized(normalized)
-    choose(view, matrix, "normalised" if normalized else "raw")
+    spoken = lens.as_reading(reading)
+    choose(view, matrix, reading)
     words = {end: spoken.words(end, matrix) for end in ("promoted", "suppressed")}
     norms, ranks = lens.norms(matrix), spoken.target_ranks(matrix)
     faint = spoken.readout(matrix).eps_regime

@@ -26,7 +26,7 @@ def judged(r=R, **options):
         "plain", "W_out", 4, lens.layers, values / 2, values, values, none, none + 1,
         none + 0.04, none, none - 0.02, none,
     )  # fmt: skip
-    return replace(lens, _trust=trust)
+    return replace(lens, _trust={"plain": trust})
 
 
 def test_the_verdicts():
@@ -98,3 +98,29 @@ def test_the_strip_in_a_browser(scheme, show):
     rows = view.evaluate(STRIPS)
     assert {row["shown"] for row in rows} == {"hidden"}
     assert f"below {FLOOR}" not in view.inner_text(".bw-legend")
+
+
+def test_a_switch_between_readings(show):
+    """Words, units and trust are those of the reading that is chosen."""
+    lens = judged(silent=False, both=True)
+    other = replace(lens.trust, plausible=torch.tensor(R).flip(0))
+    lens = replace(lens, _trust=dict(lens._trust, normalised=other))
+    view = show(page(lens))
+    words = "rows => rows.map(row => [...row.cells].slice(1).map(cell => cell.innerText))"
+    for name, r in (("plain", R), ("normalised", R[::-1])):
+        view.get_by_role("radio", name=name, exact=True).check(force=True)
+        rows = view.evaluate(STRIPS)[::-1]
+        assert [float(row["r"]) for row in rows] == pytest.approx(list(r), abs=1e-3)
+        assert all(f"r = {value:.2f}" in row["title"] for value, row in zip(r, rows, strict=True))
+        shown = view.locator(".bw-grid tbody tr").evaluate_all(words)[::-1]
+        assert shown == [[cell[0].strip() for cell in row] for row in lens.as_reading(name).words()]
+
+
+def test_cells_that_were_not_read_say_so(show):
+    lens = replace(judged(silent=False), positions=(4,))
+    view = show(page(lens))
+    label = 'cells => cells.map(cell => [cell.innerText, cell.getAttribute("aria-label")])'
+    cells = view.locator(".bw-grid tbody tr:first-child td").evaluate_all(label)
+    assert cells[0] == ["·", "not read"]
+    assert cells[4][0] not in ("", "·")
+    assert "no gradient, or not read" in view.inner_text(".bw-legend")

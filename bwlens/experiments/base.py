@@ -19,7 +19,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits
-from bwlens.experiments.intervals import summarize
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
@@ -34,6 +33,7 @@ from bwlens.model.sites import (
     resolve_matrices,
 )
 from bwlens.model.targets import unwarned, warn_of_edits
+from bwlens.runs.intervals import summarize
 from bwlens.runs.parts import Failure, Part, progress_bar
 
 if TYPE_CHECKING:

@@ -14,13 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import bwlens
-from bwlens.data.records import Record
 from bwlens.edit import key_statistics, rome, subject_shift, whitened_shift
 from bwlens.edit.whitened import PREFIXES
-from bwlens.model.prompts import make_batch
+from bwlens.evaluation import known_records
 
 HERE = Path(__file__).parent
 TUNING, REPORTED = 60, 200
@@ -32,23 +29,18 @@ def main(requests: str, text: str, folder: str) -> None:
     """Run it, or carry on, and write the aggregated numbers."""
     model = bwlens.load_model("smollm2")
     made = bwlens.make_records(requests, neighbours=5, attributes=0).sample(700, seed=0)
-    known: list[Record] = []
-    for record in made:
-        if knows(model, record):
-            known.append(record)
-        if len(known) == TUNING + REPORTED:
-            break
+    known = known_records(model, made)[: TUNING + REPORTED]
     of_mlp = key_statistics(model, text, matrix="W_out", layers=[LAYER], max_tokens=TOKENS)
     layers = range(22, 30)
     of_heads = key_statistics(model, text, matrix="W_O", layers=layers, max_tokens=TOKENS)
-    at = {"layer": LAYER, "statistics": of_mlp, "prefixes": PREFIXES}
+    at: dict[str, Any] = {"layer": LAYER, "statistics": of_mlp, "prefixes": PREFIXES}
     methods = {
         "none": "none",
         "subject_shift": partial(subject_shift, **at),
         "rome": partial(rome, **at),
         "whitened_shift": partial(whitened_shift, statistics=of_heads),
     }
-    settings = {"greedy_tokens": 3, "generation_every": 0, "perplexity_every": 0}
+    settings: dict[str, Any] = {"greedy_tokens": 3, "generation_every": 0, "perplexity_every": 0}
     result = bwlens.evaluate(model, methods, known[TUNING:], out=folder, **settings)
     summary = result.summary
     for other in ("rome", "whitened_shift"):
@@ -57,18 +49,6 @@ def main(requests: str, text: str, folder: str) -> None:
         summary = summary.merge(pairs.assign(method=f"subject_shift - {other}"), how="outer")
     summary.round(2).to_csv(HERE / "editing-smollm2.csv", index=False)
     print(summary.to_string())
-
-
-def knows(model: Any, record: Record) -> bool:
-    """Whether the true answer is more probable than the new one, mean over their tokens."""
-    edit, scores = record.edit, []
-    for answer in (edit.target_true, edit.target_new):
-        batch = make_batch(model, edit.text, answer)
-        with torch.no_grad():
-            log_p = model(batch.tokens)[0, int(batch.last[0]) :].log_softmax(-1)
-        ids = torch.tensor(batch.targets[0])
-        scores.append(float(log_p[range(len(ids)), ids].mean()))
-    return scores[0] > scores[1]
 
 
 if __name__ == "__main__":

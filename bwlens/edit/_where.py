@@ -96,12 +96,13 @@ class KeyResponses:
         from bwlens.show import drawing
 
         figure, ax = drawing.axes(None, (drawing.COLUMN, 2.4))
-        for (matrix, position), rows in self.frame.groupby(["matrix", "position"], sort=False):
-            (line,) = ax.plot(rows["layer"], rows["paraphrases"], label=f"{matrix}, {position}")
-            ax.plot(rows["layer"], rows["neighbours"], "--", color=line.get_color())
+        frame = self.frame.assign(place=self.frame["matrix"] + ", " + self.frame["position"])
+        for place, rows in frame.groupby("place", sort=False):
+            (line,) = ax.plot(rows["layer"], rows["paraphrases"], label=str(place))
+            ax.plot(rows["layer"], rows["neighbours"], "--", color=line.get_color(), label="_")
         ax.set(xlabel="layer", ylabel="$u \\cdot k$", ylim=(min(0.0, ax.get_ylim()[0]), None))
-        ax.legend(fontsize=6, title="solid: paraphrases, dashed: neighbours", title_fontsize=6)
         drawing.plain(ax)
+        drawing.legend(ax, "— paraphrases\n-- neighbours")
         return figure
 
     def __repr__(self) -> str:

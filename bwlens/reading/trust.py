@@ -14,7 +14,7 @@ itself: the loss must fall by what ||delta|| says.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (torch leaves linalg, split, norm and others of its functions untyped.)
 
 from __future__ import annotations

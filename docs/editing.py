@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 import bwlens
 from bwlens.edit import key_statistics, rome, subject_shift, whitened_shift
 from bwlens.edit.whitened import PREFIXES
-from bwlens.evaluation import known_records
+from bwlens.evaluation import Evaluation, known_records
 
 HERE = Path(__file__).parent
 TUNING, REPORTED = 60, 200
@@ -41,14 +43,19 @@ def main(requests: str, text: str, folder: str) -> None:
         "whitened_shift": partial(whitened_shift, statistics=of_heads),
     }
     settings: dict[str, Any] = {"greedy_tokens": 3, "generation_every": 0, "perplexity_every": 0}
-    result = bwlens.evaluate(model, methods, known[TUNING:], out=folder, **settings)
-    summary = result.summary
+    write(bwlens.evaluate(model, methods, known[TUNING:], out=folder, **settings))
+
+
+def write(result: Evaluation) -> None:
+    """The means with intervals, and the paired differences of the subject shift from the others."""
+    tables = [result.summary]
     for other in ("rome", "whitened_shift"):
         pairs = result["subject_shift"].compare(result[other])
         pairs = pairs.rename(columns={"difference": "mean"})
-        summary = summary.merge(pairs.assign(method=f"subject_shift - {other}"), how="outer")
-    summary.round(2).to_csv(HERE / "editing-smollm2.csv", index=False)
-    print(summary.to_string())
+        tables.append(pairs.assign(method=f"subject_shift - {other}"))
+    table = pd.concat(tables, ignore_index=True)
+    table.round(2).to_csv(HERE / "editing-smollm2.csv", index=False)
+    print(table.to_string())
 
 
 if __name__ == "__main__":

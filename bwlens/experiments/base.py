@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,7 +39,8 @@ from bwlens.runs.parts import Failure, Part, progress_bar
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-    from typing_extensions import Self
+
+E = TypeVar("E", bound="Experiment")
 
 MAX_MEMORY = 2**30
 """Bytes that the activations and gradients of a batch may take, by a rough estimate."""
@@ -162,7 +163,7 @@ class Experiment(ABC):
         return tuple(asked)
 
     @classmethod
-    def of(cls, model: Any, layers: Layers, **settings: Any) -> Self:
+    def of(cls: type[E], model: Any, layers: Layers, **settings: Any) -> E:
         """The experiment as a call sets it: layers of any form, `matrices` one or several.
 
         Raises:

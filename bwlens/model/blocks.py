@@ -6,6 +6,12 @@ by plain PyTorch hooks: compatibility mode renames hook points, silences some, a
 through copies that are off the autograd graph.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+# pyright: reportPrivateUsage=false
+# (torch has no other way to a module's own children and tensors.)
+
 from __future__ import annotations
 
 from collections.abc import Iterator

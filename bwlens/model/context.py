@@ -1,5 +1,8 @@
 """How long a prompt may be: what the model can read, and what it was made to read."""
 
+# pyright: reportPrivateUsage=false
+# (torch has no other way to a module's own children and tensors.)
+
 from __future__ import annotations
 
 import warnings

@@ -1,5 +1,9 @@
 """A model folder's files, looked at before anything is loaded: are they there, and whole?"""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 import json

@@ -1,5 +1,9 @@
 """Which scale and soft cap make a model's logits of norm(v) W_U: fitted to them."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace

@@ -1,8 +1,12 @@
 """What passed the weights in one forward pass: the x and z of each, also of experts."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +58,7 @@ class ExpertCalls(TorchFunctionMode):
 
 
 @contextmanager
-def expert_calls(taps: list[ExpertTap]) -> Iterator[ExpertCalls | None]:
+def expert_calls(taps: list[ExpertTap]) -> Generator[ExpertCalls | None, None, None]:
     """Run batched experts one by one, so that each one's x and z can be noted."""
     if not taps:
         yield None
@@ -64,7 +68,7 @@ def expert_calls(taps: list[ExpertTap]) -> Iterator[ExpertCalls | None]:
 
 
 @contextmanager
-def experts_one_by_one(configs: Iterable[Any]) -> Iterator[None]:
+def experts_one_by_one(configs: Iterable[Any]) -> Generator[None, None, None]:
     """Experts of models with these configs run one after the other within."""
     before = {id(config): (config, config._experts_implementation) for config in configs}
     try:

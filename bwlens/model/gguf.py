@@ -1,8 +1,12 @@
 """GGUF files as Hugging Face models: dequantised by transformers, with the tokenizer they hold."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownLambdaType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
@@ -65,7 +69,7 @@ def read(
 
 
 @contextmanager
-def taken_as_it_is(tokenizer: Any) -> Iterator[None]:
+def taken_as_it_is(tokenizer: Any) -> Generator[None, None, None]:
     """Keep TransformerLens from reading the tokenizer again, out of files beside the GGUF file.
 
     It does so to have a BOS added, unless one is; what `to_tokens` gives is the same either way.
@@ -107,7 +111,7 @@ def _architecture(reader: Any) -> str:
 
 
 @contextmanager
-def _parsed_once(reader: Any) -> Iterator[None]:
+def _parsed_once(reader: Any) -> Generator[None, None, None]:
     """Let transformers have this reader wherever it would parse the file anew, which takes long."""
     import gguf
 

@@ -5,11 +5,15 @@ replace the user's torch; and what a checkpoint lacks, transformers fills with r
 line in a log that TransformerLens has switched off.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -31,7 +35,7 @@ class Seen:
 
 
 @contextmanager
-def watched() -> Iterator[Seen]:
+def watched() -> Generator[Seen, None, None]:
     """Refuse every process that installs packages, and note the tensors that were not loaded.
 
     Both by what is done, not by who does it: a process is refused where "install" is one of its
@@ -40,7 +44,8 @@ def watched() -> Iterator[Seen]:
     from transformers import PreTrainedModel
 
     seen, pretrained = Seen(), cast(Any, PreTrainedModel)
-    start, load = subprocess.Popen, pretrained.__dict__["from_pretrained"]
+    start: Any = subprocess.Popen
+    load = pretrained.__dict__["from_pretrained"]
 
     class Popen(start):
         def __init__(self, args: Any, *rest: Any, **options: Any) -> None:

@@ -5,6 +5,10 @@ some name what it does not do. So it is measured on one short forward pass: a `H
 model's logits from its last stream to rounding, or there is none.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

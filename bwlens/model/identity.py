@@ -1,5 +1,9 @@
 """Which model is this: its name, whether it is the demo model, a fingerprint of its weights."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 import hashlib

@@ -4,6 +4,10 @@ The lens reads the raw model. Folding LayerNorm into the weights, as Transformer
 does, leaves the loss and every delta alone but changes the x of W_in: `x_raw = w * x_folded + b`.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 import warnings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import wraps
 from threading import Lock, RLock, get_ident
@@ -21,7 +21,7 @@ _making = Lock()
 
 
 @contextmanager
-def alone_with(model: LensModel) -> Iterator[None]:
+def alone_with(model: LensModel) -> Generator[None, None, None]:
     """Other threads wait for the model; within one thread, this may nest.
 
     Bridges around one Hugging Face model are one model.
@@ -44,7 +44,7 @@ def alone_with(model: LensModel) -> Iterator[None]:
 
 
 @contextmanager
-def for_this_thread(model: LensModel) -> Iterator[None]:
+def for_this_thread(model: LensModel) -> Generator[None, None, None]:
     """Other threads are refused the model, as it is changed meanwhile.
 
     They do not wait: a thread that this one waits for would do so for ever.
@@ -66,7 +66,7 @@ def one_thread_at_a_time(method: Method) -> Method:
 
     @wraps(method)
     def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(cast(Any, model), nn.Module):
+        if not isinstance(model, nn.Module):
             return method(model, *args, **kwargs)  # which says what is wrong with it
         with alone_with(model):
             return method(model, *args, **kwargs)

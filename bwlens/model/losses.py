@@ -1,5 +1,11 @@
 """A forward pass with its losses, and gradients of them at what passed."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+# pyright: reportUnnecessaryComparison=false, reportUnnecessaryIsInstance=false
+# (What torch's types rule out does come, and what users give is checked.)
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection

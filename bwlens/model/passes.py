@@ -4,9 +4,13 @@ What a pass changes for its time (hooks, modes, the experts' way of running) is 
 Passes of several threads take turns on a model; a pass' hooks act in its own thread alone.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import local
@@ -303,7 +307,7 @@ def all_modules(model: LensModel) -> list[nn.Module]:
 
 
 @contextmanager
-def in_eval_mode(model: LensModel) -> Iterator[None]:
+def in_eval_mode(model: LensModel) -> Generator[None, None, None]:
     """Eval mode within (no dropout, so no random numbers drawn), each module's own mode after."""
     training = [module for module in all_modules(model) if module.training]
     for module in training:
@@ -316,7 +320,7 @@ def in_eval_mode(model: LensModel) -> Iterator[None]:
 
 
 @contextmanager
-def _keeping_nothing(model: LensModel) -> Iterator[None]:
+def _keeping_nothing(model: LensModel) -> Generator[None, None, None]:
     """Modules keep what they kept before: a pass's attention patterns hold its whole graph."""
     modules = all_modules(model)
     before = [

@@ -4,6 +4,10 @@ A weight matrix W computes ``z = x W``; a `Tap` names the modules that hand over
 and `z` (what leaves it).
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,9 +3,13 @@
 The user's hooks are off meanwhile: what is asked is the model's own.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -38,7 +42,7 @@ def probe_loss(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Floa
 
 
 @contextmanager
-def undisturbed(model: LensModel) -> Iterator[None]:
+def undisturbed(model: LensModel) -> Generator[None, None, None]:
     """The model without its user's hooks, its experts run one by one (as `capture` runs them)."""
     configs: dict[int, Any] = {}
     for module in all_modules(model):

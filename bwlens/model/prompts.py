@@ -4,6 +4,10 @@ A batch is padded on the right: in a causal model a token never sees what comes 
 there needs no mask and cannot touch a result. Prompts padded on the left are shifted first.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 import warnings

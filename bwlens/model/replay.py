@@ -4,6 +4,10 @@ The rows of a batch are the same prompt, and differ in what is added to them. Th
 lowest change give what they gave before, and only the positions wanted pass the unembedding.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

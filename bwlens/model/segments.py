@@ -6,6 +6,10 @@ or has characters split over several tokens is found all the same.
 Source: Backward Lens, section 5.1 (figures 5, 6 and 16-21).
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -5,9 +5,15 @@ TransformerBridge (raw or in compatibility mode) and on a HookedTransformer alik
 of a block are found is in `blocks`; what a tap is, in `places`.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+# pyright: reportUnnecessaryComparison=false, reportUnnecessaryIsInstance=false
+# (What torch's types rule out does come, and what users give is checked.)
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -251,7 +257,7 @@ _SWITCHES = {
 @contextmanager
 def hook_points(
     model: LensModel, names_filter: str | Sequence[str] | Callable[[str], bool]
-) -> Iterator[tuple[dict[str, Point], bool]]:
+) -> Generator[tuple[dict[str, Point], bool], None, None]:
     """The hook points that a filter lets through, switched on for the time of the context.
 
     Gives them by name, and whether each was asked for by name (rather than by a predicate).

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -90,7 +90,7 @@ def _renamed_cache(model: LensModel, n_rows: int) -> Step:
 
 
 @contextmanager
-def _earlier_name(model: LensModel) -> Iterator[None]:
+def _earlier_name(model: LensModel) -> Generator[None, None, None]:
     """Hand the cache to each layer's attention under its earlier name."""
     now, before = _NAMES
 

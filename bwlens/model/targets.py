@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ def warn_of_edits(model: LensModel, edits: Iterable[Any]) -> None:
 
 
 @contextmanager
-def unwarned() -> Iterator[None]:
+def unwarned() -> Generator[None, None, None]:
     """No warnings of missing blanks within, as `warn_of_edits` has given the one for all."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingBlank)

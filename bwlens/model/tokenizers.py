@@ -1,5 +1,9 @@
 """Does a tokenizer say what a text says? Asked when a model is loaded, and of every prompt."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ _LISTS = ("fwd_hooks", "bwd_hooks")
 @contextmanager
 def hooks_off(
     modules: Iterable[nn.Module], stays: Callable[[Any], bool] = lambda hook: False
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """No hook of these modules runs within but those that stay; all are back, in order, after."""
     hooked = [module for module in modules if has_hooks(module)]
     before = [
@@ -48,7 +48,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 @contextmanager
-def users_hooks_off(model: LensModel) -> Iterator[None]:
+def users_hooks_off(model: LensModel) -> Generator[None, None, None]:
     """Run the model without its user's hooks.
 
     On hook points, the final norm and the unembedding every hook is the user's. Elsewhere those

@@ -6,6 +6,12 @@ shows it as [d_in, d_out] in every case. With grouped queries `W_K` and `W_V` ha
 model's own key and value heads, unrepeated.
 """
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch and transformers leave some of their functions untyped.)
+# pyright: reportPrivateUsage=false
+# (torch has no other way to a module's own children and tensors.)
+
 from __future__ import annotations
 
 import copy

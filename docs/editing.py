@@ -4,7 +4,7 @@
 
 Records are made of CounterFact's requests, and only facts that the model knows are kept (the true
 answer more probable than the new one). The first 60 of a seeded sample were for tuning, the 200
-after them are to be reported (the file holds the first 70). Stopped and started again it carries on.
+after them are reported (the file holds the first 70). Stopped and started again it carries on.
 """
 
 from __future__ import annotations

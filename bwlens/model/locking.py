@@ -68,7 +68,7 @@ def one_thread_at_a_time(method: Method) -> Method:
     def alone(model: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(model, nn.Module):
             return method(model, *args, **kwargs)  # which says what is wrong with it
-        with alone_with(model):
+        with alone_with(cast(Any, model)):
             return method(model, *args, **kwargs)
 
     return cast(Method, alone)

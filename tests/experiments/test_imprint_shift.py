@@ -171,9 +171,8 @@ def test_reach_is_the_last_step_before_the_error():
 
 def test_batch_as_one_by_one(bridge):
     model = bridge("llama")
-    options = {"layers": [0, -1], "etas": ETAS[-1:], "progress": False}
-    together = imprint_shift(model, EDITS, **options).rows
-    singly = [imprint_shift(model, [edit], **options).rows for edit in EDITS]
+    together = imprint_shift(model, EDITS, etas=ETAS, progress=False).rows
+    singly = [imprint_shift(model, [edit], etas=ETAS, progress=False).rows for edit in EDITS]
     alone = pd.concat([rows.assign(item=item) for item, rows in enumerate(singly)])
     keys = ["item", "layer", "which", "eta"]
     a, b = (rows.set_index(keys).sort_index() for rows in (together, alone))

@@ -49,9 +49,9 @@ def answers_target(model, edit):
     return int(logits.argmax()) == batch.targets[0][0]
 
 
-def check(model, text, layers):
-    result = step_sizes(model, EDITS, layers=layers, text=text, progress=False)
-    assert len(result.rows) == len(EDITS) * len(layers) * len(METHODS)
+def check(model, text):
+    result = step_sizes(model, EDITS, layers=[0, 1], text=text, progress=False)
+    assert len(result.rows) == len(EDITS) * 2 * len(METHODS)
     sentences = prose_rows(model, read_prose(text))
     before = prose_perplexity(model, sentences)
     n_flipped = 0
@@ -75,17 +75,17 @@ def check(model, text, layers):
             found = prose_perplexity(model, sentences)
         assert row["perplexity"] == pytest.approx(found, rel=1e-3)
     # A norm after the MLP (Gemma 2) bounds what a step can do.
-    assert n_flipped >= 2 * len(layers)
+    assert n_flipped >= 4
 
 
-@pytest.mark.parametrize(("name", "layers"), [("gpt2", [0, 1]), ("llama", [1]), ("gemma2", [0])])
-def test_against_the_methods_themselves(name, layers, bridge, text):
-    check(bridge(name), text, layers)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_against_the_methods_themselves(name, bridge, text):
+    check(bridge(name), text)
 
 
 @HOOKED
 def test_of_a_hooked_transformer(tokenizer, text):
-    check(tiny.hooked_transformer("gpt2", tokenizer=tokenizer), text, [1])
+    check(tiny.hooked_transformer("gpt2", tokenizer=tokenizer), text)
 
 
 def test_what_is_answered_already_has_no_step(bridge):

@@ -241,7 +241,7 @@ def test_half_precision_models(name, dtype, tolerance, boot):
         assert oracle.relative_error(gradient.dense(), expected[site].dense()) < tolerance, site
 
 
-def test_small_gradients_survive_float16(boot):
+def test_small_gradients_survive_float16(boot, monkeypatch):
     """A loss 2^16 times smaller has gradients as much smaller, not zeros, in float16."""
     model = boot("gpt2", torch.float16)
     nll = bwlens.NLL(17)
@@ -257,6 +257,8 @@ def test_small_gradients_survive_float16(boot):
         return max(oracle.relative_error(small[s].delta * 2**16, large[s].delta) for s in large)
 
     assert error() < 0.02
+    monkeypatch.setattr("bwlens.model.losses._HALF_SCALE", {})
+    assert error() > 0.1
 
 
 def test_storage(bridge):

@@ -22,7 +22,12 @@ def main() -> None:
         normalize="both",
     )
     smollm2 = bwlens.backward_lens(
-        bwlens.load_model("smollm2"), "The capital of France is", " Rome", subject="France"
+        bwlens.load_model("smollm2"),
+        "The capital of France is",
+        " Rome",
+        subject="France",
+        reading=["plain", "dual"],
+        trust=True,
     )
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         chromium = shutil.which("chromium")

@@ -269,21 +269,22 @@ def measure_trust(
     effects, fall = true_effects(task, cells, list(deltas))
     others = other_deltas(model, grads, matrix, layers, position).to(deltas)
 
-    def scores(reading: str, rows: Tensor) -> Tensor:
-        if reading == "effect":
-            measured = effects if rows is deltas else task.along(cells, list(rows))[0]
-            return tempered(measured, likely, temper)
-        if reading == "transported":
-            rows = transported(jacobian, layers, rows)
-        return delta_scores(model, rows, reading, bias).to(effects)
-
     likely = task.probabilities_at(position)
     noise, others = controls(deltas, others)
+
+    def scores(reading: str) -> list[Tensor]:
+        """Of delta and of both controls."""
+        if reading == "effect":
+            stepped = (task.along(cells, list(rows))[0] for rows in (noise, others))
+            return [tempered(rows, likely, temper) for rows in (effects, *stepped)]
+        several = [deltas, noise, others]
+        if reading == "transported":
+            several = [transported(jacobian, layers, rows) for rows in several]
+        return [delta_scores(model, rows, reading, bias).to(effects) for rows in several]
+
     judged = {}
     for reading in readings:
-        own, random, other = (
-            agreement(scores(reading, rows), effects, likely) for rows in (deltas, noise, others)
-        )
+        own, random, other = (agreement(rows, effects, likely) for rows in scores(reading))
         judged[reading] = Trust(
             reading=f"{reading}, temper {temper}" if temper and reading == "effect" else reading,
             matrix=matrix,

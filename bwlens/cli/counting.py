@@ -22,18 +22,32 @@ from bwlens.cli.shared import (
 )
 from bwlens.runs.paths import writable
 
+_TOKENS_A_NUMBER = 12
+"""On SmolLM2, 11 tokens for each number of a key did as well as more."""
+
 
 def statistics(
     text: Annotated[
         str, typer.Option(help="A .txt or .json file of documents, or a data set on the hub.")
     ],
-    out: Annotated[Path, typer.Option(help="The file to write, .safetensors.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file to write, .safetensors; without, they are kept in the cache folder alone,"
+            " where edit and evaluate find them for this model."
+        ),
+    ] = None,
     model: Model = "demo",
     matrix: Annotated[
         str, typer.Option(help="Whose inputs, with commas between, e.g. W_out,W_O.")
     ] = "W_out,W_O",
     layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Count so many tokens of the text.")] = 20_000,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Count so many tokens of the text; by default 12 for each number of a key."
+        ),
+    ] = None,
     bos: Bos = None,
     dtype: Dtype = "float32",
     device_map: DeviceMap = None,
@@ -45,7 +59,8 @@ def statistics(
     """
     console = Console()
     with readable_errors(debug):
-        writable(out, [".safetensors"])
+        if out is not None:
+            writable(out, [".safetensors"])
         chosen = _layers(layers)
         with importing(console):
             import bwlens
@@ -64,12 +79,14 @@ def statistics(
         matrices = [name.strip() for name in matrix.split(",")]
         sites = [tap.site for tap in key_taps(loaded, matrices, chosen)]
         widths = {site.matrix: weight_of(loaded, site).shape[0] for site in sites}
+        widest = max(widths, key=lambda name: widths[name])
+        tokens = tokens or _TOKENS_A_NUMBER * widths[widest]
         there = 0
         for document in documents:
             there += len(text_to_ids(loaded, document, bos))
             if there >= tokens:
                 break
-        counted, widest = min(there, tokens), max(widths, key=lambda name: widths[name])
+        counted = min(there, tokens)
         if counted < widths[widest]:
             why = "--tokens allows no more" if tokens <= there else "the text holds no more"
             raise ValueError(
@@ -78,15 +95,25 @@ def statistics(
                 f" ten times as many"
             )
         found = bwlens.edit.key_statistics(
-            loaded, documents, matrix=matrices, layers=chosen, max_tokens=tokens, prepend_bos=bos,
-            cache=False,
-        )  # fmt: skip
+            loaded, documents, matrix=matrices, layers=chosen, max_tokens=tokens, prepend_bos=bos
+        )
         for name, width in widths.items():
-            n = next(one.n_tokens for site, one in found.items() if site.matrix == name)
+            of_matrix = [one for site, one in found.items() if site.matrix == name]
+            n, several = of_matrix[0].n_tokens, len(of_matrix)
             console.print(
                 f"{name}: {n:,} tokens, {n / width:.1f} for each of a key's {width:,} numbers, in"
-                f" {sum(site.matrix == name for site in found)} layers",
+                f" {several} {'layer' if several == 1 else 'layers'}",
                 highlight=False,
             )
+            for one in of_matrix:
+                if one.convergence is not None:
+                    console.print(
+                        f"  whitened by half of them, keys of layer {one.layer} have cosine"
+                        f" {one.convergence:.2f} with those whitened by all",
+                        highlight=False,
+                    )
+        if out is None:
+            console.print("Kept in the cache folder, for this model's edits")
+            return
         bwlens.edit.save_statistics(found, out)
         console.print(f"Wrote [bold]{out}[/]", highlight=False, soft_wrap=True)

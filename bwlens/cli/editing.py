@@ -114,6 +114,17 @@ def evaluate(
         ),
     ] = None,
     seed: Seed = None,
+    make: Annotated[
+        bool,
+        typer.Option(
+            "--make",
+            help="The data are bare requests: a relation's other templates become paraphrases,"
+            " subjects with the same answer neighbours.",
+        ),
+    ] = False,
+    known: Annotated[
+        bool, typer.Option("--known", help="Only facts whose true answer the model prefers.")
+    ] = False,
     prose: Annotated[
         str | None, typer.Option(help="A text for perplexity: a file, or a data set.")
     ] = None,
@@ -149,6 +160,7 @@ def evaluate(
             from bwlens.data.given import own_records
             from bwlens.edit import load_statistics
             from bwlens.evaluation.harness import Harness
+            from bwlens.evaluation.known import known_records
             from bwlens.evaluation.measuring import Options
             from bwlens.evaluation.methods import methods_of, named_method, with_statistics
             from bwlens.evaluation.presets import preset, table1_methods
@@ -162,11 +174,19 @@ def evaluate(
         keys = None if statistics is None else load_statistics(statistics)
         if what == "table1" and limit is None and data in (None, "demo"):
             limit, seed = 100, seed or 0
-        records = records_of(data, limit, seed)
+        if known:  # how many have to be asked for so many known ones is not yet told
+            records = records_of(data, None, None, make)
+            records = records.shuffled(seed) if seed is not None else records
+        else:
+            records = records_of(data, limit, seed, make)
         for problem in records.problems[:20]:
             console.print(f"Left out: {escaped(str(problem))}", highlight=False)
+        if len(records.problems) > 20:
+            console.print(f"Left out: {len(records.problems) - 20:,} more", highlight=False)
         loaded = load(model, dtype, device_map, process)
         own_records(loaded, data)
+        if known:
+            records = known_records(loaded, records, limit=limit or None, prepend_bos=bos)
         presets = [preset(loaded, name) for name in names] or table1_methods(loaded)
         chosen = methods_of(presets, given)
         if keys is not None:

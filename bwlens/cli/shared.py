@@ -113,12 +113,20 @@ def load(name: str, dtype: str, device_map: str | None, process: Any) -> Any:
     return load_model(name, dtype=kind, device=process.device())
 
 
-def records_of(data: str | None, limit: int | None, seed: int | None) -> Any:
-    """The records, the first of them, or some drawn at random; a limit of 0 is none."""
+def records_of(data: str | None, limit: int | None, seed: int | None, make: bool = False) -> Any:
+    """The records, the first of them, or some drawn at random; a limit of 0 is none.
+
+    With `make` they are made of bare requests.
+    """
+    from bwlens.data.making import make_records
     from bwlens.data.records import checked_limit, read_records
 
     limit = checked_limit(limit)
-    records = read_records(data or "demo", None if seed is not None else limit)
+    if make:
+        records = make_records(data or "demo")
+        records = records if seed is not None else records[:limit]
+    else:
+        records = read_records(data or "demo", None if seed is not None else limit)
     if seed is not None and limit is not None and limit < len(records):
         return records.sample(limit, seed)
     return records

@@ -95,6 +95,11 @@ class Records(Sequence[Record]):
         chosen = sorted(random.Random(seed).sample(range(len(self)), n))
         return replace(self, records=tuple(self.records[i] for i in chosen))
 
+    def shuffled(self, seed: int = 0) -> Records:
+        """All of them in a random order, the same one for the same seed."""
+        order = random.Random(seed).sample(range(len(self)), len(self))
+        return replace(self, records=tuple(self.records[i] for i in order))
+
     @overload
     def __getitem__(self, index: int) -> Record: ...
 

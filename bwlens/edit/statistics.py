@@ -6,11 +6,11 @@ as possible to what other tokens bring there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from bwlens.data.texts import read_texts
+from bwlens.edit.cache import cache_path, kept_files
 from bwlens.edit.keys import key_taps, keys_of
 from bwlens.model.identity import fingerprint, is_demo, model_label
 from bwlens.model.prompts import Batch, padded
@@ -33,6 +34,9 @@ from bwlens.runs.tensors import read_tensors, write_tensors
 _PROBE = 8  # Tokens whose keys tell one model from another.
 _RIDGE = 1e-6
 _SAME = 0.02  # Share by which the sizes of those keys may differ (half precision).
+_AGREEING = 64  # Keys by which convergence is told.
+_SAVED_EVERY = 300.0  # Seconds between two writings of unfinished sums.
+_MOMENTS = ("first", "second")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -46,6 +50,9 @@ class KeyStatistics:
         n_tokens: How many tokens were counted.
         fingerprint: `bwlens.model.identity.fingerprint` of the model.
         probe: Norms of the keys at a few fixed tokens, by which another model is told.
+        convergence: Mean cosine of `C^-1 k` by half of the text with that by all of it, over keys
+            of the text's end; of one layer of each matrix, the middle one, else None. Near 1 more
+            text changes nothing.
     """
 
     site: Site
@@ -54,6 +61,7 @@ class KeyStatistics:
     n_tokens: int
     fingerprint: str
     probe: Float[Tensor, " pos"]
+    convergence: float | None = None
 
     @property
     def layer(self) -> int:
@@ -114,7 +122,8 @@ def key_statistics(
     """Mean and second moment of a weight's input over a text, all layers in the same passes.
 
     `C = sum_t k_t k_t^T / n` over the tokens t of all documents, in float64; kept on disk by model,
-    text and settings (`$BWLENS_CACHE`, or `bwlens` in the user's cache folder).
+    text and settings (`$BWLENS_CACHE`, or `bwlens` in the user's cache folder), where editing
+    methods look for them by themselves. What was stopped goes on where it was.
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
@@ -144,14 +153,20 @@ def key_statistics(
     sites = [tap.site for tap in key_taps(model, matrix, layers)]
     window = window or min(512, getattr(model.cfg, "n_ctx", None) or 512)
     settings = [matrix, [s.layer for s in sites], max_tokens, window, prepend_bos]
-    path = _cached(model, documents, settings) if cache else None
+    path = cache_path(model, documents, settings) if cache else None
     if path is not None and path.exists():
         return load_statistics(path)
     windows = _windows(model, documents, window, max_tokens, prepend_bos)
-    statistics = token_statistics(model, windows, sites, batch_size)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_statistics(statistics, path)
+    counted = _Sums(model, sites)
+    if path is None:
+        counted.over(windows, batch_size)
+        return counted.statistics()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    counted.over(windows, batch_size, partial)
+    statistics = counted.statistics()
+    save_statistics(statistics, path)
+    partial.unlink(missing_ok=True)
     return statistics
 
 
@@ -169,22 +184,17 @@ def statistics_for(
 ) -> dict[Site, KeyStatistics]:
     """The statistics of these weights of this model, checked to be this model's.
 
-    None takes those that ship with the demo model. Each model object is checked once, as changes
-    applied to it later are the same model's.
+    None takes those that ship with the demo model or, of any other, what `key_statistics` kept on
+    disk for a model of this fingerprint, over the most tokens. Each model object is checked once,
+    as changes applied to it later are the same model's.
 
     Raises:
-        ValueError: None were given and the model is not the demo model, a weight has none, or they
-            are another model's.
+        ValueError: None were given and none are kept, a weight has none, or they are another
+            model's.
     """
     key_taps(model, list(dict.fromkeys(s.matrix for s in sites)), [s.layer for s in sites])
     if given is None:
-        if not is_demo(model):
-            raise ValueError(
-                f"key statistics of {model_label(model)!r} are needed: compute them with"
-                f" bwlens.edit.key_statistics(model, texts) and pass statistics=... (only the demo"
-                f" model's ship with bwlens)"
-            )
-        known = demo_statistics()
+        known = demo_statistics() if is_demo(model) else _kept(model, sites)
     else:
         known = given if isinstance(given, Mapping) else load_statistics(given)
     if missing := [site for site in sites if site not in known]:
@@ -212,7 +222,11 @@ def save_statistics(
     about = {}
     for site, one in statistics.items():
         key = f"{site.matrix}.{site.layer}"
-        about[key] = {"n_tokens": one.n_tokens, "fingerprint": one.fingerprint}
+        about[key] = {
+            "n_tokens": one.n_tokens,
+            "fingerprint": one.fingerprint,
+            "convergence": one.convergence,
+        }
         tensors[f"{key}.mean"] = one.mean.float()
         tensors[f"{key}.probe"] = one.probe.float()
         if packed:
@@ -228,16 +242,25 @@ def save_statistics(
     return path
 
 
-def load_statistics(path: str | os.PathLike[str]) -> dict[Site, KeyStatistics]:
-    """Read what `save_statistics` wrote.
+def load_statistics(
+    path: str | os.PathLike[str], sites: Collection[Site] | None = None
+) -> dict[Site, KeyStatistics]:
+    """Read what `save_statistics` wrote; of these sites alone, where the file has them.
 
     Raises:
         ValueError: Another kind of file.
         FileNotFoundError: There is none.
     """
-    tensors, metadata = read_tensors(path, "KeyStatistics", "save_statistics")
+
+    def wanted(name: str) -> bool:
+        matrix, layer, _ = name.split(".")
+        return sites is None or Site(matrix, int(layer)) in sites
+
+    tensors, metadata = read_tensors(path, "KeyStatistics", "save_statistics", only=wanted)
     statistics: dict[Site, KeyStatistics] = {}
     for key, about in json.loads(metadata["about"]).items():
+        if f"{key}.mean" not in tensors:
+            continue
         matrix, layer = key.split(".")
         site, mean = Site(matrix, int(layer)), tensors[f"{key}.mean"]
         packed = tensors.get(f"{key}.packed")
@@ -255,54 +278,110 @@ def demo_statistics() -> dict[Site, KeyStatistics]:
     return dict(_DEMO)
 
 
+def _kept(model: LensModel, sites: Sequence[Site]) -> dict[Site, KeyStatistics]:
+    """Those of this model on disk, each over the most tokens.
+
+    Raises:
+        ValueError: A weight has none there.
+    """
+    kept = _KEPT.setdefault(model, {})
+    if any(site not in kept for site in sites):
+        for path in kept_files(model):
+            for site, one in load_statistics(path, sites).items():
+                if site not in kept or kept[site].n_tokens < one.n_tokens:
+                    kept[site] = one
+    if missing := [site for site in sites if site not in kept]:
+        raise ValueError(
+            f"key statistics of {missing[0]} of {model_label(model)!r} are needed: compute them"
+            f" with bwlens.edit.key_statistics(model, texts), or `bwlens statistics` on the command"
+            f" line, which also keeps them for the next time (only the demo model's ship with"
+            f" bwlens)"
+        )
+    return kept
+
+
 _DEMO: dict[Site, KeyStatistics] = {}
+_KEPT: WeakKeyDictionary[Any, dict[Site, KeyStatistics]] = WeakKeyDictionary()
 _CHECKED: WeakKeyDictionary[Any, dict[Site, Tensor]] = WeakKeyDictionary()
 
 
 class _Sums:
-    """Sums of keys and of their outer products, over batches."""
+    """Sums of keys and of their outer products, over batches; of every second one's in `half`."""
 
     def __init__(self, model: LensModel, sites: list[Site]) -> None:
-        self._model, self._sites, self._n = model, sites, 0
-        self._first: dict[Site, Tensor] = {}
-        self._second: dict[Site, Tensor] = {}
+        self._model, self._sites = model, sites
+        self._sums: dict[str, Tensor] = {}
+        self._n, self._half = 0, 0
+        matrices = dict.fromkeys(site.matrix for site in sites)
+        of_each = ([site for site in sites if site.matrix == matrix] for matrix in matrices)
+        self._middle = {several[len(several) // 2] for several in of_each}
+        self._last: dict[Site, Tensor] = {}
 
-    def over(self, windows: list[list[int]], batch_size: int) -> None:
-        """Count the windows' tokens, with a progress bar."""
+    def over(self, windows: list[list[int]], batch_size: int, partial: Path | None = None) -> None:
+        """Count the windows' tokens, with a progress bar.
+
+        What is counted is written to `partial` every few minutes, and taken up from there.
+        """
         from rich.progress import Progress
 
         if not windows:
             raise ValueError("the text holds no tokens; give some documents")
         windows = sorted(windows, key=len)
+        done = self._take_up(partial) if partial is not None and partial.exists() else 0
+        saved = time.monotonic()
         with Progress(transient=True) as progress:
-            task = progress.add_task("key statistics", total=len(windows))
-            for start in range(0, len(windows), batch_size):
-                self._add(windows[start : start + batch_size])
+            task = progress.add_task("key statistics", total=len(windows), completed=done)
+            for start in range(done, len(windows), batch_size):
+                batch = padded(self._model, windows[start : start + batch_size])
+                self._add(batch, half=start // batch_size % 2 == 0)
                 progress.update(task, advance=batch_size)
+                if partial is not None and time.monotonic() - saved > _SAVED_EVERY:
+                    about = {"done": start + batch_size, "n": self._n, "half": self._half}
+                    named = {name: str(value) for name, value in about.items()}
+                    write_tensors(partial, self._sums, "KeySums", named)
+                    saved = time.monotonic()
 
-    def _add(self, rows: list[list[int]]) -> None:
-        batch = padded(self._model, rows)
+    def _take_up(self, partial: Path) -> int:
+        """Go on with what a stopped run had counted: so many windows."""
+        self._sums, about = read_tensors(partial, "KeySums", "key_statistics")
+        self._n, self._half = int(about["n"]), int(about["half"])
+        return int(about["done"])
+
+    def _add(self, batch: Batch, half: bool) -> None:
         passed = _keys(self._model, batch, self._sites)
         self._n += batch.n_rows
+        self._half += batch.n_rows if half else 0
         for site in self._sites:
-            keys = passed[site][batch.mask].double()
-            self._first[site] = self._first.get(site, 0) + keys.sum(0)
-            self._second[site] = self._second.get(site, 0) + keys.T @ keys
+            keys = passed[site][batch.mask].double().cpu()
+            square = keys.T @ keys
+            self._count(f"{site} first", keys.sum(0))
+            self._count(f"{site} second", square)
+            if site in self._middle:
+                self._last[site] = keys[-_AGREEING:]
+                if half:
+                    self._count(f"{site} half", square)
+
+    def _count(self, name: str, added: Tensor) -> None:
+        self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def statistics(self) -> dict[Site, KeyStatistics]:
         """What the sums amount to."""
         mark, probes = fingerprint(self._model), _probes(self._model, self._sites)
-        return {
-            site: KeyStatistics(
-                site,
-                (self._first[site] / self._n).cpu(),
-                (self._second[site] / self._n).cpu(),
-                self._n,
-                mark,
-                probes[site],
-            )
-            for site in self._sites
-        }
+        found: dict[Site, KeyStatistics] = {}
+        for site in self._sites:
+            first, second = (self._sums[f"{site} {which}"] / self._n for which in _MOMENTS)
+            one = KeyStatistics(site, first, second, self._n, mark, probes[site])
+            found[site] = replace(one, convergence=self._convergence(one))
+        return found
+
+    def _convergence(self, one: KeyStatistics) -> float | None:
+        if one.site not in self._last or not len(one.mean) <= self._half < self._n:
+            return None
+        moment = self._sums[f"{one.site} half"] / self._half
+        by_half = replace(one, second_moment=moment, n_tokens=self._half)
+        keys = self._last[one.site]
+        cosine = torch.cosine_similarity(by_half.whitened(keys), one.whitened(keys), dim=-1)
+        return float(cosine.mean())
 
 
 def _keys(model: LensModel, batch: Batch, sites: Sequence[Site]) -> dict[Site, Tensor]:
@@ -358,15 +437,6 @@ def _documents(texts: Sequence[str] | str | os.PathLike[str]) -> list[str]:
     if not documents:
         raise ValueError("no text was given; key statistics are taken over documents")
     return documents
-
-
-def _cached(model: LensModel, documents: list[str], settings: list[Any]) -> Path:
-    mark = hashlib.sha256(json.dumps(settings).encode())
-    for document in documents:
-        mark.update(hashlib.sha256(document.encode()).digest())
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    room = Path(os.environ.get("BWLENS_CACHE") or Path(base) / "bwlens")
-    return room / "statistics" / f"{fingerprint(model)}-{mark.hexdigest()[:16]}.safetensors"
 
 
 def _unpacked(packed: Tensor, width: int) -> Tensor:

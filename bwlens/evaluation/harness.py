@@ -27,8 +27,8 @@ from bwlens.runs.parts import Failure, Part, Process, Run, progress_bar, read_fa
 if TYPE_CHECKING:
     import pandas as pd
 
-PART_SIZE = 10
-"""Records of a part on disk, at most."""
+PART_ROWS = 10
+"""Rows of a part on disk, or those of one record where it has more: what a killed run loses."""
 
 _HOPELESS = 10
 """A method that fails on each of so many first records cannot run here, and is left out."""
@@ -192,7 +192,8 @@ class Harness:
     @property
     def _part_size(self) -> int:
         """Few records come in two parts still, to be shared and carried on."""
-        return min(PART_SIZE, -(-len(self.records) // 2))
+        records = max(1, PART_ROWS // len(self.methods))
+        return min(records, -(-len(self.records) // 2))
 
     @unwarned()
     def _part(self, part: int) -> Part:

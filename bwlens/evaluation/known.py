@@ -30,6 +30,7 @@ def known_records(
     model: Any,
     records: Any,
     *,
+    limit: int | None = None,
     prepend_bos: bool | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
@@ -43,6 +44,7 @@ def known_records(
     Args:
         model: A TransformerBridge or HookedTransformer.
         records: As for `evaluate`.
+        limit: Ask no further when so many are known; None asks all.
         prepend_bos: Whether prompts get a BOS token; None is the model's own default.
         batch_tokens: Tokens of a forward pass, padding included.
         progress: Show a bar.
@@ -74,6 +76,9 @@ def known_records(
                 knows = _knows(model, [questions for _, questions in asked], batch_tokens)
                 known += [record for (record, _), yes in zip(asked, knows, strict=True) if yes]
             advance(min(_AT_ONCE, len(listed) - start))
+            if limit is not None and len(known) >= limit:
+                known = known[:limit]
+                break
     if len(problems) == len(listed):
         raise ValueError(f"none of the records can be asked: {'; '.join(map(str, problems[:3]))}")
     source = listed if isinstance(listed, Records) else Records(())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,13 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], form: str, writer: str, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    form: str,
+    writer: str,
+    device: str | torch.device = "cpu",
+    only: Callable[[str], bool] = lambda name: True,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the words that `write_tensors` wrote in this form.
+    """The tensors (those of some names `only`) and the words that `write_tensors` wrote.
 
     Raises:
         ValueError: Another kind of file, or of another version; `writer` says what writes these.
@@ -57,7 +61,8 @@ def read_tensors(
                     f"{path} is a safetensors file with metadata {metadata}; expected {expected},"
                     f" as {writer} of this version of bwlens writes"
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            names: list[str] = [name for name in file.keys() if only(name)]  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in names}, metadata
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a safetensors file ({error}); expected one written by {writer}"

@@ -20,6 +20,7 @@ from bwlens.evaluation.before_after import before_after, demo_company, next_word
 from bwlens.model.loading import load_model
 from bwlens.model.prompts import Edit
 from bwlens.model.sites import Site
+from bwlens.runs.parts import read_table
 
 MESSI = ("edit", "{} plays for", "--subject", "Lionel Messi", "--target", " Paris")
 
@@ -255,3 +256,28 @@ def test_settings_and_durations():
         "10 min",
         "3 h 20 min",
     ]
+
+
+def test_bare_requests_become_records_of_known_facts(tmp_path):
+    """Paraphrases and neighbours are made, and every fact is one that the model has right."""
+    demo = [
+        {"requested_rewrite": one["requested_rewrite"]}
+        for one in json.loads((MODEL_DIR.parent / "records.json").read_text())
+    ]
+    path = tmp_path / "requests.json"
+    path.write_text(json.dumps(demo))
+    quick = ("--generation-every", "0", "--perplexity-every", "0", "--methods", "none")
+    out = tmp_path / "run"
+    result = run(
+        "evaluate", "--data", str(path), "--make", "--known", "--limit", "3", "--seed", "1", *quick,
+        "--out", str(out),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = read_table(out, "rows")
+    assert rows["ES"].tolist() == [0.0, 0.0, 0.0]
+    assert rows[["PS", "NS"]].notna().all(axis=None)
+    bare = run(
+        "evaluate", "--data", str(path), "--limit", "3", *quick, "--out", str(tmp_path / "b")
+    )
+    assert bare.exit_code == 0, bare.output
+    assert read_table(tmp_path / "b", "rows")[["PS", "NS"]].isna().all(axis=None)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import bwlens
+import bwlens.edit.keys as keys_module
 from bwlens import Site
 from bwlens.edit.statistics import (
     KeyStatistics,
@@ -167,3 +168,50 @@ def test_rows_for_the_demo_model_are_always_the_same():
     assert rows == training_rows(tokenizer, prose, 3000)
     assert {len(row) for row in rows} == {64, 128}
     assert 3000 <= sum(map(len, rows)) < 3000 + 40 * 64 + 8 * 128
+
+
+def test_kept_statistics_serve_a_model_loaded_anew(bridge, boot):
+    site = Site("W_out", 1)
+    with pytest.raises(ValueError, match="bwlens statistics"):
+        statistics_for(bridge("llama"), [site], None)
+    few = key_statistics(bridge("llama"), TEXTS[:8], layers=[1])[site]
+    many = key_statistics(bridge("llama"), TEXTS)[site]
+    assert few.n_tokens < many.n_tokens
+    again = boot("llama")
+    found = statistics_for(again, [site], None)[site]
+    torch.testing.assert_close(found.second_moment, many.second_moment)
+    assert found.convergence is None or 0 < found.convergence <= 1
+
+
+def test_a_stopped_count_goes_on_where_it_was(bridge, monkeypatch):
+    monkeypatch.setattr("bwlens.edit.statistics._SAVED_EVERY", -1.0)
+    plain = key_statistics(bridge("gpt2"), TEXTS, window=10, batch_size=3, cache=False)
+    real, calls = keys_module.keys_of, []
+
+    def dies(model, batch, *args):
+        calls.append(batch)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return real(model, batch, *args)
+
+    monkeypatch.setattr("bwlens.edit.statistics.keys_of", dies)
+    with pytest.raises(KeyboardInterrupt):
+        key_statistics(bridge("gpt2"), TEXTS, window=10, batch_size=3)
+    found = key_statistics(bridge("gpt2"), TEXTS, window=10, batch_size=3)
+    assert len(calls) == 9 + 12 + 1  # twenty batches and the probe: none counted twice
+    for site, one in found.items():
+        torch.testing.assert_close(one.second_moment, plain[site].second_moment)
+        assert one.n_tokens == plain[site].n_tokens
+
+
+def test_convergence_is_told_of_the_middle_layer(bridge):
+    """Half of the text whitens as all of it does, the better the more text there is."""
+    words = torch.randint(4, 60, (400, 40), generator=torch.Generator().manual_seed(0))
+    texts = [" ".join(f"t{word}" for word in row) for row in words.tolist()]
+    short, long = (
+        key_statistics(bridge("gpt2"), texts[:n], batch_size=8, cache=False) for n in (16, 400)
+    )
+    assert [site.layer for site, one in long.items() if one.convergence is not None] == [1]
+    site = Site("W_out", 1)
+    assert 0 < short[site].convergence < long[site].convergence <= 1
+    assert long[site].convergence > 0.9

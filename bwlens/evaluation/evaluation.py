@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -69,6 +70,34 @@ class Evaluation:
             raise KeyError(f"{method!r} was not evaluated here; {', '.join(self.methods)} were")
         kept = self.rows[self.rows["method"] == method].reset_index(drop=True)
         return replace(self, rows=kept)
+
+    @staticmethod
+    def joined(evaluations: Sequence[Evaluation]) -> Evaluation:
+        """The methods of several evaluations of the same records beside each other.
+
+        Raises:
+            ValueError: None are given, their records differ, or two hold the same method.
+        """
+        import pandas as pd
+
+        if not evaluations:
+            raise ValueError("there are no evaluations to join")
+        first = evaluations[0]
+        cases: dict[int, int] = {}
+        methods: list[str] = []
+        for one in evaluations:
+            if again := [name for name in one.methods if name in methods]:
+                raise ValueError(f"{again[0]!r} is in two of the evaluations; expected it in one")
+            methods += one.methods
+            here = dict(zip(one.rows["item"], one.rows["case_id"], strict=True))
+            if one.n_records != first.n_records or any(
+                cases.get(item, case) != case for item, case in here.items()
+            ):
+                raise ValueError("the evaluations are not of the same records")
+            cases |= here
+        rows = pd.concat([one.rows for one in evaluations], ignore_index=True)
+        failures = tuple(dict.fromkeys(f for one in evaluations for f in one.failures))
+        return Evaluation(rows, failures, first.n_records)
 
     @cached_property
     def summary(self) -> pd.DataFrame:

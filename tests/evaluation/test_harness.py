@@ -711,3 +711,25 @@ def test_the_demo_as_it_is(demo):
     assert table["greedy"] == 0
     assert 20 < table["perplexity"] < 500
     assert table["GE"] > 0
+
+
+def test_evaluations_made_apart_stand_beside_each_other(model):
+    records = [record(case_id=i) for i in range(3)]
+    both = evaluate(model, {"none": None, "nudge": nudge}, records, **QUICK)
+    apart = [
+        evaluate(model, {"none": None}, records, **QUICK),
+        evaluate(model, {"nudge": nudge}, records, **QUICK),
+    ]
+    joined = Evaluation.joined(apart)
+    order = ["method", "item"]
+    same(
+        joined.rows.sort_values(order, ignore_index=True),
+        both.rows.sort_values(order, ignore_index=True),
+    )
+    assert joined.methods == ["none", "nudge"]
+    assert joined.n_records == 3
+    with pytest.raises(ValueError, match="'none' is in two"):
+        Evaluation.joined([*apart, apart[0]])
+    others = evaluate(model, {"other": nudge}, [record(case_id=7)] * 3, **QUICK)
+    with pytest.raises(ValueError, match="not of the same records"):
+        Evaluation.joined([*apart, others])

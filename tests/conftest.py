@@ -10,9 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import jaxtyping
-from jaxtyping import install_import_hook
 
-install_import_hook("bwlens", "beartype.beartype")
+from tests import checked
+
+checked.install("bwlens")
 
 import pytest
 import torch

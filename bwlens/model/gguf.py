@@ -98,6 +98,7 @@ def _parsed(file: Path) -> Any:
     if start != b"GGUF":
         hint = ", but the pointer to one that `git lfs pull` fetches" if start == b"vers" else ""
         raise ValueError(f"{str(file)!r} is no GGUF file{hint}")
+
     class Reader(GGUFReader):
         """Its slices, of which a vocabulary takes a million, are plain arrays: half the time."""
 
@@ -133,7 +134,7 @@ def _parsed_once(reader: Any) -> Generator[None, None, None]:
     import gguf
 
     with (
-        mock.patch.object(gguf, "GGUFReader", lambda *args, **options: reader),
+        mock.patch.object(gguf, "GGUFReader", return_value=reader),
         mock.patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
     ):
         yield

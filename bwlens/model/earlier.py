@@ -67,7 +67,8 @@ def options(model: LensModel, kept: DynamicCache | None) -> dict[str, Any]:
 @contextmanager
 def known_to_attention(model: LensModel) -> Generator[None, None, None]:
     """TransformerLens' attention looks for it by a name that later transformers have dropped."""
-    patched = [m for m in model.modules() if callable(getattr(m, _UPDATE, None))]
+    parts = [part for block in model.blocks for part in block.children()]
+    patched = [part for part in parts if callable(getattr(part, _UPDATE, None))]
     before = [vars(module).get(_UPDATE) for module in patched]
     for module in patched:
         vars(module)[_UPDATE] = _renaming(getattr(module, _UPDATE))

@@ -308,8 +308,15 @@ def _root(model: LensModel, hooks: _Hooks) -> None:
 def all_modules(model: LensModel) -> list[nn.Module]:
     """Every module of a model and of the Hugging Face model that it wraps, each once."""
     # A bridge's own tree leaves out some modules of the model it wraps (GPT-2's first dropout).
-    wrapped = getattr(model, "original_model", None)
-    return list(dict.fromkeys([*model.modules(), *(() if wrapped is None else wrapped.modules())]))
+    # Each is looked into once, which `modules()` of both trees, one within the other, does not.
+    every: dict[nn.Module, None] = {}
+    ahead: list[Any] = [getattr(model, "original_model", None), model]
+    while ahead:
+        module = ahead.pop()
+        if module is not None and module not in every:
+            every[module] = None
+            ahead += reversed(module._modules.values())
+    return list(every)
 
 
 @contextmanager

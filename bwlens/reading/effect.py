@@ -121,6 +121,7 @@ class EffectOf:
         self._replay = every.reading(reads)
         self._log_p = self._replay.logits.log_softmax(-1)
         self._max_memory = max_memory
+        self._taps: dict[str, dict[Site, Tap]] = {}
 
     @property
     def probabilities(self) -> Float[Tensor, " d_vocab"]:
@@ -303,9 +304,15 @@ class EffectOf:
         return rearrange(torch.stack(losses), "(cell step) -> cell step", step=logits.shape[1])
 
     def _tap(self, site: Site) -> Tap:
-        for tap in find_taps(self._model, [site.matrix], site.layer):
-            if isinstance(tap, Tap) and tap.site == site and tap.routing is None:
-                return tap
+        if site.matrix not in self._taps:
+            layers = sorted({each.layer for each in self._grads if each.matrix == site.matrix})
+            self._taps[site.matrix] = {
+                tap.site: tap
+                for tap in find_taps(self._model, [site.matrix], layers)
+                if isinstance(tap, Tap) and tap.routing is None
+            }
+        if site in self._taps[site.matrix]:
+            return self._taps[site.matrix][site]
         raise NotImplementedError(
             f"the effect of a step on {site} is not read: an expert has a matrix of its own for"
             f" some tokens; ask for W_O, or for layers that are no mixture"

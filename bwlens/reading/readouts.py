@@ -194,7 +194,7 @@ def all_scores(
     """
     if tokens is not None:
         b_U, lengths = (None if p is None else p[tokens] for p in (head.b_U, head.lengths))
-        head = replace(head, W_U=head.W_U[:, tokens], b_U=b_U, lengths=lengths)
+        head = replace(head, W_U=head.W_U.T[tokens].T, b_U=b_U, lengths=lengths)
     with torch.no_grad():
         rows = vectors.to(head.W_U.device, torch.promote_types(vectors.dtype, torch.float32))
         zero = ~rows.any(1)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -31,6 +32,7 @@ from torch import Tensor
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import UntrueGradientError
+from bwlens.model.passes import all_modules
 from bwlens.model.prompts import Batch, make_batch
 from bwlens.model.sites import Site
 from bwlens.reading.effect import AGREES, WRONG, EffectOf, correlation, tempered
@@ -251,7 +253,8 @@ def other_deltas(
         return 2 * (batch.targets[0][0] in targets) + (own == tokens[: len(own)])
 
     one = min(batches, key=alike)
-    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    parameters = chain.from_iterable(m._parameters.values() for m in all_modules(model))
+    state = tuple((p.data_ptr(), p._version) for p in parameters if p is not None)
     before, kept = _kept.get(model, (None, {}))
     if before != state:
         kept = {}
@@ -313,39 +316,34 @@ def measure_trust(
         cells = [(Site(matrix, layer), position) for layer in layers]
         deltas = torch.stack([grads[site].delta[position].to(task.device) for site, _ in cells])
         effects, fall = true_effects(task, cells, list(deltas))
-        vectors = [deltas, *controls(deltas, others.to(deltas))]
+        beside = torch.cat(controls(deltas, others.to(deltas)))
         likely = task.probabilities_at(position)
-        n_likely = min(PLAUSIBLE, len(likely))
-        step = max(1, len(likely) // SAMPLE)
-        some = torch.cat(
-            [likely.topk(n_likely).indices, torch.arange(0, len(likely), step).to(task.device)]
-        )
+        # A control is judged by the likely words, and by every so-manieth of the vocabulary.
+        n_likely, every = min(PLAUSIBLE, len(likely)), max(1, len(likely) // SAMPLE)
+        sample = torch.arange(0, len(likely), every, device=likely.device)
+        some = torch.cat([likely.topk(n_likely).indices, sample])
+        true = effects[:, some].repeat(2, 1)
         for reading in readings:
-            rows = vectors
-            if reading == "transported":
-                rows = [transported(jacobian, layers, each) for each in vectors]
             if reading == "effect":
-                stepped = (task.along(cells, list(each))[0] for each in vectors[1:])
-                own, *rest = (tempered(each, likely, temper) for each in (effects, *stepped))
-                rest = [each[:, some] for each in rest]
+                stepped = task.along(cells * 2, list(beside))[0]
+                own = tempered(effects, likely, temper)
+                chance = tempered(stepped, likely, temper)[:, some]
             else:
-                own = delta_scores(model, rows[0], reading, bias).to(effects)
-                rest = [
-                    delta_scores(model, each, reading, bias, some).to(effects) for each in rows[1:]
-                ]
-            agrees = agreement(own, effects, likely)
-            chance = [
-                correlation(each[:, part], effects[:, some][:, part]).cpu()
-                for each in rest
-                for part in (slice(n_likely), slice(n_likely, None))
-            ]
+                own, chance = deltas, beside
+                if reading == "transported":
+                    own = transported(jacobian, layers, own)
+                    chance = transported(jacobian, [*layers, *layers], chance)
+                own = delta_scores(model, own, reading, bias).to(effects)
+                chance = delta_scores(model, chance, reading, bias, some).to(effects)
+            plausible = correlation(chance[:, :n_likely], true[:, :n_likely]).chunk(2)
+            vocabulary = correlation(chance[:, n_likely:], true[:, n_likely:]).chunk(2)
+            parts = [*agreement(own, effects, likely), fall]
+            parts += chain(*zip(plausible, vocabulary, strict=True))
             judged[reading][position] = Trust(
                 f"effect, temper {temper}" if temper and reading == "effect" else reading,
                 matrix,
                 position,
                 tuple(layers),
-                *(part.cpu() for part in agrees),
-                fall.cpu(),
-                *chance,
+                *(part.cpu() for part in parts),
             )
     return judged

@@ -96,7 +96,7 @@ class ReadingFidelity(Experiment):
             one, pos = grads.for_prompt(item), int(grads.batch.last[item])
             other = self._other(reading, item, layers)
             if other is None:
-                other = other_deltas(reading.model, one, "W_out", layers, pos)
+                other = other_deltas(reading.model, one, "W_out", layers)
             task = EffectOf(reading.model, one, NLL(edit.target_new))
             cells = [(Site("W_out", layer), pos) for layer in layers]
             deltas = torch.stack([one[site].delta[pos].to(task.device) for site, _ in cells])

@@ -102,17 +102,39 @@ class BackwardLens:
     n_layers: int = 0
     reading: str = "plain"
     positions: tuple[int, ...] | None = None
-    _trust: dict[str, Trust] = field(default_factory=dict, repr=False)
+    _trust: dict[str, dict[int, Trust]] = field(default_factory=dict, repr=False)
 
     @property
     def trust(self) -> Trust:
         """How far the words of each layer say what a step does: see `bwlens.reading.trust`.
 
-        Measured with the lens, of the model as it was then.
+        Measured with the lens, of the model as it was then; at the last of the positions measured.
 
         Raises:
             ValueError: The lens was made without it.
         """
+        return [*self._trusts().values()][-1]
+
+    def trust_at(self, position: int) -> Trust:
+        """The trust of the words at a position, negative ones from the end.
+
+        Raises:
+            ValueError: It was not measured there.
+        """
+        measured = self._trusts()
+        if (position + len(self.tokens) if position < 0 else position) not in measured:
+            raise ValueError(
+                f"trust was not measured at position {position}, but at"
+                f" {', '.join(map(str, measured))}; name it in backward_lens(..., trust=[...])"
+            )
+        return measured[position % len(self.tokens)]
+
+    @property
+    def trust_positions(self) -> tuple[int, ...]:
+        """Where it was measured, ascending."""
+        return tuple(self._trust[self.reading]) if self._trust else ()
+
+    def _trusts(self) -> dict[int, Trust]:
         if not self._trust:
             raise ValueError(
                 "trust was not measured, and a lens holds no model to measure it on; make it with"
@@ -470,7 +492,7 @@ def backward_lens(
     temper: float = 0.0,
     bias: bool = True,
     jacobian: Any = None,
-    trust: bool = False,
+    trust: bool | Positions = False,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -501,8 +523,9 @@ def backward_lens(
             and worse where the target is all but impossible beforehand (the demo).
         bias: False leaves a final LayerNorm's bias (and the unembedding's) out of plain readings.
         jacobian: A `JacobianLens` of TransformerLens 4.3 or later, fitted to this model.
-        trust: Also measure how far the words of W_out (of W_O, where W_out is not read) at the last
-            position read say what a step does, as `BackwardLens.trust`; the tables show it.
+        trust: Also measure how far the words of W_out (of W_O, where W_out is not read) say what a
+            step does, as `BackwardLens.trust`, which the tables show: True at the last position
+            read, or at positions named as in `positions` (`BackwardLens.trust_at`).
 
     Raises:
         ValueError: An unknown reading, or `normalize` without the plain one; positions out of
@@ -525,7 +548,8 @@ def backward_lens(
     wanted = resolve_layers(model, layers)
     marked = _subject(model, prompt, subject, prepend_bos, start)
     judged = next((m for m in ("W_out", "W_O") if m in matrices), None)
-    if trust and judged is None:
+    wants_trust = trust is not None and trust is not False
+    if wants_trust and judged is None:
         raise ValueError(
             f"trust is measured of delta's words, and {', '.join(matrices)} are not read through"
             f" delta; read W_out or W_O as well"
@@ -540,7 +564,10 @@ def backward_lens(
     answer_id = int(probabilities.argmax())
     target_ids = grads.batch.targets[0] if grads.batch.targets else ()
     followed = [*target_ids, answer_id]
-    chosen = resolve_positions(positions, len(ids), marked, int(grads.batch.last[0]))
+    last = int(grads.batch.last[0])
+    chosen = resolve_positions(positions, len(ids), marked, last)
+    named = None if isinstance(trust, bool) else trust
+    judged_at = resolve_positions(named, len(ids), marked, last, "trust") or ()
     objective = as_objective(target)
     task = Reading(
         model, grads, objective, matrices, wanted, chosen, top_k, followed,
@@ -550,10 +577,9 @@ def backward_lens(
         task = task.affordable(marked)
     readouts = {name: task.by(name) for name in readings}
     known = {}
-    if trust and judged is not None:
-        position = task.positions[-1] if task.positions else int(grads.batch.last[0])
+    if wants_trust and judged is not None:
         known = measure_trust(
-            model, grads, objective, judged, wanted, position,
+            model, grads, objective, judged, wanted, judged_at or (task.positions or (last,))[-1:],
             readings=readings, temper=temper, bias=bias, jacobian=jacobian,
         )  # fmt: skip
     read = chain.from_iterable(each.values() for each in readouts.values())

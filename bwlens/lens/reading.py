@@ -28,9 +28,9 @@ Positions = Literal["last", "subject"] | int | Iterable[int] | slice | None
 
 
 def resolve_positions(
-    positions: Any, n_pos: int, subject: Sequence[int], last: int
+    positions: Any, n_pos: int, subject: Sequence[int], last: int, name: str = "positions"
 ) -> tuple[int, ...] | None:
-    """Positions from 0, ascending; None for all.
+    """Positions from 0, ascending; None for all. `name` is the argument's, for messages.
 
     Raises:
         ValueError: Out of range, no position at all, or "subject" where none was named.
@@ -43,7 +43,7 @@ def resolve_positions(
         if positions != "subject" or not subject:
             needs = ", and needs subject=... for 'subject'" if positions == "subject" else ""
             raise ValueError(
-                f"positions is {positions!r}; expected 'last', 'subject', numbers or a slice{needs}"
+                f"{name} is {positions!r}; expected 'last', 'subject', numbers or a slice{needs}"
             )
         return tuple(subject)
     try:
@@ -53,10 +53,10 @@ def resolve_positions(
             several: Iterable[Any] = positions if isinstance(positions, Iterable) else [positions]
             numbers = [operator.index(one) for one in several]
     except TypeError:
-        raise ValueError(f"positions are {positions!r}; expected whole numbers") from None
+        raise ValueError(f"{name} is {positions!r}; expected whole numbers") from None
     if not numbers or not all(-n_pos <= one < n_pos for one in numbers):
         raise ValueError(
-            f"positions are {positions!r}, but the prompt has the positions 0 to {n_pos - 1} (or"
+            f"{name} is {positions!r}, but the prompt has the positions 0 to {n_pos - 1} (or"
             f" -{n_pos} to -1 from its end)"
         )
     return tuple(sorted({one % n_pos for one in numbers}))

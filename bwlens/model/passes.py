@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bwlens.model import earlier
 from bwlens.model.flows import Flow, expert_calls, flows_of, points_of
 from bwlens.model.locking import alone_with
 from bwlens.model.places import ExpertTap, Point, Tap
@@ -70,6 +71,7 @@ def run(
     positions: Int[Tensor, "*batch position"] | None = None,
     keeping: Collection[nn.Module] = (),
     giving: Mapping[nn.Module, Any] | None = None,
+    kept: Any = None,
     graph: bool = False,
 ) -> Passed:
     """One forward pass in eval mode, padded on the right.
@@ -83,6 +85,8 @@ def run(
         positions: The only positions that pass the unembedding, every row's or each row's own.
         keeping: Modules of which what leaves them is kept.
         giving: Modules that do not run, with what they give instead.
+        kept: Keys and values (`bwlens.model.earlier`): those of earlier positions are taken from
+            it, those of the tokens go to it.
         graph: Whether autograd follows, also where every parameter is frozen.
 
     Raises:
@@ -114,9 +118,11 @@ def run(
             hooks.instead(module, given)
         if positions is not None:
             _only_at(model.unembed, positions, hooks)
+        if kept is not None:
+            stack.enter_context(earlier.known_to_attention(model))
         experts = [tap for tap in taps if isinstance(tap, ExpertTap)]
         calls = stack.enter_context(expert_calls(experts))
-        logits = call(model, tokens)
+        logits = call(model, tokens, **earlier.options(model, kept))
         flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, tokens.numel())]
         for one in adding:
             one.check()
@@ -302,8 +308,15 @@ def _root(model: LensModel, hooks: _Hooks) -> None:
 def all_modules(model: LensModel) -> list[nn.Module]:
     """Every module of a model and of the Hugging Face model that it wraps, each once."""
     # A bridge's own tree leaves out some modules of the model it wraps (GPT-2's first dropout).
-    wrapped = getattr(model, "original_model", None)
-    return list(dict.fromkeys([*model.modules(), *(() if wrapped is None else wrapped.modules())]))
+    # Each is looked into once, which `modules()` of both trees, one within the other, does not.
+    every: dict[nn.Module, None] = {}
+    ahead: list[Any] = [getattr(model, "original_model", None), model]
+    while ahead:
+        module = ahead.pop()
+        if module is not None and module not in every:
+            every[module] = None
+            ahead += reversed(module._modules.values())
+    return list(every)
 
 
 @contextmanager

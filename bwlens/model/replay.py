@@ -19,6 +19,8 @@ from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bwlens.model.earlier import Earlier, empty
+from bwlens.model.fitting import rounding_of
 from bwlens.model.passes import Addition, run, wide
 from bwlens.model.places import Point
 from bwlens.model.protocol import LensModel
@@ -41,30 +43,64 @@ class Replay:
     ) -> None:
         self._model, self._tokens = model, tokens
         self._positions = torch.tensor(list(positions), device=tokens.device)
-        passed = run(model, tokens[None], positions=self._positions, keeping=list(model.blocks))
+        self._kept = empty(model)
+        passed = run(
+            model, tokens[None], positions=self._positions, keeping=list(model.blocks),
+            kept=self._kept,
+        )  # fmt: skip
         self._left = [passed.left[block] for block in model.blocks]
         self.logits: Float[Tensor, "position d_vocab"] = wide(passed.logits)[0]
 
+    @property
+    def takes_earlier(self) -> bool:
+        """Whether later positions can be run alone, as far as is known."""
+        return self._kept is not None
+
     def __call__(
-        self, additions: Mapping[tuple[Point, ...], Float[Tensor, "rows pos width"]], layer: int = 0
-    ) -> Float[Tensor, "rows position d_vocab"]:
-        """The logits of each row, with its own additions.
+        self,
+        additions: Mapping[tuple[Point, ...], Float[Tensor, "rows pos width"]],
+        layer: int = 0,
+        since: int = 0,
+    ) -> tuple[Float[Tensor, "rows position d_vocab"], Float[Tensor, "position d_vocab"]]:
+        """The logits of each row, with its own additions, and those without any to compare with.
 
         Args:
             additions: What is added where z passes, for each row: at the first of the points that
                 fires.
             layer: No addition is in a block below this one.
+            since: Nor at a position before this one, so that those after it are run alone, where
+                the model can.
         """
+        if since and self.takes_earlier:
+            # A row without a change says whether they can be.
+            more = {points: torch.cat([a, a[:1] * 0]) for points, a in additions.items()}
+            *_, before = rows = self._run(more, layer, since)
+            if _same(before, self.logits, self._model):
+                return rows[:-1], before
+            self._kept = None
+        return self._run(additions, layer, 0), self.logits
+
+    def _run(
+        self, additions: Mapping[tuple[Point, ...], Tensor], layer: int, since: int
+    ) -> Float[Tensor, "rows position d_vocab"]:
         n_rows = len(next(iter(additions.values())))
-        left = _expanded(self._left[layer - 1], n_rows) if layer else None
-        passed = run(
-            self._model,
-            repeat(self._tokens, "pos -> rows pos", rows=n_rows),
-            additions=[Addition(points, added) for points, added in additions.items()],
-            positions=self._positions,
-            giving=dict.fromkeys(self._model.blocks[:layer], left),
+        left = _expanded(self._left[layer - 1], n_rows, since) if layer else None
+        later = self._positions >= since
+        logits = wide(
+            run(
+                self._model,
+                repeat(self._tokens[since:], "pos -> rows pos", rows=n_rows),
+                additions=[Addition(at, added[:, since:]) for at, added in additions.items()],
+                positions=self._positions[later] - since,
+                giving=dict.fromkeys(self._model.blocks[:layer], left),
+                kept=Earlier(self._kept, since) if since and self._kept is not None else None,
+            ).logits
         )
-        return wide(passed.logits)
+        if bool(later.all()):
+            return logits
+        every = self.logits.expand(n_rows, -1, -1).to(logits).clone()
+        every[:, later] = logits
+        return every
 
     def reading(self, places: Sequence[int]) -> Replay:
         """The same with only some of its positions, as places among them; no pass is run."""
@@ -74,10 +110,17 @@ class Replay:
         return other
 
 
-def _expanded(left: Any, n_rows: int) -> Any:
-    """What left a block for one row, for several."""
-    if isinstance(left, tuple):
-        return tuple(_expanded(part, n_rows) for part in left)
+def _same(one: Tensor, other: Tensor, model: LensModel) -> bool:
+    """Whether logits differ by rounding alone."""
+    dtype = model.cfg.dtype
+    spread = (other - other.mean(1, keepdim=True)).norm(dim=1)
+    return bool(((one - other).norm(dim=1) <= 3 * rounding_of(other, dtype) * spread).all())
+
+
+def _expanded(left: Any, n_rows: int, since: int) -> Any:
+    """What left a block for one row, for several, from a position on."""
+    if isinstance(left, tuple | list):
+        return type(left)(_expanded(part, n_rows, since) for part in left)
     if not isinstance(left, Tensor) or left.ndim < 2:
         return left
-    return left.expand(n_rows, *left.shape[1:])
+    return left[:, since:].expand(n_rows, *[-1] * (left.ndim - 1))

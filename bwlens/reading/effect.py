@@ -19,7 +19,7 @@ must have the same effect (`agreement`, the correlation over the vocabulary).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,13 +119,9 @@ class EffectOf:
             )
         self._reads = reads
         self._replay = every.reading(reads)
-        self._loss = loss.detach().double()
         self._log_p = self._replay.logits.log_softmax(-1)
-        cfg = model.cfg
-        wide = 12 * cfg.d_model + 3 * (getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
-        heads = getattr(cfg, "n_heads", 1) * len(self._tokens)
-        per_row = 4 * (len(self._tokens) * (wide + heads) + 3 * len(reads) * cfg.d_vocab)
-        self._cells = max(1, max_memory // (per_row * len(_STEPS)))
+        self._max_memory = max_memory
+        self._taps: dict[str, dict[Site, Tap]] = {}
 
     @property
     def probabilities(self) -> Float[Tensor, " d_vocab"]:
@@ -195,23 +191,56 @@ class EffectOf:
         scores = self._log_p.new_full((len(cells), self._log_p.shape[-1]), float("nan"))
         fall = scores.new_full((len(cells),), float("nan"))
         there = [i for i, delta in enumerate(deltas) if delta.any()]
-        for batch in self._batches(cells, there):
+        for batch in self._batches(cells, there, 1):
             sizes = scores.new_full((len(batch),), nats)
-            rows = [deltas[i] for i in batch]
-            logits = self._stepped([cells[i] for i in batch], rows, sizes, (1.0,))
-            after, heard = self._log_probs([cells[i] for i in batch], logits)
-            scores[batch] = (after[:, 0] - self._log_p[heard]) / nats
-            fall[batch] = ((self._loss - self._losses(logits)[:, 0].double()) / nats).to(fall)
+            rows, here = [deltas[i] for i in batch], [cells[i] for i in batch]
+            logits, before = self._stepped(here, rows, sizes, (1.0,))
+            after, heard = self._log_probs(here, logits)
+            scores[batch] = (after[:, 0] - before.log_softmax(-1)[heard]) / nats
+            loss = self._losses(before[None, None]).double() - self._losses(logits).double()
+            fall[batch] = (loss[:, 0] / nats).to(fall)
         return scores, fall
 
     def _batches(
-        self, cells: Sequence[tuple[Site, int]], chosen: Sequence[int]
-    ) -> Iterator[list[int]]:
-        """Cells of like layers together, as a replay starts at the lowest."""
-        order = sorted(chosen, key=lambda i: (cells[i][0].layer, cells[i][0].matrix))
-        size = min(self._cells, _AT_ONCE)
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+        self, cells: Sequence[tuple[Site, int]], chosen: Sequence[int], steps: int = len(_STEPS)
+    ) -> list[list[int]]:
+        """Cells of like layers together or of one position: a replay starts at the lowest of both.
+
+        Whichever order has fewer layers of fewer tokens to run.
+        """
+        n_layers, n_pos = len(self._model.blocks), len(self._tokens)
+
+        def start(cell: int) -> tuple[int, int]:
+            site, pos = cells[cell]
+            return site.layer, self._since(pos)
+
+        def cost(batch: Sequence[int]) -> int:
+            layer, pos = (min(lowest) for lowest in zip(*map(start, batch), strict=True))
+            return len(batch) * (n_layers - layer) * (n_pos - pos)
+
+        order = sorted(chosen, key=lambda i: (start(i), cells[i][0].matrix))
+        positions = sorted({start(i)[1] for i in chosen})
+        plans: list[list[list[int]]] = []
+        for groups in ([order], [[i for i in order if start(i)[1] == pos] for pos in positions]):
+            plan: list[list[int]] = []
+            for group in groups:
+                n_run = n_pos - min((start(i)[1] for i in group), default=0)
+                size = min(_AT_ONCE, max(1, self._max_memory // (steps * self._row_bytes(n_run))))
+                plan += [group[at : at + size] for at in range(0, len(group), size)]
+            plans.append(plan)
+        return min(plans, key=lambda plan: sum(map(cost, plan)))
+
+    def _since(self, pos: int) -> int:
+        """From which position on a replay of a cell must run."""
+        return pos if self._replay.takes_earlier else 0
+
+    def _row_bytes(self, n_run: int) -> int:
+        """What one prompt of a replay takes, roughly, that runs its last so many positions."""
+        cfg, n_pos = self._model.cfg, len(self._tokens)
+        wide = 12 * cfg.d_model + 3 * (getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
+        pattern = getattr(cfg, "n_heads", 1) * n_pos
+        earlier, logits = 2 * cfg.d_model * n_pos, 3 * len(self._reads) * cfg.d_vocab
+        return 4 * (n_run * (wide + pattern) + earlier + logits)
 
     def _row(self, site: Site, pos: int) -> Float[Tensor, " d_out"]:
         return self._grads[site].delta[pos]
@@ -220,7 +249,7 @@ class EffectOf:
         self, cells: Sequence[tuple[Site, int]], nats: Float[Tensor, " cell"]
     ) -> tuple[Tensor, Tensor, Tensor]:
         rows = [self._row(site, pos) for site, pos in cells]
-        logits = self._stepped(cells, rows, nats, _STEPS)
+        logits, _ = self._stepped(cells, rows, nats, _STEPS)
         losses = self._losses(logits).double()
         log_p, _ = self._log_probs(cells, logits)
         small = (log_p[:, 0] - log_p[:, 1]) / (2 * nats[:, None])
@@ -244,8 +273,8 @@ class EffectOf:
         deltas: Sequence[Tensor],
         nats: Float[Tensor, " cell"],
         sizes: Sequence[float],
-    ) -> Float[Tensor, "cell step position d_vocab"]:
-        """The logits after each of the steps on each cell."""
+    ) -> tuple[Float[Tensor, "cell step position d_vocab"], Float[Tensor, "position d_vocab"]]:
+        """The logits after each of the steps on each cell, and without any."""
         steps = torch.tensor(sizes, device=nats.device, dtype=nats.dtype)
         n_rows, n_pos = len(cells) * len(sizes), len(self._tokens)
         additions: dict[tuple[Point, ...], Tensor] = {}
@@ -261,8 +290,8 @@ class EffectOf:
             columns = tap.columns(width)
             rows[here, pos, columns] = (steps * nats[i])[:, None] * down
         lowest = min(site.layer for site, _ in cells)
-        logits = self._replay(additions, lowest)
-        return rearrange(logits, "(cell step) ... -> cell step ...", step=len(sizes))
+        logits, before = self._replay(additions, lowest, min(pos for _, pos in cells))
+        return rearrange(logits, "(cell step) ... -> cell step ...", step=len(sizes)), before
 
     def _losses(self, logits: Float[Tensor, "cell step position d_vocab"]) -> Tensor:
         """The loss of each row; only what it reads differs from the logits before."""
@@ -275,9 +304,15 @@ class EffectOf:
         return rearrange(torch.stack(losses), "(cell step) -> cell step", step=logits.shape[1])
 
     def _tap(self, site: Site) -> Tap:
-        for tap in find_taps(self._model, [site.matrix], site.layer):
-            if isinstance(tap, Tap) and tap.site == site and tap.routing is None:
-                return tap
+        if site.matrix not in self._taps:
+            layers = sorted({each.layer for each in self._grads if each.matrix == site.matrix})
+            self._taps[site.matrix] = {
+                tap.site: tap
+                for tap in find_taps(self._model, [site.matrix], layers)
+                if isinstance(tap, Tap) and tap.routing is None
+            }
+        if site in self._taps[site.matrix]:
+            return self._taps[site.matrix][site]
         raise NotImplementedError(
             f"the effect of a step on {site} is not read: an expert has a matrix of its own for"
             f" some tokens; ask for W_O, or for layers that are no mixture"
@@ -288,6 +323,7 @@ _AT_ONCE = 16
 
 
 def correlation(one: Float[Tensor, "n v"], other: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:
-    """Pearson's, row by row."""
-    one, other = (rows.double() - rows.double().mean(-1, keepdim=True) for rows in (one, other))
-    return torch.nn.functional.cosine_similarity(one, other, dim=-1).to(torch.float32)
+    """Pearson's, row by row; 0 where a row is constant."""
+    one, other = (rows - rows.mean(-1, keepdim=True) for rows in (one, other))
+    lengths = one.norm(dim=-1) * other.norm(dim=-1)
+    return torch.linalg.vecdot(one, other) / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)

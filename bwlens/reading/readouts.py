@@ -19,7 +19,7 @@ Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 2 a
 
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod, sqrt
 from typing import Any
 
@@ -183,9 +183,18 @@ def readout(
 
 
 def all_scores(
-    head: Head, vectors: Float[Tensor, "n d_model"], normalize: bool = False
-) -> Float[Tensor, "n d_vocab"]:
-    """The score of every token, as `readout` has them at its ends; nan where a vector is zero."""
+    head: Head,
+    vectors: Float[Tensor, "n d_model"],
+    normalize: bool = False,
+    tokens: Int[Tensor, " some"] | None = None,
+) -> Float[Tensor, "n scored"]:
+    """The score of every token, as `readout` has them at its ends; nan where a vector is zero.
+
+    With `tokens` (ids), of those alone.
+    """
+    if tokens is not None:
+        b_U, lengths = (None if p is None else p[tokens] for p in (head.b_U, head.lengths))
+        head = replace(head, W_U=head.W_U.T[tokens].T, b_U=b_U, lengths=lengths)
     with torch.no_grad():
         rows = vectors.to(head.W_U.device, torch.promote_types(vectors.dtype, torch.float32))
         zero = ~rows.any(1)

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,6 +32,8 @@ from torch import Tensor
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import UntrueGradientError
+from bwlens.model.passes import all_modules
+from bwlens.model.prompts import Batch, make_batch
 from bwlens.model.sites import Site
 from bwlens.reading.effect import AGREES, WRONG, EffectOf, correlation, tempered
 from bwlens.reading.readouts import all_scores
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PLAUSIBLE = 1000
+SAMPLE = 4096
+"""Least number of words over which a control is judged where all of them are meant."""
 TOP = 20
 FLOOR = 0.3
 """Least r over plausible words for a layer's words to count: above 95 % of the controls' r.
@@ -48,6 +54,11 @@ Twelve CounterFact prompts on SmolLM2, kept for tuning, all layers but the last,
 cosine: .14 to .20 for random vectors, .23 to .26 for other prompts' deltas.
 """
 _GOOD = 0.5
+_OTHERS = (
+    ("The capital of France is", " Rome"),
+    ("Her father works as a", " doctor"),
+    ("In the morning she went to the", " bank"),
+)
 
 Scores = Float[Tensor, "cell d_vocab"]
 
@@ -76,9 +87,9 @@ class Trust:
         suppressed: The same of the most suppressed [layer].
         fall: By how much the loss fell, over what was predicted [layer]; 1 where all is right.
         random: `plausible` of a random vector of delta's length [layer].
-        random_vocabulary: `vocabulary` of it [layer].
-        other: `plausible` of another prompt's delta [layer]: the same tokens backwards but for the
-            first, towards the hundredth likeliest word.
+        random_vocabulary: `vocabulary` of it, over every so-manieth word [layer].
+        other: `plausible` of another prompt's delta [layer]: at the last token of "The capital of
+            France is", towards " Rome" (of another, where that is asked).
         other_vocabulary: `vocabulary` of it [layer].
 
     nan: no gradient there, or no step size at which the effect can be measured.
@@ -139,7 +150,8 @@ class Trust:
         names = [name for name, kind in self.__annotations__.items() if "Tensor" in str(kind)]
         columns = {name: getattr(self, name).tolist() for name in names}
         verdicts = [self.verdict(at) for at in range(len(self.layers))]
-        return pd.DataFrame({"layer": self.layers, **columns, "verdict": verdicts})
+        where = {"layer": self.layers, "position": self.position}
+        return pd.DataFrame({**where, **columns, "verdict": verdicts})
 
     def __repr__(self) -> str:
         return str(self)
@@ -166,12 +178,19 @@ def agreement(scores: Scores, effects: Scores, probabilities: Tensor) -> Agreeme
 
 
 def delta_scores(
-    model: Any, deltas: Float[Tensor, "cell d_model"], reading: str, bias: bool = True
+    model: Any,
+    deltas: Float[Tensor, "cell d_model"],
+    reading: str,
+    bias: bool = True,
+    tokens: Tensor | None = None,
 ) -> Scores:
-    """Every word's score by a reading of delta ("effect" excepted), the most promoted highest."""
+    """Every word's score by a reading of delta ("effect" excepted), the most promoted highest.
+
+    With `tokens` (ids), those words' alone.
+    """
     head = head_by(model, reading, bias)
     # A step subtracts: delta's least is promoted most.
-    return -all_scores(head, deltas, normalize=reading == "normalised")
+    return -all_scores(head, deltas, reading == "normalised", tokens)
 
 
 def true_effects(
@@ -220,19 +239,46 @@ def controls(
 
 
 def other_deltas(
-    model: Any, grads: Gradients, matrix: str, layers: Sequence[int], position: int
+    model: Any, grads: Gradients, matrix: str, layers: Sequence[int]
 ) -> Float[Tensor, "layer d_model"]:
-    """The deltas of another prompt and target: see `Trust.other`."""
-    n_prompt = int(grads.batch.prompt_lengths[0])
-    tokens = grads.batch.tokens[0, :n_prompt]
-    backwards = torch.cat([tokens[:1], tokens[1:].flip(0)])
-    order = grads.next_logits[0].argsort(descending=True).tolist()
-    used = [ids[:1] for ids in grads.batch.targets]
-    words = [i for i in order[: 2 * min(100, len(order) // 2)] if (i,) not in used]
-    target = words[len(words) // 2]
-    found = capture(model, backwards, NLL([target]), [matrix], layers)
-    pos = min(position, n_prompt - 1)
-    return torch.stack([found[matrix, layer].delta[pos].to(tokens.device) for layer in layers])
+    """The deltas of another prompt and target, at its last token: see `Trust.other`.
+
+    Kept as long as the model's parameters are not written to.
+    """
+    tokens, targets = grads.batch.tokens[0].tolist(), {ids[0] for ids in grads.batch.targets}
+    batches = [make_batch(model, prompt, target) for prompt, target in _other_prompts(model)]
+
+    def alike(batch: Batch) -> int:
+        own = batch.tokens[0, : int(batch.last[0]) + 1].tolist()
+        return 2 * (batch.targets[0][0] in targets) + (own == tokens[: len(own)])
+
+    one = min(batches, key=alike)
+    parameters = chain.from_iterable(m._parameters.values() for m in all_modules(model))
+    state = tuple((p.data_ptr(), p._version) for p in parameters if p is not None)
+    before, kept = _kept.get(model, (None, {}))
+    if before != state:
+        kept = {}
+        _kept[model] = state, kept
+    key = (matrix, tuple(layers), one.targets[0])
+    if key not in kept:
+        last = int(one.last[0])
+        found = capture(model, one.tokens[0, : last + 1], NLL([one.targets[0][0]]), matrix, layers)
+        kept[key] = torch.stack([found[matrix, layer].delta[last] for layer in layers])
+    return kept[key]
+
+
+_kept: WeakKeyDictionary[Any, tuple[Any, dict[Any, Tensor]]] = WeakKeyDictionary()
+
+
+def _other_prompts(model: Any) -> list[tuple[Any, Any]]:
+    """Prompts and targets that have nothing to do with most; ids where there are no such words."""
+    try:
+        make_batch(model, *_OTHERS[0])
+    except (ValueError, AttributeError):
+        n = int(model.cfg.d_vocab)
+        ids = torch.tensor([int(part * n) for part in (0.11, 0.31, 0.53, 0.71)])
+        return [(ids, [int(part * n)]) for part in (0.83, 0.17, 0.43)]
+    return list(_OTHERS)
 
 
 def measure_trust(
@@ -241,17 +287,17 @@ def measure_trust(
     objective: Any,
     matrix: str,
     layers: Sequence[int],
-    position: int,
+    positions: Sequence[int],
     *,
     readings: Sequence[str] = ("plain",),
     temper: float = 0.0,
     bias: bool = True,
     jacobian: Any = None,
-) -> dict[str, Trust]:
-    """The trust of readings of one matrix' delta at one position of one prompt.
+) -> dict[str, dict[int, Trust]]:
+    """The trust of readings of one matrix' delta, by reading and position of one prompt.
 
-    Costs two replays from each cell's layer on (four more where a reading is the effect itself,
-    for its controls) and one forward and backward pass of the other prompt.
+    Costs one replay from each cell's layer and position on (two more where a reading is the effect
+    itself, for its controls), and once a model a forward and backward pass of the other prompt.
 
     Raises:
         UntrueGradientError: Capture is wrong here; see `true_effects`.
@@ -264,37 +310,40 @@ def measure_trust(
             f" whose effects are not read; read W_O instead, which is no part of a mixture"
         )
     task = EffectOf(model, grads, objective)
-    cells = [(Site(matrix, layer), position) for layer in layers]
-    deltas = torch.stack([grads[site].delta[pos].to(task.device) for site, pos in cells])
-    effects, fall = true_effects(task, cells, list(deltas))
-    others = other_deltas(model, grads, matrix, layers, position).to(deltas)
-
-    likely = task.probabilities_at(position)
-    noise, others = controls(deltas, others)
-
-    def scores(reading: str) -> list[Tensor]:
-        """Of delta and of both controls."""
-        if reading == "effect":
-            stepped = (task.along(cells, list(rows))[0] for rows in (noise, others))
-            return [tempered(rows, likely, temper) for rows in (effects, *stepped)]
-        several = [deltas, noise, others]
-        if reading == "transported":
-            several = [transported(jacobian, layers, rows) for rows in several]
-        return [delta_scores(model, rows, reading, bias).to(effects) for rows in several]
-
-    judged = {}
-    for reading in readings:
-        own, random, other = (agreement(rows, effects, likely) for rows in scores(reading))
-        judged[reading] = Trust(
-            reading=f"{reading}, temper {temper}" if temper and reading == "effect" else reading,
-            matrix=matrix,
-            position=position,
-            layers=tuple(layers),
-            **{name: part.cpu() for name, part in own._asdict().items()},
-            fall=fall.cpu(),
-            random=random.plausible.cpu(),
-            random_vocabulary=random.vocabulary.cpu(),
-            other=other.plausible.cpu(),
-            other_vocabulary=other.vocabulary.cpu(),
-        )
+    others = other_deltas(model, grads, matrix, layers).to(task.device)
+    judged: dict[str, dict[int, Trust]] = {reading: {} for reading in readings}
+    for position in positions:
+        cells = [(Site(matrix, layer), position) for layer in layers]
+        deltas = torch.stack([grads[site].delta[position].to(task.device) for site, _ in cells])
+        effects, fall = true_effects(task, cells, list(deltas))
+        beside = torch.cat(controls(deltas, others.to(deltas)))
+        likely = task.probabilities_at(position)
+        # A control is judged by the likely words, and by every so-manieth of the vocabulary.
+        n_likely, every = min(PLAUSIBLE, len(likely)), max(1, len(likely) // SAMPLE)
+        sample = torch.arange(0, len(likely), every, device=likely.device)
+        some = torch.cat([likely.topk(n_likely).indices, sample])
+        true = effects[:, some].repeat(2, 1)
+        for reading in readings:
+            if reading == "effect":
+                stepped = task.along(cells * 2, list(beside))[0]
+                own = tempered(effects, likely, temper)
+                chance = tempered(stepped, likely, temper)[:, some]
+            else:
+                own, chance = deltas, beside
+                if reading == "transported":
+                    own = transported(jacobian, layers, own)
+                    chance = transported(jacobian, [*layers, *layers], chance)
+                own = delta_scores(model, own, reading, bias).to(effects)
+                chance = delta_scores(model, chance, reading, bias, some).to(effects)
+            plausible = correlation(chance[:, :n_likely], true[:, :n_likely]).chunk(2)
+            vocabulary = correlation(chance[:, n_likely:], true[:, n_likely:]).chunk(2)
+            parts = [*agreement(own, effects, likely), fall]
+            parts += chain(*zip(plausible, vocabulary, strict=True))
+            judged[reading][position] = Trust(
+                f"effect, temper {temper}" if temper and reading == "effect" else reading,
+                matrix,
+                position,
+                tuple(layers),
+                *(part.cpu() for part in parts),
+            )
     return judged

@@ -112,7 +112,7 @@ def test_what_a_readout_takes(bridge):
 # Replays.
 
 
-@pytest.mark.parametrize("name", [*tiny.CONFIGS])
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, "openai_gpt", "falcon_h1", "gpt_neo", "falcon_rw"])
 def test_a_replay_is_the_pass_itself(name, bridge):
     """Also from a layer on, where the blocks below give what they gave."""
     model = bridge(name)
@@ -124,8 +124,39 @@ def test_a_replay_is_the_pass_itself(name, bridge):
     tap = find_taps(model, ["W_O"], 2)[0]
     nothing = torch.zeros(3, 5, 16)
     for layer in (0, 2):
-        found = replay({tap.z: nothing}, layer)
+        found, before = replay({tap.z: nothing}, layer)
         torch.testing.assert_close(found, expected[[1, 4]].expand(3, -1, -1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(before, expected[[1, 4]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*tiny.CONFIGS, "openai_gpt", "falcon_h1", "gpt_neo", "falcon_rw"])
+def test_later_positions_alone_are_as_they_are_after_the_earlier(name, bridge):
+    """What is added at a position on changes what it does in the whole prompt, and no more."""
+    model, tokens = bridge(name), torch.tensor([5, 9, 30, 41, 8, 3])
+    tap = find_taps(model, ["W_O"], 1)[0]
+    added = torch.zeros(3, 6, 16)
+    added[:, 3:] = torch.randn(3, 3, 16, generator=torch.Generator().manual_seed(0))
+    whole, replay = (Replay(model, tokens, [1, 3, 5]) for _ in range(2))
+    expected, _ = whole({tap.z: added}, 1)
+    for layer in (0, 1):
+        found, before = replay({tap.z: added}, layer, 3)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(before, whole.logits, rtol=1e-4, atol=1e-5)
+    assert replay.takes_earlier or name not in tiny.CONFIGS
+
+
+def test_a_model_that_forgets_what_it_was_given_runs_whole_prompts(boot):
+    """Attention that leaves earlier keys and values out is found out by the logits."""
+    model, tokens = boot("llama"), torch.tensor([5, 9, 30, 41, 8])
+    tap = find_taps(model, ["W_O"], 1)[0]
+    added = torch.zeros(1, 5, 16)
+    added[:, 4] = 1.0
+    replay = Replay(model, tokens, [4])
+    expected, _ = replay({tap.z: added}, 1)
+    model.blocks[2].attn._update_kv_cache = lambda k, v, **kwargs: (k, v)
+    found, _ = replay({tap.z: added}, 1, 4)
+    torch.testing.assert_close(found, expected)
+    assert not replay.takes_earlier
 
 
 # Effects.
@@ -216,7 +247,7 @@ def test_a_loss_that_reads_every_position(bridge):
             added = torch.zeros(1, 5, 16)
             added[0, pos] = sign * 1e-2 * alone
             tap = find_taps(model, ["W_out"], site.layer)[0]
-            log_p.append(Replay(model, tokens, [pos])({tap.z: added})[0, 0].log_softmax(-1))
+            log_p.append(Replay(model, tokens, [pos])({tap.z: added})[0][0, 0].log_softmax(-1))
         expected = (log_p[0] - log_p[1]) / 2e-2
         assert torch.corrcoef(torch.stack([row, expected]))[0, 1] > 0.999
     two = bwlens.backward_lens(

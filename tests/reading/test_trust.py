@@ -14,7 +14,7 @@ from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.head import head_of
 from bwlens.reading.effect import EffectOf
 from bwlens.reading.readouts import all_scores, readout
-from bwlens.reading.trust import FLOOR, TOP, agreement, measure_trust
+from bwlens.reading.trust import FLOOR, TOP, agreement, measure_trust, other_deltas
 from tests import tiny
 from tests.reading.test_readings import TOKENS, effect_by_hand, scores_of
 
@@ -120,14 +120,14 @@ FAULTS = {
 def test_a_delta_that_is_no_gradient_is_refused(fault, bridge):
     model, objective = bridge("llama"), NLL([17])
     grads = bwlens.capture(model, torch.tensor(TOKENS), objective, "W_out")
-    measure_trust(model, grads, objective, "W_out", [0, 1, 2], 4)
+    measure_trust(model, grads, objective, "W_out", [0, 1, 2], [4])
     right = grads["W_out", 1]
     wrong = replace(right, delta=FAULTS[fault](right.delta))
     held = {site: wrong if site.layer == 1 else grads[site] for site in grads}
     with pytest.raises(
         UntrueGradientError, match=r"W_out.*1.* was to lower the loss by .* 3 cells"
     ):
-        measure_trust(model, replace(grads, _parts=held), objective, "W_out", [0, 1, 2], 4)
+        measure_trust(model, replace(grads, _parts=held), objective, "W_out", [0, 1, 2], [4])
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -147,6 +147,45 @@ def test_what_a_lens_says_of_itself(reading, bridge):
         assert trust.sentence(at).startswith(f"Layer {at}:")
     if reading == "effect":
         assert trust.plausible.min() > 0.999
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_trust_at_several_positions(bridge):
+    """At each what it is where that alone is asked for."""
+    model, tokens = bridge("llama"), torch.tensor(TOKENS)
+    lens = bwlens.backward_lens(model, tokens, NLL([17]), trust=[1, -1])
+    assert lens.trust_positions == (1, 4)
+    assert lens.trust is lens.trust_at(-1)
+    for position in (1, 4):
+        alone = bwlens.backward_lens(model, tokens, NLL([17]), trust=position).trust
+        here = lens.trust_at(position)
+        assert here.position == alone.position == position
+        torch.testing.assert_close(here.plausible[:2], alone.plausible[:2])
+        assert here.to_frame()["position"].tolist() == [position] * 3
+    assert lens.trust_at(1).fall[:2].sub(1).abs().max() < 0.05
+    assert lens.trust_at(1).plausible[2].isnan()  # no gradient in the last layer but at the last
+    with pytest.raises(ValueError, match="not measured at position 2, but at 1, 4"):
+        lens.trust_at(2)
+    for wrong, words in ((7, "trust is 7, but the prompt has"), ("subject", "trust is 'subject'")):
+        with pytest.raises(ValueError, match=words):
+            bwlens.backward_lens(model, tokens, NLL([17]), trust=wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_other_prompt_is_another_and_of_the_weights_as_they_are(boot):
+    """Its delta is not the prompt's own, and is worked out again when a weight is written to."""
+    model = boot("llama")
+    ids = torch.tensor([int(part * 61) for part in (0.11, 0.31, 0.53, 0.71)])
+    controls = []
+    for target in (int(0.83 * 61), int(0.17 * 61)):
+        grads = bwlens.capture(model, ids, NLL([target]), "W_out")
+        other = other_deltas(model, grads, "W_out", [0, 1])
+        assert not torch.allclose(other, torch.stack([grads["W_out", k].delta[3] for k in (0, 1)]))
+        assert other_deltas(model, grads, "W_out", [0, 1]) is other
+        controls.append(other)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.ndim == 2).mul_(1.5)
+    assert not torch.allclose(other_deltas(model, grads, "W_out", [0, 1]), controls[1])
 
 
 @pytest.mark.usefixtures("unchecked")

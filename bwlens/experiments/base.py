@@ -27,8 +27,10 @@ from bwlens.model.segments import SEGMENTS, segment_codes
 from bwlens.model.sites import (
     Layers,
     Site,
+    Tap,
     available_matrices,
     check_model,
+    find_taps,
     resolve_layers,
     resolve_matrices,
 )
@@ -120,7 +122,7 @@ class Experiment(ABC):
     """What it is about, in a few words."""
     source: ClassVar[str] = ""
     """The paper's figures."""
-    reading: ClassVar[str] = ""
+    caption: ClassVar[str] = ""
     """How to read the figure."""
     published: ClassVar[str] = ""
     """What the published figure shows."""
@@ -378,6 +380,26 @@ class Batches:
             except ValueError as error:
                 failures.append(self._failure(item, error))
         return lengths, tuple(failures)
+
+
+def check_segment(segment: str) -> None:
+    """Raise a ValueError that names all segments if there is none of this name."""
+    if segment not in SEGMENTS:
+        raise ValueError(f"no segment {segment!r}; expected one of {', '.join(SEGMENTS)}")
+
+
+def check_effects(name: str, model: Any, matrices: Sequence[str]) -> None:
+    """Refuse matrices of a mixture's experts, whose effects are not read.
+
+    Raises:
+        NotImplementedError: The matrix.
+    """
+    for tap in find_taps(model, list(matrices)):
+        if not isinstance(tap, Tap) or tap.routing is not None:
+            raise NotImplementedError(
+                f"{name}: {', '.join(tap.matrices)} is a mixture of experts in some layer, where a"
+                f" token has a step of its own in each expert; its effect is not read"
+            )
 
 
 def memory_per_token(model: Any, matrices: Sequence[str]) -> int:

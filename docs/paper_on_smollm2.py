@@ -164,8 +164,13 @@ class Claims:
             worst = int(shares.iloc[:, :-1].mean().idxmin())
             at = {"matrix": matrix}
             yield "rank is n, the worst layer but the last", shares[worst], {**at, "layer": worst}
-            last = its[its["layer"] == self._depth - 1].set_index("item")["rank"] == 1
-            yield "rank is 1 in the last layer", last, at
+            last = its[its["layer"] == self._depth - 1].set_index("item")
+            yield (
+                "rank in the last layer is that of the tokens read",
+                last["rank"] == last["active"],
+                at,
+            )
+            yield "rank in the last layer is 1", last["rank"] == 1, at
             effective = its.assign(of_n=its["effective_rank"] / its["n"])
             kept = effective[effective["layer"] < self._depth - 1]
             yield "effective rank, of n", kept.groupby("item")["of_n"].mean(), at
@@ -196,8 +201,16 @@ class Claims:
             yield "layer from which it has it throughout", takes, at
             rest = [s for s in ("before", "after") if s in delta]
             best = delta.max(axis=1)
-            others = (delta[rest].mean(axis=1) / best).groupby("item").mean()
-            yield "other tokens' delta over the longest", others, at
+            others = (delta[rest].mean(axis=1) / best).unstack("layer")
+            for half, where in (
+                ("lower", slice(0, self._depth // 2 - 1)),
+                ("upper", slice(self._depth // 2, None)),
+            ):
+                yield (
+                    f"other tokens' delta over the longest, {half} half",
+                    others.loc[:, where].mean(axis=1),
+                    at,
+                )
             held = delta.drop(self._depth - 1, level="layer")
             for name, norms in (("delta", held), ("x", x)):
                 spread = (norms.max(axis=1) / norms.min(axis=1)).groupby("item").median()
@@ -216,7 +229,7 @@ class Claims:
         last = self._depth - 1
         for matrix, its in rows.groupby("matrix", observed=True):
             at = {"matrix": matrix}
-            others = its[(its["layer"] == last) & (its["segment"] != "last")]
+            others = its[(its["layer"] == last) & ~its["segment"].isin(["last", "target"])]
             if matrix == "W_out":
                 silent = others.groupby("item")["silent"].min()
                 yield "other tokens are silent in the last layer", silent, at

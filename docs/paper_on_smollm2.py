@@ -48,6 +48,7 @@ TENS = ("target_top_ten", "target_bottom_ten", "answer_top_ten", "answer_bottom_
 KEPT = ("full", "delta", "x", "cosine", "target_rank", "answer_rank", *TENS)
 CHEAP = (GradientRank(), SegmentNorms(), LayerCosine())
 EFFECT = {"read_by": "effect", "layers": LAYERS}
+FEW = {"read_by": "effect", "layers": (0, 6, 12, 18, 24, -1)}
 RUNS = {
     "plain": (None, (*CHEAP, TargetRank(layers=LAYERS))),
     "effect": (
@@ -57,18 +58,17 @@ RUNS = {
             LayerCosine(**EFFECT),
         ),
     ),
-    "no BOS": (False, (*CHEAP, TargetRank(layers=LAYERS, segments=ENDS))),
-    "dual": (
-        None,
-        (TargetRank(LAYERS, matrices=("W_out",), read_by="dual", segments=ENDS),),
+    "no BOS": (
+        False,
+        (
+            SegmentNorms(matrices=("W_in", "W_out")),
+            LayerCosine(),
+            TargetRank(layers=LAYERS, matrices=("W_out",), segments=("last",)),
+        ),
     ),
     "effect of W_in": (
         None,
-        (TargetRank(matrices=("W_in",), segments=("last",), **EFFECT),),
-    ),
-    "effect, no BOS": (
-        False,
-        (TargetRank(matrices=("W_out",), segments=("last",), **EFFECT),),
+        (TargetRank(matrices=("W_in",), segments=("last",), **FEW),),
     ),
 }
 """Each run's BOS (None: the model's default) and experiments. An effect costs a replay for each
@@ -104,7 +104,9 @@ def _folder(folder: Path, model: str, run: str) -> Path:
 
 def write(folder: Path) -> None:
     """The aggregated numbers, the claims and the figures, of the runs that are there."""
-    tables, claims, rows = [], [], {}
+    tables: list[Any] = []
+    claims: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str, str], Any] = {}
     for model, run in product(("smollm2", "demo"), RUNS):
         where = _folder(folder, model, run)
         if not where.exists():
@@ -112,18 +114,22 @@ def write(folder: Path) -> None:
         swept = read_sweep(where)
         for name, result in swept.results.items():
             rows[model, run, name] = result.rows
-            summary = result.summary
-            summary = summary[summary["quantity"].isin(KEPT)]
-            matrices = summary["matrix"].isin(["W_in", "W_out"])
-            tables.append(summary[matrices].assign(model=model, run=run))
+            summary: Any = result.summary
+            kept = summary["quantity"].isin(KEPT) & summary["matrix"].isin(["W_in", "W_out"])
+            if "segment" in summary:  # few targets have several tokens
+                kept &= summary["segment"] != "target"
+                kept &= ~summary["quantity"].isin(TENS) | summary["segment"].isin(ENDS)
+            tables.append(summary[kept].assign(model=model, run=run))
     for model in ("smollm2", "demo"):
         claims += Claims(model, {k[1:]: v for k, v in rows.items() if k[0] == model}).all()
-    table = pd.concat([pd.DataFrame(claims), *tables], ignore_index=True)
+    table: Any = pd.concat([pd.DataFrame(claims), *tables], ignore_index=True)
     first = ["claim", "model", "run", "matrix", "layer", "other", "segment", "quantity"]
     table = table[[*first, "mean", "low", "high", "n"]]
     for column in ("layer", "other"):
         table[column] = table[column].astype("Int64")
-    table.to_csv(HERE / "paper_on_smollm2.csv", index=False, float_format="%.4g")
+    for column in ("mean", "low", "high"):
+        table[column] = table[column].where(table[column].abs() < 100, table[column].round())
+    table.round(4).to_csv(HERE / "paper_on_smollm2.csv", index=False)
     print(pd.DataFrame(claims).to_string(float_format="%.3g"))
     for name, figure in figures(table[table["claim"].isna()]).items():
         figure.savefig(HERE / f"paper_on_smollm2-{name}.png", dpi=110)
@@ -132,7 +138,7 @@ def write(folder: Path) -> None:
 class Claims:
     """Figures of the paper's claims on one model: means over prompts with their intervals."""
 
-    def __init__(self, model: str, rows: dict[tuple[str, str], pd.DataFrame]) -> None:
+    def __init__(self, model: str, rows: dict[tuple[str, str], Any]) -> None:
         self._model, self._rows = model, rows
         self._depth = int(rows["plain", "segment_norms"]["layer"].max()) + 1
 
@@ -156,7 +162,7 @@ class Claims:
                 )
         return found
 
-    def _rank(self, rows: pd.DataFrame, _: str) -> Claimed:
+    def _rank(self, rows: Any, _: str) -> Claimed:
         """Figure 3, the worst of the layers but the last."""
         full = rows.assign(full=rows["rank"] == rows["n"])
         for matrix, its in full.groupby("matrix"):
@@ -175,7 +181,7 @@ class Claims:
             kept = effective[effective["layer"] < self._depth - 1]
             yield "effective rank, of n", kept.groupby("item")["of_n"].mean(), at
 
-    def _norms(self, rows: pd.DataFrame, _: str) -> Claimed:
+    def _norms(self, rows: Any, _: str) -> Claimed:
         """Figures 5, 16 and 17."""
         quarter = self._depth // 4
         words = rows[rows["segment"] != "bos"]
@@ -224,7 +230,7 @@ class Claims:
                     most = (its / norms.max(axis=1)).groupby("item").max()
                     yield f"BOS' {name} over the longest, at most", most, at
 
-    def _ranks(self, rows: pd.DataFrame, run: str) -> Claimed:
+    def _ranks(self, rows: Any, run: str) -> Claimed:
         """Figures 6 and 18-21."""
         last = self._depth - 1
         for matrix, its in rows.groupby("matrix", observed=True):
@@ -244,21 +250,18 @@ class Claims:
                         shares = kept[where].groupby("item")[quantity].mean()
                         yield f"{title}, {half} but the last", shares, {**at, "segment": segment}
 
-    def _cosines(self, rows: pd.DataFrame, _: str) -> Claimed:
-        """Figures 22 and 23: all pairs at most `apart` blocks from each other."""
-        last = self._depth - 1
-        step = int(rows["other"].sub(rows["layer"]).min())
-        rows = rows[rows["other"] < last] if self._depth > 10 else rows
-        for apart in (1, 2, 4, 9):
-            near = rows[rows["other"] - rows["layer"] == max(apart // step * step, step)]
+    def _cosines(self, rows: Any, _: str) -> Claimed:
+        """Figures 22 and 23: pairs of blocks, of a deep model without its last."""
+        rows = rows[rows["other"] < self._depth - 1] if self._depth > 10 else rows
+        for apart in (1, 2, 4, 8, 10):
+            near = rows[rows["other"] - rows["layer"] == apart]
             if len(near):
-                at = {"matrix": "W_out", "other": int(apart)}
-                yield "cosine of blocks so far apart", near.groupby("item")["cosine"].mean(), at
-                means = near.groupby(["layer", "item"])["cosine"].mean().unstack("layer")
+                at = {"matrix": "W_out", "other": apart}
+                means = near.pivot(index="item", columns="layer", values="cosine")
+                yield "cosine of blocks so far apart", means.mean(axis=1), at
                 worst = int(means.mean().idxmin())
                 yield "the least of them", means[worst], {**at, "layer": worst}
-                above = (means > 0.7).mean(axis=1)
-                yield "share of them above 0.7", above, at
+                yield "share of them above 0.7", (means > 0.7).mean(axis=1), at
 
 
 def _tens(run: str, matrix: str) -> dict[str, str]:
@@ -274,7 +277,7 @@ def _tens(run: str, matrix: str) -> dict[str, str]:
     return dict(zip(names, columns, strict=True))
 
 
-def figures(table: pd.DataFrame) -> dict[str, Figure]:
+def figures(table: Any) -> dict[str, Figure]:
     """The paper's figures 5 and 17, 6 and 18-21, 22 and 23, on SmolLM2."""
     table = table[table["model"] == "smollm2"]
     of = table.groupby(["run", "matrix", "quantity"])
@@ -295,12 +298,12 @@ def figures(table: pd.DataFrame) -> dict[str, Figure]:
     axes[3].set_yscale("log")
 
     ranks = {
-        "target in \u03b4 of W_out, plain": ("plain", "W_out", "target_rank"),
-        "answer in \u03b4 of W_out, plain": ("plain", "W_out", "answer_rank"),
-        "target in the effect of W_out": ("effect", "W_out", "target_rank"),
-        "answer in the effect of W_out": ("effect", "W_out", "answer_rank"),
-        "target in x of W_in, plain": ("plain", "W_in", "target_rank"),
-        "answer in x of W_in, plain": ("plain", "W_in", "answer_rank"),
+        "target in \u03b4 of W_out (0: lowered most)": ("plain", "W_out", "target_rank"),
+        "answer in \u03b4 of W_out": ("plain", "W_out", "answer_rank"),
+        "target in the effect (0: raised most)": ("effect", "W_out", "target_rank"),
+        "answer in the effect": ("effect", "W_out", "answer_rank"),
+        "target in x of W_in": ("plain", "W_in", "target_rank"),
+        "answer in x of W_in": ("plain", "W_in", "answer_rank"),
     }
     rows = [of.get_group(key) for key in ranks.values()]
     drawn["ranks"], axes = panels(
@@ -313,7 +316,7 @@ def figures(table: pd.DataFrame) -> dict[str, Figure]:
     for title in titles:
         parts = [
             of.get_group((run, "W_out", _tens(run, "W_out")[title])).assign(reading=run)
-            for run in ("plain", "dual", "effect", "no BOS", "effect, no BOS")
+            for run in ("plain", "effect", "no BOS")
         ]
         part = pd.concat(parts)
         shares.append(part[part["segment"] == "last"])

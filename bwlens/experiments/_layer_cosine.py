@@ -19,6 +19,7 @@ from bwlens.experiments.base import (
     check_effects,
     check_segment,
     frame,
+    measured_effects,
     run,
 )
 from bwlens.gradient.objectives import NLL
@@ -26,7 +27,6 @@ from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
 from bwlens.model.sites import Layers, Site
 from bwlens.reading.effect import EffectOf
-from bwlens.reading.trust import true_effects
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +106,7 @@ class LayerCosine(Experiment):
             at = reading.segments[item] == SEGMENTS.index(self.segment)
             pos = int(at.nonzero()[0])
             task = EffectOf(reading.model, one, NLL(reading.edits[item].target_new))
-            rows, _ = true_effects(task, [(site, pos) for site in sites], list(rows))
+            rows = measured_effects(task, [(site, pos) for site in sites], list(rows))
             rows = rows - rows.mean(1, keepdim=True)
         unit = rows.double() / rows.double().norm(dim=-1, keepdim=True)
         return unit @ unit.mT

@@ -19,6 +19,7 @@ from bwlens.experiments.base import (
     check_effects,
     check_segment,
     frame,
+    measured_effects,
     run,
     segment_columns,
 )
@@ -32,7 +33,6 @@ from bwlens.model.sites import Layers, Site
 from bwlens.reading.effect import EffectOf, tempered
 from bwlens.reading.readouts import readout
 from bwlens.reading.standardised import head_by
-from bwlens.reading.trust import true_effects
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -164,7 +164,7 @@ class TargetRank(Experiment):
             for start in range(0, len(cells), _AT_ONCE):
                 part = cells[start : start + _AT_ONCE]
                 deltas = [one[site].delta[pos] for site, pos in part]
-                scores, _ = true_effects(task, part, deltas)
+                scores = measured_effects(task, part, deltas)
                 likely = torch.stack([task.probabilities_at(pos) for _, pos in part])
                 scores = tempered(scores, likely, self.temper)
                 goals = scores[:, followed[item].to(scores.device)]

@@ -22,6 +22,7 @@ from bwlens.data.given import Edits, as_edits
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
+from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.segments import SEGMENTS, segment_codes
 from bwlens.model.sites import (
@@ -35,6 +36,8 @@ from bwlens.model.sites import (
     resolve_matrices,
 )
 from bwlens.model.targets import unwarned, warn_of_edits
+from bwlens.reading.effect import EffectOf
+from bwlens.reading.trust import true_effects
 from bwlens.runs.intervals import summarize
 from bwlens.runs.parts import Failure, Part, progress_bar
 
@@ -386,6 +389,21 @@ def check_segment(segment: str) -> None:
     """Raise a ValueError that names all segments if there is none of this name."""
     if segment not in SEGMENTS:
         raise ValueError(f"no segment {segment!r}; expected one of {', '.join(SEGMENTS)}")
+
+
+def measured_effects(
+    task: EffectOf, cells: Sequence[tuple[Site, int]], deltas: Sequence[Tensor]
+) -> Float[Tensor, "cell d_vocab"]:
+    """What steps on cells do to the words; nan where no step size shows it, or delta is zero.
+
+    Of thousands of cells some have a delta so short that no step is both linear and above rounding:
+    they are left out, where `true_effects` refuses them.
+    """
+    try:
+        return true_effects(task, cells, deltas)[0]
+    except UntrueGradientError:
+        found = task.of(cells)
+        return found.scores.masked_fill(~found.measured[:, None], float("nan"))
 
 
 def check_effects(name: str, model: Any, matrices: Sequence[str]) -> None:

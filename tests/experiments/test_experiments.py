@@ -20,9 +20,10 @@ from bwlens.experiments import (
     target_rank,
 )
 from bwlens.gradient.objectives import NLL
+from bwlens.gradient.probe import UntrueGradientError
 from bwlens.lens.rows import READ_THROUGH
 from bwlens.model.segments import segment_names
-from bwlens.reading.effect import EffectOf
+from bwlens.reading.effect import EffectOf, Effects
 from bwlens.runs.intervals import mean_ci
 from tests import tiny
 
@@ -213,6 +214,27 @@ def test_x_is_read_plainly_whatever_reads_delta(bridge):
         for reading in ("plain", "cosine")
     ]
     assert ranks[0].equals(ranks[1])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_cell_without_a_linear_step_stops_no_other(measured, bridge, monkeypatch):
+    """Where steps of the usual size are refused, others are tried, and what none shows is said."""
+    options = {"matrices": "W_out", "reading": "effect", "segments": "last", "progress": False}
+    usual = target_rank(bridge("llama"), EDITS, **options).rows
+
+    def refused(*_):
+        raise UntrueGradientError("a step was to lower the loss by 0.0008 nats")
+
+    monkeypatch.setattr("bwlens.experiments.base.true_effects", refused)
+    if not measured:
+        monkeypatch.setattr(Effects, "measured", property(lambda e: e.fall < 0))
+    rows = target_rank(bridge("llama"), EDITS, **options).rows
+    assert (rows["unmeasured"] == (0 if measured else 1)).all()
+    assert (rows["silent"] == 0).all()
+    if measured:
+        np.testing.assert_allclose(rows["target_rank"], usual["target_rank"], atol=3)
+    else:
+        assert rows[["target_rank", "answer_top_ten"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("reading", ["plain", "effect"])

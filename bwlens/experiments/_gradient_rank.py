@@ -40,7 +40,7 @@ class GradientRank(Experiment):
     name: ClassVar[str] = "gradient_rank"
     title: ClassVar[str] = "Rank of the gradient"
     source: ClassVar[str] = "Figure 3"
-    reading: ClassVar[str] = (
+    caption: ClassVar[str] = (
         "Each prompt's gradient is a sum of n outer products, so its rank is at most its"
         " number of tokens n; the last layer's has rank 1, as only the last token has a delta"
         " there."

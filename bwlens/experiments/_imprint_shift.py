@@ -70,7 +70,7 @@ class ImprintShift(Experiment):
     name: ClassVar[str] = "imprint_shift"
     title: ClassVar[str] = "Imprint and shift of a step"
     source: ClassVar[str] = "Lemma 5.2"
-    reading: ClassVar[str] = (
+    caption: ClassVar[str] = (
         "Above: how much a step on one layer lowers the prompt's own loss, and how much first"
         " order says it should. Below: the change of the MLP's output, split into the imprint"
         " (changed activations through the old W_out), the shift (old activations through the"

@@ -8,12 +8,25 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import (
+    Experiment,
+    Reading,
+    Result,
+    check_effects,
+    check_segment,
+    frame,
+    measured_effects,
+    run,
+)
+from bwlens.gradient.objectives import NLL
 from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
-from bwlens.model.sites import Layers
+from bwlens.model.sites import Layers, Site
+from bwlens.reading.effect import EffectOf
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,8 +37,9 @@ if TYPE_CHECKING:
 class LayerCosine(Experiment):
     """Cosine between the deltas of two layers at one token, for every pair of layers.
 
-    Rows: `item`, `matrix`, `layer`, `other` (layer < other), `cosine`; nan where a delta is zero.
-    Where a segment has several tokens, the first of them is taken.
+    By the effect it is the correlation, over the vocabulary, of what a step does on one and on the
+    other. Rows: `item`, `matrix`, `layer`, `other` (layer < other), `cosine`; nan where a delta is
+    zero. Where a segment has several tokens, the first of them is taken.
 
     Source: Backward Lens, figures 22 and 23 (the last prompt token).
     """
@@ -33,18 +47,27 @@ class LayerCosine(Experiment):
     matrices: tuple[str, ...] = ("W_out",)
     segment: str = "last"
     """Whose token is read, out of `bwlens.model.segments.SEGMENTS`."""
+    read_by: str = "plain"
+    """"plain" for the deltas themselves, "effect" for what a step along each does."""
 
     name: ClassVar[str] = "layer_cosine"
     title: ClassVar[str] = "Cosine between layers' deltas"
     source: ClassVar[str] = "Figures 22, 23"
-    reading: ClassVar[str] = "How alike the last token's deltas of two layers are."
+    caption: ClassVar[str] = "How alike the last token's deltas of two layers are."
     published: ClassVar[str] = "cosines above 0.7 over ten neighbouring blocks."
     by: ClassVar[tuple[str, ...]] = ("matrix", "layer", "other")
     values: ClassVar[tuple[str, ...]] = ("cosine",)
 
     def __post_init__(self) -> None:
-        if self.segment not in SEGMENTS:
-            raise ValueError(f"no segment {self.segment!r}; expected one of {', '.join(SEGMENTS)}")
+        check_segment(self.segment)
+        if self.read_by not in ("plain", "effect"):
+            raise ValueError(f"reading is {self.read_by!r}; here there are plain and effect")
+
+    def wanted(self, model: Any) -> tuple[str, ...]:
+        """The matrices; refused where effects are asked for and it is a mixture's."""
+        if self.read_by == "effect":
+            check_effects(self.name, model, self.matrices)
+        return super().wanted(model)
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""
@@ -55,10 +78,12 @@ class LayerCosine(Experiment):
                 continue
             held = [self._rows(reading, site) for site in sites]
             items = held[0][0]
+            if not len(items):
+                continue
             # Layers may lie on several devices.
-            deltas = torch.stack([rows.to(items.device) for _, rows in held], 1).double()
-            unit = deltas / deltas.norm(dim=-1, keepdim=True)
-            cosines = unit @ unit.mT
+            deltas = torch.stack([rows.to(items.device) for _, rows in held], 1)
+            pairs = zip(items.tolist(), deltas, strict=True)
+            cosines = torch.stack([self._gram(reading, sites, at, rows) for at, rows in pairs])
             low, high = torch.triu_indices(len(sites), len(sites), 1)
             layers = np.array([site.layer for site in sites])
             columns.append(
@@ -71,6 +96,20 @@ class LayerCosine(Experiment):
                 }
             )
         return frame(columns)
+
+    def _gram(
+        self, reading: Reading, sites: Sequence[Site], item: int, rows: Float[Tensor, "layer d"]
+    ) -> Float[Tensor, "layer layer"]:
+        """Cosines of one prompt's deltas, or of their effects."""
+        if self.read_by == "effect":
+            one = reading.grads.for_prompt(item)
+            at = reading.segments[item] == SEGMENTS.index(self.segment)
+            pos = int(at.nonzero()[0])
+            task = EffectOf(reading.model, one, NLL(reading.edits[item].target_new))
+            rows = measured_effects(task, [(site, pos) for site in sites], list(rows))
+            rows = rows - rows.mean(1, keepdim=True)
+        unit = rows.double() / rows.double().norm(dim=-1, keepdim=True)
+        return unit @ unit.mT
 
     def draw(self, summary: pd.DataFrame) -> Figure:
         """A map of layers by layers."""
@@ -85,7 +124,8 @@ class LayerCosine(Experiment):
             np.fill_diagonal(grid, 1.0)
             for low, high, mean in zip(held["layer"], held["other"], held["mean"], strict=True):
                 grid[place[low], place[high]] = grid[place[high], place[low]] = mean
-            maps[f"\u03b4 of {matrix}, {self.segment} token"] = (layers, grid)
+            what = "effect" if self.read_by == "effect" else "\u03b4"
+            maps[f"{what} of {matrix}, {self.segment} token"] = (layers, grid)
         return cosine_maps(maps)
 
     def _rows(self, reading: Reading, site: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,14 +147,17 @@ def layer_cosine(
     matrices: str | Sequence[str] = ("W_out",),
     layers: Layers = None,
     segment: str = "last",
+    reading: str = "plain",
     **options: Any,
 ) -> Result:
     """Cosines between the deltas of all pairs of layers at one token, the prompts' last.
 
-    The settings are those of `LayerCosine`, the options those of `run`.
+    With `reading="effect"` correlations of what steps along them do. The settings are those of
+    `LayerCosine`, `reading` its `read_by`, the options those of `run`.
 
     Raises:
-        ValueError: No such segment.
+        ValueError: No such segment or reading.
+        NotImplementedError: The effect of a mixture's experts.
     """
-    task = LayerCosine.of(model, layers, matrices=matrices, segment=segment)
+    task = LayerCosine.of(model, layers, matrices=matrices, segment=segment, read_by=reading)
     return run(task, model, records, **options)

@@ -171,7 +171,7 @@ class NaiveReading(Experiment):
     name: ClassVar[str] = "naive_reading"
     title: ClassVar[str] = "Neurons of the whole gradient against its spanning vectors"
     source: ClassVar[str] = "Figures 7-9"
-    reading: ClassVar[str] = (
+    caption: ClassVar[str] = (
         "Each neuron of the whole gradient is a mixture of the few spanning vectors. How alike is"
         " it to the nearest of its own prompt's, and, as a control, of another prompt's?"
     )

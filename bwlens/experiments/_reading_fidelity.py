@@ -12,11 +12,11 @@ from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits, as_list
 from bwlens.data.records import Record
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result, check_effects, frame, run
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.protocol import LensModel
-from bwlens.model.sites import Layers, Site, Tap, find_taps
+from bwlens.model.sites import Layers, Site
 from bwlens.reading.effect import EffectOf, tempered
 from bwlens.reading.trust import agreement, controls, delta_scores, other_deltas, true_effects
 from bwlens.runs.intervals import RESAMPLES, summarize
@@ -54,7 +54,7 @@ class ReadingFidelity(Experiment):
     name: ClassVar[str] = "reading_fidelity"
     title: ClassVar[str] = "Which reading says what a step does"
     source: ClassVar[str] = "Figures of its own"
-    reading: ClassVar[str] = (
+    caption: ClassVar[str] = (
         "Solid: the target among the ten words promoted most, and the correlation with the measured"
         " effect over the 1,000 likeliest words. A reading says something only where it stands"
         " above its controls: a random vector, another prompt's delta, another word of the same"
@@ -75,12 +75,7 @@ class ReadingFidelity(Experiment):
 
     def wanted(self, model: Any) -> tuple[str, ...]:
         """W_out; refused where it is a mixture's, whose effects are not read."""
-        for tap in find_taps(model, ["W_out"]):
-            if not isinstance(tap, Tap) or tap.routing is not None:
-                raise NotImplementedError(
-                    f"{self.name}: W_out is a mixture of experts in some layer, where a"
-                    f" token has a step of its own in each expert; its effect is not read"
-                )
+        check_effects(self.name, model, ["W_out"])
         return super().wanted(model)
 
     def given(self, data: Any) -> ReadingFidelity:

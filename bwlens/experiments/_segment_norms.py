@@ -35,7 +35,7 @@ class SegmentNorms(Experiment):
     name: ClassVar[str] = "segment_norms"
     title: ClassVar[str] = "Norms of delta and x by segment"
     source: ClassVar[str] = "Figures 5, 16, 17"
-    reading: ClassVar[str] = (
+    caption: ClassVar[str] = (
         "How hard a step pushes (delta) and how much comes in (x), averaged over the tokens"
         " of each part of the prompt."
     )

@@ -71,7 +71,7 @@ class StepSizes(Experiment):
     name: ClassVar[str] = "step_sizes"
     title: ClassVar[str] = "Smallest step that flips the answer"
     source: ClassVar[str] = "Figure 26"
-    reading: ClassVar[str] = (
+    caption: ClassVar[str] = (
         "How large must one step on one layer be for the target to become the answer, and what does"
         " that step cost in perplexity? Steps of different methods are in different units; their"
         " norms can be compared."

@@ -22,17 +22,22 @@ from bwlens.data.given import Edits, as_edits
 from bwlens.gradient.capturing import Gradients, capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
+from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.segments import SEGMENTS, segment_codes
 from bwlens.model.sites import (
     Layers,
     Site,
+    Tap,
     available_matrices,
     check_model,
+    find_taps,
     resolve_layers,
     resolve_matrices,
 )
 from bwlens.model.targets import unwarned, warn_of_edits
+from bwlens.reading.effect import EffectOf
+from bwlens.reading.trust import true_effects
 from bwlens.runs.intervals import summarize
 from bwlens.runs.parts import Failure, Part, progress_bar
 
@@ -120,7 +125,7 @@ class Experiment(ABC):
     """What it is about, in a few words."""
     source: ClassVar[str] = ""
     """The paper's figures."""
-    reading: ClassVar[str] = ""
+    caption: ClassVar[str] = ""
     """How to read the figure."""
     published: ClassVar[str] = ""
     """What the published figure shows."""
@@ -378,6 +383,41 @@ class Batches:
             except ValueError as error:
                 failures.append(self._failure(item, error))
         return lengths, tuple(failures)
+
+
+def check_segment(segment: str) -> None:
+    """Raise a ValueError that names all segments if there is none of this name."""
+    if segment not in SEGMENTS:
+        raise ValueError(f"no segment {segment!r}; expected one of {', '.join(SEGMENTS)}")
+
+
+def measured_effects(
+    task: EffectOf, cells: Sequence[tuple[Site, int]], deltas: Sequence[Tensor]
+) -> Float[Tensor, "cell d_vocab"]:
+    """What steps on cells do to the words; nan where no step size shows it, or delta is zero.
+
+    Of thousands of cells some have a delta so short that no step is both linear and above rounding:
+    they are left out, where `true_effects` refuses them.
+    """
+    try:
+        return true_effects(task, cells, deltas)[0]
+    except UntrueGradientError:
+        found = task.of(cells)
+        return found.scores.masked_fill(~found.measured[:, None], float("nan"))
+
+
+def check_effects(name: str, model: Any, matrices: Sequence[str]) -> None:
+    """Refuse matrices of a mixture's experts, whose effects are not read.
+
+    Raises:
+        NotImplementedError: The matrix.
+    """
+    for tap in find_taps(model, list(matrices)):
+        if not isinstance(tap, Tap) or tap.routing is not None:
+            raise NotImplementedError(
+                f"{name}: {', '.join(tap.matrices)} is a mixture of experts in some layer, where a"
+                f" token has a step of its own in each expert; its effect is not read"
+            )
 
 
 def memory_per_token(model: Any, matrices: Sequence[str]) -> int:

@@ -49,7 +49,7 @@ def section(result: Result, figure: Figure) -> str:
         f'<figure class="wide"><div class="sheet scroll">{svg(figure)}</div><figcaption>'
         f"{escape(experiment.source)} of the paper; means over {prompts} prompts, bands are 95 %"
         f" bootstrap intervals. {files}</figcaption></figure>"
-        f"<p>{escape(experiment.reading)}</p><p>In the paper: {escape(experiment.published)}</p>"
+        f"<p>{escape(experiment.caption)}</p><p>In the paper: {escape(experiment.published)}</p>"
     )
 
 

@@ -20,8 +20,10 @@ from bwlens.experiments import (
     target_rank,
 )
 from bwlens.gradient.objectives import NLL
-from bwlens.lens.backward import READ_THROUGH
+from bwlens.gradient.probe import UntrueGradientError
+from bwlens.lens.rows import READ_THROUGH
 from bwlens.model.segments import segment_names
+from bwlens.reading.effect import EffectOf, Effects
 from bwlens.runs.intervals import mean_ci
 from tests import tiny
 
@@ -174,6 +176,109 @@ def test_the_target_is_the_least_probable_word_at_the_top_of_the_model(bridge):
     others = rows[(rows["layer"] == tiny.LAYERS - 1) & (rows["segment"] == "before")]
     assert (others["silent"] == 1).all()
     assert others["target_rank"].isna().all()
+
+
+@pytest.mark.parametrize(("reading", "temper"), [("dual", 0.0), ("effect", 0.0), ("effect", 0.5)])
+def test_target_rank_as_a_lens_has_it(reading, temper, bridge):
+    """By the other readings: the ranks that a lens of each prompt shows, cell by cell."""
+    model = bridge("llama")
+    matrices = ["W_out", "W_in"] if reading == "effect" else ["W_out"]
+    options = {"reading": reading, "temper": temper, "matrices": matrices, "prepend_bos": False}
+    rows = target_rank(model, EDITS, **options, progress=False).rows
+    off = []
+    for item, edit in enumerate(EDITS):
+        lens = bwlens.backward_lens(model, edit, **options)
+        names = np.array(segment_names(model, edit, False, lens.norms().shape[1] - lens.n_prompt))
+        for row in rows[rows["item"] == item].to_dict("records"):
+            here = names == row["segment"]
+            for ranks, word in ((lens.target_ranks, "target"), (lens.answer_ranks, "answer")):
+                held = ranks(row["matrix"])[row["layer"]].numpy()[here].astype(float)
+                held = held[held >= 0]
+                assert row["silent"] == 1 - len(held) / here.sum()
+                assert row["unmeasured"] == 0
+                if not len(held):
+                    assert math.isnan(row[f"{word}_rank"])
+                    continue
+                off.append(abs(row[f"{word}_rank"] - held.mean()))
+                if not {*range(6, 14), *range(tiny.VOCAB - 14, tiny.VOCAB - 6)} & {*held}:
+                    assert row[f"{word}_top_ten"] == (held < 10).mean()
+                    assert row[f"{word}_bottom_ten"] == (held >= tiny.VOCAB - 10).mean()
+    # Rounding, and the sizes of the steps, may swap neighbouring words.
+    assert max(off) <= (3 if reading == "effect" else 1)
+    assert np.mean(off) < 0.3
+
+
+def test_x_is_read_plainly_whatever_reads_delta(bridge):
+    ranks = [
+        target_rank(bridge("llama"), EDITS, matrices="W_in", reading=reading, progress=False).rows
+        for reading in ("plain", "cosine")
+    ]
+    assert ranks[0].equals(ranks[1])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_cell_without_a_linear_step_stops_no_other(measured, bridge, monkeypatch):
+    """Where steps of the usual size are refused, others are tried, and what none shows is said."""
+    options = {"matrices": "W_out", "reading": "effect", "segments": "last", "progress": False}
+    usual = target_rank(bridge("llama"), EDITS, **options).rows
+
+    def refused(*_):
+        raise UntrueGradientError("a step was to lower the loss by 0.0008 nats")
+
+    monkeypatch.setattr("bwlens.experiments.base.true_effects", refused)
+    if not measured:
+        monkeypatch.setattr(Effects, "measured", property(lambda e: e.fall < 0))
+    rows = target_rank(bridge("llama"), EDITS, **options).rows
+    assert (rows["unmeasured"] == (0 if measured else 1)).all()
+    assert (rows["silent"] == 0).all()
+    if measured:
+        np.testing.assert_allclose(rows["target_rank"], usual["target_rank"], atol=3)
+    else:
+        assert rows[["target_rank", "answer_top_ten"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("reading", ["plain", "effect"])
+def test_target_rank_of_some_segments(reading, bridge):
+    model, options = bridge("gpt2"), {"reading": reading, "progress": False}
+    every = target_rank(model, EDITS, **options).rows
+    some = target_rank(model, EDITS, segments=["last", "before"], **options).rows
+    kept = every[every["segment"].isin(["last", "before"])].reset_index(drop=True)
+    assert 0 < len(some) < len(every)
+    pd.testing.assert_frame_equal(some, kept, rtol=1e-3, atol=1.01)
+    one = target_rank(model, EDITS, segments="last", **options).rows
+    assert set(one["segment"]) == {"last"}
+
+
+def test_layer_cosine_of_effects(bridge):
+    model = bridge("llama")
+    rows = layer_cosine(model, EDITS, reading="effect", prepend_bos=False, progress=False).rows
+    assert len(rows) == len(EDITS) * tiny.LAYERS * (tiny.LAYERS - 1) / 2
+    for item, edit in enumerate(EDITS):
+        grads, names = alone(model, edit, False)
+        task = EffectOf(model, grads, NLL(edit.target_new))
+        cells = [(Site("W_out", layer), names.index("last")) for layer in range(tiny.LAYERS)]
+        expected = np.corrcoef(task.of(cells).scores.numpy())
+        for row in rows[rows["item"] == item].to_dict("records"):
+            value = expected[row["layer"], row["other"]]
+            assert row["cosine"] == pytest.approx(value, abs=0.01)
+
+
+def test_readings_that_an_experiment_does_not_take(bridge):
+    model = bridge("gpt2")
+    for options, message in (
+        ({"reading": "loud"}, "reading is 'loud'; there are"),
+        ({"reading": "transported"}, "here plain, dual, cosine or effect"),
+        ({"temper": 0.1}, "goes with reading='effect'"),
+        ({"reading": "dual", "normalize": True}, "normalize goes with reading='plain'"),
+        ({"segments": "first"}, "no segment 'first'; expected one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            target_rank(model, EDITS, **options)
+    with pytest.raises(ValueError, match="here there are plain and effect"):
+        layer_cosine(model, EDITS, reading="dual")
+    for experiment in (target_rank, layer_cosine):
+        with pytest.raises(NotImplementedError, match="W_out is a mixture"):
+            experiment(bridge("mixtral"), EDITS, matrices="W_out", reading="effect")
 
 
 @pytest.mark.parametrize("segment", ["last", "first subject"])

@@ -185,7 +185,7 @@ def test_every_experiment_says_what_it_is():
         assert experiment.name == name
         assert experiment.title
         assert experiment.source.startswith(("Figure", "Lemma"))
-        assert experiment.reading.endswith((".", "?"))
+        assert experiment.caption.endswith((".", "?"))
         assert experiment.published.endswith(".")
 
 

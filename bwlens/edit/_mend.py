@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
 
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits, as_records
@@ -19,8 +22,8 @@ from bwlens.edit.editor import Editors, nonzero
 from bwlens.edit.given import count, number
 from bwlens.edit.gradient import edit_gradients
 from bwlens.edit.known import open_edits
-from bwlens.edit.mend_passes import Passes, prompts_of
-from bwlens.edit.mend_training import Example, Plan, Training, digest
+from bwlens.edit.mend_passes import Passes, beginnings, prompts_of
+from bwlens.edit.mend_training import TEXT_TOKENS, Example, Plan, Training, digest
 from bwlens.gradient.guard import check_first_use
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.identity import fingerprint, model_label
@@ -34,7 +37,7 @@ from bwlens.runs.tensors import read_tensors, write_tensors
 
 _MATRICES = ("W_in", "W_out")
 _WHY = "MEND edits weights that every token passes; forward_pass_shift edits mixtures"
-_NEIGHBOURS = 2  # Of each record, so many are trained on.
+_NEIGHBOURS = 1  # Of each record, so many are trained on.
 
 
 @one_thread_at_a_time
@@ -72,20 +75,21 @@ def mend(
         >>> mend(model, edit, fitted="mend.safetensors")  # doctest: +SKIP
         WeightChange(W_in, W_out of layers 5-7; 22 rows, norm 1.3)
     """
-    editors = fitted if isinstance(fitted, Mend) else Mend.load(fitted)
+    if not isinstance(fitted, Mend):
+        fitted = _loaded(str(fitted), Path(fitted).stat().st_mtime_ns)
     listed = as_edits(edits)
-    editors.check(model, layers)
+    fitted.check(model, layers)
     listed, note = open_edits(model, listed, prepend_bos)
     if not listed:
         return WeightChange(note=note)
-    grads = edit_gradients(model, listed, _MATRICES, editors.layers, prepend_bos)
+    grads = edit_gradients(model, listed, _MATRICES, fitted.layers, prepend_bos)
     rows = {}
     for site, part in grads.items():
         there = nonzero(part.x, part.delta)
         rows[site] = part.x[there].float(), part.delta[there].float()
-    edited = editors.edited(rows)
-    details = {"method": "mend", "layers": editors.layers, "losses": grads.losses.tolist()}
-    parts = {site: LowRankMatrix(*pair) for site, pair in edited.items()}
+    editors = fitted.editors.to(next(iter(rows.values()))[0].device)
+    parts = {site: LowRankMatrix(*pair) for site, pair in editors(rows).items()}
+    details = {"method": "mend", "layers": fitted.layers, "losses": grads.losses.tolist()}
     return WeightChange(parts, note, details)
 
 
@@ -94,39 +98,40 @@ class Mend:
     """Editors fitted to a model, for `bwlens.edit.mend`.
 
     Attributes:
-        layers: The layers they edit, W_in and W_out of each.
+        shapes: (d_in, d_out) of each weight that is edited.
         rank: Of the networks' matrices.
+        tensors: The networks', by name.
         fingerprint: `bwlens.model.identity.fingerprint` of the model.
-        history: The held-out losses by training step: `step`, `loss`, `nll`, `kl`.
         label: What the model is called.
+        history: `step`, and on the held-out records there `loss`, `nll` and `kl`.
     """
 
-    editors: Editors
+    shapes: Mapping[Site, tuple[int, int]]
+    rank: int
+    tensors: Mapping[str, Tensor]
     fingerprint: str
     label: str = ""
-    history: Sequence[dict[str, float]] = ()
-    _known: WeakSet[Any] = field(default_factory=WeakSet)
+    history: Sequence[Mapping[str, float]] = ()
 
     @property
     def layers(self) -> list[int]:
-        """The layers that are edited."""
-        return sorted({site.layer for site in self.editors.shapes})
+        """The layers that are edited, W_in and W_out of each."""
+        return sorted({site.layer for site in self.shapes})
 
-    @property
-    def rank(self) -> int:
-        """The rank of the networks' matrices."""
-        return self.editors.rank
+    @cached_property
+    def editors(self) -> Editors:
+        """The networks."""
+        editors = Editors(self.shapes, self.rank)
+        editors.load_state_dict(dict(self.tensors))
+        return editors.requires_grad_(False)
 
     def __repr__(self) -> str:
         n = sum(parameter.numel() for parameter in self.editors.parameters())
-        trained = (
-            f"; {min(self.history, key=lambda h: h['loss'])['step']:,} steps"
-            if self.history
-            else ""
-        )
+        best = min(self.history, key=lambda check: check["loss"])["step"] if self.history else 0
         return (
-            f"Mend(W_in, W_out of layers {self.layers} of {self.label or self.fingerprint};"
-            f" rank {self.rank}, {n:,} parameters{trained})"
+            f"Mend(W_in, W_out of layers {', '.join(map(str, self.layers))} of"
+            f" {self.label or self.fingerprint}; rank {self.rank}, {n:,} parameters,"
+            f" {best:,} steps)"
         )
 
     @staticmethod
@@ -141,7 +146,7 @@ class Mend:
         lr: float = 1e-4,
         edits_per_step: int = 10,
         edit_weight: float = 0.1,
-        held_out: int = 40,
+        held_out: Any = 40,
         check_every: int = 100,
         patience: int = 5,
         seed: int = 0,
@@ -169,7 +174,7 @@ class Mend:
             lr: Adam's step size; ten times that for the logarithms of the step sizes.
             edits_per_step: Records in a step.
             edit_weight: Of the edits' loss beside the KL.
-            held_out: So many of the records, drawn by the seed, to stop by.
+            held_out: So many of the records, drawn by the seed, to stop by; or other records.
             check_every: Steps between two looks at them.
             patience: Checks without gain that end the training.
             seed: Of the draws and the networks' start.
@@ -190,47 +195,38 @@ class Mend:
             >>> fitted.save("mend.safetensors")  # doctest: +SKIP
         """
         taps = _taps(model, layers)
-        numbers = {"rank": rank, "edits_per_step": edits_per_step, "held_out": held_out}
-        numbers |= {"steps": steps, "check_every": check_every, "patience": patience}
-        for name, value in numbers.items():
+        counts = {"rank": rank, "steps": steps, "edits_per_step": edits_per_step}
+        for name, value in (counts | {"check_every": check_every, "patience": patience}).items():
             count(value, name)
         for name, value in {"lr": lr, "edit_weight": edit_weight}.items():
             if not number(value, name) > 0:
                 raise ValueError(f"{name} is {value}; expected a number > 0")
-        listed = list(as_records(records))
-        _check_records(listed, held_out, edits_per_step)
-        random.Random(f"{seed}|held out").shuffle(listed)
         with unwarned():
-            examples = _examples(model, listed, prepend_bos, progress)
+            train, kept = (
+                _examples(model, part, prepend_bos, progress)
+                for part in _split(records, held_out, edits_per_step, seed)
+            )
         lines = read_prose("demo" if locality is None else locality)
-        texts = prompts_of(model, [line[:_TEXT] for line in lines], None, prepend_bos)
-        shapes = {site: weight.shape for site, weight in _weights(model, taps).items()}
+        texts = beginnings(model, lines, TEXT_TOKENS, prepend_bos)
+        shapes = {site: w.shape for site, w in weights_of(model, [t.site for t in taps]).items()}
         check_first_use(model, taps)
         mark, place = fingerprint(model), None if folder is None else Path(folder)
         if place is not None:
             settings = {
-                "model": mark,
-                "layers": sorted({tap.site.layer for tap in taps}),
-                "examples": digest(examples, texts),
-                **{"rank": rank, "lr": lr, "edits_per_step": edits_per_step},
-                **{"edit_weight": edit_weight, "held_out": held_out, "seed": seed},
+                **{"model": mark, "layers": sorted({tap.site.layer for tap in taps})},
+                **{"examples": digest(train, kept, texts), "rank": rank, "lr": lr, "seed": seed},
+                **{"edits_per_step": edits_per_step, "edit_weight": edit_weight},
                 "check_every": check_every,
             }
-            Run(place, settings, [len(examples)])
+            Run(place, settings, [len(train)])
         passes = Passes(model, taps)
-        both = [(*one.paraphrases, *one.neighbours, one.edit) for one in examples]
-        passes.keep([*(prompt for each in both for prompt in each), *texts], place, progress)
+        passes.keep([*(p for one in (*train, *kept) for p in one.prompts), *texts], place, progress)
         editors = Editors(shapes, rank, seed)
         plan = Plan(steps, lr, edits_per_step, edit_weight, check_every, patience, seed)
-        train, kept = examples[held_out:], examples[:held_out]
         training = Training(passes, editors, train, kept, texts, plan, place)
         training.run(progress)
-        return Mend(editors.requires_grad_(False), mark, model_label(model), training.history)
-
-    def edited(self, rows: Any) -> Any:
-        """x~ and -rate * delta~ of each weight's rows, where these are."""
-        device = next(iter(rows.values()))[0].device
-        return self.editors.to(device)(rows)
+        tensors = {name: tensor.cpu() for name, tensor in editors.state_dict().items()}
+        return Mend(shapes, rank, tensors, mark, model_label(model), tuple(training.history))
 
     def check(self, model: LensModel, layers: Layers = None) -> None:
         """Refuse a model or layers that these were not fitted for.
@@ -248,16 +244,15 @@ class Mend:
                 f" together; leave layers out, or fit one with Mend.fit(model, records,"
                 f" layers={asked})"
             )
-        if model in self._known:
-            return
-        if (mark := fingerprint(model)) != self.fingerprint:
+        mark = _MARKS.get(model) or fingerprint(model)
+        if mark != self.fingerprint:
             raise ValueError(
                 f"this Mend was fitted on another model, {self.label or 'unnamed'} with fingerprint"
                 f" {self.fingerprint}; this one is {model_label(model)} with {mark}. Fit one on it"
                 f" with Mend.fit(model, records); if it is the same with changes applied, undo them"
                 f" first"
             )
-        self._known.add(model)
+        _MARKS[model] = mark
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the editors to a safetensors file; replaced whole or not at all.
@@ -266,13 +261,11 @@ class Mend:
             ValueError: There is no such folder.
         """
         about = {
-            "fingerprint": self.fingerprint,
-            "label": self.label,
-            "rank": self.rank,
-            "shapes": [[s.matrix, s.layer, *shape] for s, shape in self.editors.shapes.items()],
+            **{"fingerprint": self.fingerprint, "label": self.label, "rank": self.rank},
+            "shapes": [[s.matrix, s.layer, *shape] for s, shape in self.shapes.items()],
             "history": list(self.history),
         }
-        return write_tensors(path, self.editors.state_dict(), "Mend", {"about": json.dumps(about)})
+        return write_tensors(path, self.tensors, "Mend", {"about": json.dumps(about)})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Mend:
@@ -284,39 +277,49 @@ class Mend:
         """
         tensors, metadata = read_tensors(path, "Mend", "Mend.save")
         about = json.loads(metadata["about"])
-        shapes = {Site(m, layer): (d_in, d_out) for m, layer, d_in, d_out in about["shapes"]}
-        editors = Editors(shapes, about["rank"])
-        editors.load_state_dict(tensors)
-        editors.requires_grad_(False)
-        return Mend(editors, about["fingerprint"], about["label"], tuple(about["history"]))
+        shapes = {Site(m, layer): (d_in, d_out) for m, layer, d_in, d_out in about.pop("shapes")}
+        return Mend(shapes, tensors=tensors, **about)
 
 
-_TEXT = 400  # Characters of a text; its first tokens are all that is read.
+_MARKS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+"""Fingerprints of models that fitted, as they were before changes that were applied later."""
+
+
+@lru_cache(1)
+def _loaded(path: str, written: int) -> Mend:
+    return Mend.load(path)
 
 
 def _taps(model: LensModel, layers: Layers) -> list[Tap]:
     """W_in and W_out of the layers; of the last three where none are named."""
-    n = len(model.blocks) if layers is None else 0
-    chosen = resolve_layers(model, range(max(0, n - 3), n) if layers is None else layers)
+    chosen = resolve_layers(model, slice(-3, None) if layers is None else layers)
     return plain_taps(model, _MATRICES, chosen, _WHY)
 
 
-def _weights(model: LensModel, taps: Sequence[Tap]) -> dict[Site, Any]:
-    return weights_of(model, [tap.site for tap in taps])
-
-
-def _check_records(records: Sequence[Record], held_out: int, edits_per_step: int) -> None:
-    if lacking := [record.case_id for record in records if not record.paraphrase_prompts]:
+def _split(
+    records: Any, held_out: Any, edits_per_step: int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Records to train on and to stop by, all of them fit."""
+    train = list(as_records(records))
+    if isinstance(held_out, int):
+        n = count(held_out, "held_out")
+        random.Random(f"{seed}|held out").shuffle(train)
+        kept, train = train[:n], train[n:]
+    else:
+        n, kept = 0, list(as_records(held_out))
+    every = [*train, *kept]
+    if lacking := [record.case_id for record in every if not record.paraphrase_prompts]:
         raise ValueError(
-            f"{len(lacking)} of {len(records)} records have no paraphrase_prompts, the first with"
+            f"{len(lacking)} of {len(every)} records have no paraphrase_prompts, the first with"
             f" case_id {lacking[0]}; MEND learns to carry an edit over to them. Leave those out, or"
             f" make some with bwlens.make_records"
         )
-    if len(records) < (least := held_out + edits_per_step):
+    if len(train) < edits_per_step:
         raise ValueError(
-            f"{len(records)} records to fit MEND on; it needs {least} at least: {held_out} held out"
-            f" and {edits_per_step} for each step, and learns from thousands"
+            f"{len(train) + n} records to fit MEND on, too few: it needs {edits_per_step} for each"
+            f" step{f' beside {n} held out' * bool(n)}, and learns from thousands"
         )
+    return train, kept
 
 
 def _examples(

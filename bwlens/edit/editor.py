@@ -108,8 +108,9 @@ class Editor(nn.Module):
             strict=True,
         ):
             mean.copy_(rows.mean(0))
-            spread = rows.std(0)  # an entry that never moved (a dead neuron) may do so later
-            deviation.copy_(spread.clamp_min(0.01 * spread.mean()))
+            spread = rows.std(0, correction=0)
+            least = 0.01 * spread.mean()  # a neuron dead on all these rows may wake on others
+            deviation.copy_(spread.clamp_min(least if least > 0 else 1.0))
 
     def forward(self, x: Tensor, delta: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """x~ and -rate * delta~ of one weight's rows."""

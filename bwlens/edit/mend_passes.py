@@ -70,6 +70,15 @@ def prompts_of(
     ]
 
 
+def beginnings(
+    model: LensModel, texts: Sequence[str], most: int, prepend_bos: bool | None
+) -> list[Prompt]:
+    """The first tokens of each text, at most so many, as a prompt without a target."""
+    prompts = prompts_of(model, [text[: 12 * most] for text in texts], None, prepend_bos)
+    ids = [prompt.ids[:most] for prompt in prompts]
+    return [Prompt(own, len(own) - 1, (), own) for own in ids]
+
+
 class Passes:
     """Passes of one model from the first edited block on.
 

@@ -20,8 +20,9 @@ from bwlens.runs.parts import progress_bar
 from bwlens.runs.tensors import read_tensors, write_tensors
 
 _ROWS_OF = 300  # Examples whose rows give the mean and the deviation.
-_TEXT_TOKENS = (4, 24)  # Of a text, a beginning of so many tokens is asked about.
-_RATES = tuple(2.0**k for k in range(-12, 8))
+TEXT_TOKENS = 24  # Of a text, a beginning of at most so many tokens is asked about.
+_LEAST = 4
+_RATES = tuple(4.0**k for k in range(-5, 5))
 _LARGEST = 100.0  # Gradients are clipped to this norm, as in the authors' code.
 _FORM = "MendTraining"
 
@@ -33,6 +34,11 @@ class Example:
     edit: Prompt
     paraphrases: tuple[Prompt, ...]
     neighbours: tuple[Prompt, ...]
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """All of them."""
+        return self.edit, *self.paraphrases, *self.neighbours
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,8 @@ class Training:
         stay = [(draw.choice(e.neighbours), i) for i, e in enumerate(examples) if e.neighbours]
         for i in owners if self._texts else ():
             text = draw.choice(self._texts)
-            least, most = _TEXT_TOKENS
-            stay.append((text.cut(draw.randint(least, max(least, min(most, len(text.ids))))), i))
+            most = len(text.ids)
+            stay.append((text.cut(draw.randint(min(_LEAST, most), most)), i))
         kept, whose = [prompt for prompt, _ in stay], [owner for _, owner in stay]
         with torch.no_grad():
             before = self._passes.logits(kept)[:, 0].log_softmax(-1)
@@ -203,6 +209,6 @@ class Training:
         )
 
 
-def digest(examples: Sequence[Example], texts: Sequence[Prompt]) -> str:
+def digest(*parts: Sequence[Example | Prompt]) -> str:
     """Sixteen hexadecimal digits that tell what is trained on."""
-    return hashlib.sha256(repr((list(examples), list(texts))).encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(tuple(map(list, parts))).encode()).hexdigest()[:16]

@@ -111,7 +111,11 @@ class Mend:
     tensors: Mapping[str, Tensor]
     fingerprint: str
     label: str = ""
-    history: Sequence[Mapping[str, float]] = ()
+    history: Sequence[Mapping[str, float | int]] = ()
+
+    def __post_init__(self) -> None:
+        # In one order, read or fitted: the rows of an evaluation hang on them.
+        object.__setattr__(self, "tensors", dict(sorted(self.tensors.items())))
 
     @property
     def layers(self) -> list[int]:
@@ -186,7 +190,6 @@ class Mend:
             ValueError: Too few records, one without paraphrases or that cannot be tokenised, a
                 malformed argument, or a folder with a training of other settings.
             NotImplementedError: A mixture of experts, or a model out of scope.
-            FloatingPointError: The loss is no longer finite.
 
         Source: Mitchell et al., "Fast Model Editing at Scale", ICLR 2022, section 3.
 

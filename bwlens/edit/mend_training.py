@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ class Training:
         self._passes, self._editors, self._plan = passes, editors, plan
         self._examples, self._held_out, self._texts = examples, held_out, texts
         self._path = folder and folder / "training.safetensors"
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, float | int]] = []
         rates = [p for name, p in editors.named_parameters() if name.endswith("log_rate")]
         others = [p for name, p in editors.named_parameters() if not name.endswith("log_rate")]
         groups = [{"params": others}, {"params": rates, "lr": 10 * plan.lr}]
@@ -99,9 +100,8 @@ class Training:
         plan, done = self._plan, int(self.history[-1]["step"])
         with progress_bar("Training MEND", plan.steps, done, progress) as advance:
             for step in range(done, plan.steps):
-                if self._stalled():
+                if self._stalled() or not self._step(step):
                     break
-                self._step(step)
                 advance(1)
                 if (step + 1) % plan.check_every == 0 or step + 1 == plan.steps:
                     self._check(step + 1)
@@ -125,22 +125,26 @@ class Training:
         )
         self._check(0)
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int) -> bool:
+        """One step of Adam; False, and a warning, where the loss is no longer finite."""
         draw = random.Random(f"{self._plan.seed}|{step}")
         examples = draw.sample(self._examples, self._plan.edits_per_step)
         edit_loss, kl = self._losses(examples, draw)
         loss = self._plan.edit_weight * edit_loss + kl
         if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the training loss is {float(loss)} at step {step}; what was reached before is"
-                f" kept. Take a smaller lr than {self._plan.lr:g}"
+            warnings.warn(
+                f"the training loss is {loss.item()} at step {step}, so training ends and the best"
+                f" so far is kept; take a smaller lr than {self._plan.lr:g}",
+                stacklevel=4,
             )
+            return False
         parameters = list(self._editors.parameters())
         for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = slope
         torch.nn.utils.clip_grad_norm_(parameters, _LARGEST)
         self._adam.step()
         self._adam.zero_grad()
+        return True
 
     def _losses(self, examples: Sequence[Example], draw: random.Random) -> tuple[Tensor, Tensor]:
         """NLL of the paraphrases, and KL(before || after) of next words that are to stay."""
@@ -161,7 +165,7 @@ class Training:
         return nll(logits[: len(said)], said).mean(), kl
 
     @torch.no_grad()
-    def _on(self, examples: Sequence[Example]) -> dict[str, float]:
+    def _on(self, examples: Sequence[Example]) -> dict[str, float | int]:
         """The mean losses on some examples, drawn alike each time."""
         n, sums = self._plan.edits_per_step, torch.zeros(2)
         for start in range(0, len(examples), n):
@@ -200,7 +204,7 @@ class Training:
         groups = self._adam.state_dict()["param_groups"]
         self._adam.load_state_dict({"state": state, "param_groups": groups})
 
-    def _best_check(self) -> dict[str, float]:
+    def _best_check(self) -> dict[str, float | int]:
         return min(self.history, key=lambda one: one["loss"])
 
     def _stalled(self) -> bool:

@@ -165,10 +165,10 @@ def test_fitting_lowers_the_loss_and_leaves_the_model(kind, boot, tokenizer):
     hooked = kind.startswith("hooked")
     model = tiny.hooked_transformer("gpt2", tokenizer=tokenizer) if hooked else boot(kind)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = {**QUICK, "lr": 1e-2, "check_every": 6, "held_out": records(4)}
-    fitted = Mend.fit(model, records(4), steps=6, edit_weight=1.0, **settings)
+    settings = {**QUICK, "check_every": 8, "held_out": records(4)}
+    fitted = Mend.fit(model, records(4), steps=8, edit_weight=1.0, **settings)
     first, last = [check["loss"] for check in fitted.history]
-    assert last < 0.97 * first
+    assert last < 0.99 * first
     assert fitted.layers == [0, 1, 2]
     change = mend(model, EDITS[0], fitted=fitted, prepend_bos=False)
     assert [part.n for part in change.values()] == [part.n for part in change.compress().values()]

@@ -3,6 +3,8 @@
 from bwlens.changes.change import WeightChange as WeightChange
 from bwlens.edit._fine_tune import fine_tune as fine_tune
 from bwlens.edit._memit import memit as memit
+from bwlens.edit._mend import Mend as Mend
+from bwlens.edit._mend import mend as mend
 from bwlens.edit._rome import rome as rome
 from bwlens.edit._subject_shift import subject_shift as subject_shift
 from bwlens.edit._where import KeyResponses as KeyResponses

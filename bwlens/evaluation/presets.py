@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from bwlens.data.given import OneEdit, as_edits
-from bwlens.edit import WeightChange, fine_tune, gradient_step
+from bwlens.edit import WeightChange, fine_tune, gradient_step, mend
 from bwlens.edit.shift import default_layer
 from bwlens.edit.whitened import PREFIXES
 from bwlens.evaluation.methods import Method, editing_methods, named_method
@@ -14,7 +15,7 @@ from bwlens.model.identity import is_demo
 from bwlens.model.passes import run
 from bwlens.model.prompts import make_batch
 
-_TITLES = {"rome": "ROME", "memit": "MEMIT", "none": "original"}
+_TITLES = {"rome": "ROME", "memit": "MEMIT", "mend": "MEND", "none": "original"}
 _ORDER = ("gradient_step", "rome", "memit", "forward_pass_shift")
 
 _DEMO: dict[str, dict[str, dict[str, Any]]] = {
@@ -38,20 +39,21 @@ MEMIT do better at the prompt's last token than at the subject's; of ROME both a
 """
 
 
-def table1_methods(model: Any) -> tuple[Method, ...]:
+def table1_methods(model: Any, fitted: Any = None) -> tuple[Method, ...]:
     """The model as it is, then every method there is, in the order of the paper's Table 1.
 
     Fine-tuning is done at the first layer and where the shift writes (layers 0 and 35 of GPT-2 xl,
     as in the paper); the gradient step takes the smallest step that makes the answer the new one;
-    the others come with their own defaults.
+    the others come with their own defaults. MEND takes part with `fitted`, a `bwlens.edit.Mend`.
     """
     held = editing_methods()
     layers = dict.fromkeys((0, default_layer(model)))
     tuned = [
         Method(f"fine-tuning, MLP {layer}", fine_tune, {"layers": [layer]}) for layer in layers
     ]
-    own = {**held, "gradient_step": smallest_gradient_step}
-    rest = [name for name in held if name not in (*_ORDER, "fine_tune")]
+    own = {**held, "gradient_step": smallest_gradient_step, "mend": partial(mend, fitted=fitted)}
+    left_out = ("fine_tune", "mend") if fitted is None else ("fine_tune",)
+    rest = [name for name in held if name not in (*_ORDER, *left_out)]
     names = [name for name in (*_ORDER, *rest) if name in held]
     return (
         Method("original"),

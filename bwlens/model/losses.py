@@ -91,8 +91,9 @@ def forward(
     objective: Callable[[Tensor, Batch], Tensor],
     taps: Collection[Tap | ExpertTap] = (),
     points: Collection[Point] = (),
+    **options: Any,
 ) -> Run:
-    """Run the model and the objective, and check what the objective gave.
+    """Run the model (`options` as `passes.run` has them) and the objective, and check its losses.
 
     Raises:
         NotImplementedError: A module that autograd cannot follow takes part, or a tap that passed
@@ -100,7 +101,7 @@ def forward(
         ValueError: The objective gave something else than one finite loss per prompt.
     """
     with alone_with(model), in_eval_mode(model), torch.enable_grad():
-        passed = run(model, batch.tokens, taps=taps, points=points, graph=True)
+        passed = run(model, batch.tokens, taps=taps, points=points, graph=True, **options)
         losses: Any = objective(wide(passed.logits), batch)
     if not isinstance(losses, Tensor) or losses.shape != (len(batch),):
         found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +19,6 @@ from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
 from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
-from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site, resolve_layers
 
@@ -103,7 +102,7 @@ def memit(
     if not listed:
         return WeightChange(note=note, details={"method": "memit", "layers": chosen})
     search = replace(search, prefixes=search.before(model))
-    values = [search.value(model, edit, sites[-1], of_stream=True) for edit in _shown(listed)]
+    values = search.values(model, listed, sites[-1], of_stream=True)
     plain, around = search.contexts(model, listed, alone=True), search.contexts(model, listed)
     shifts = torch.stack([value.delta for value in values])
 
@@ -143,12 +142,3 @@ def normal_rows(
     gram = whitened @ keys.double().T
     gram = (gram + gram.T) / 2 + weight * torch.eye(len(keys)).to(gram)
     return torch.linalg.solve(gram, whitened)
-
-
-def _shown(edits: list[Edit]) -> Iterable[Edit]:
-    """The edits one by one, with a progress bar where there are several."""
-    if len(edits) == 1:
-        return edits
-    from rich.progress import track
-
-    return track(edits, description="values", transient=True)

@@ -94,7 +94,7 @@ def rome(
     change, losses = WeightChange(), []
     for edit in listed:
         with change.applied(model):
-            value = replace(search, prefixes=before).value(model, edit, site)
+            (value,) = replace(search, prefixes=before).values(model, [edit], site)
         losses.append(value.losses)
         whitened = whitener.whitened(value.key[None])
         u = whitened / (whitened @ value.key.double())

@@ -46,7 +46,7 @@ def test_against_the_algorithm_written_out(name, boot):
     search = ValueSearch(ValueSettings(steps=4, clamp=0.75), PREFIXES, "subject", None)
     goals = []
     for edit in EDITS:
-        value = search.value(model, edit, sites[-1], of_stream=True)
+        value = search.values(model, [edit], sites[-1], of_stream=True)[0]
         alone = contexts_of(model, [edit], (), "subject", None, targets=False)
         goals.append(alone.at(stream_after(model, alone.batch, 1))[0, 0] + value.delta)
     twin, goal = tiny.bridge(name, model.tokenizer), torch.stack(goals)

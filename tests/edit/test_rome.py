@@ -42,7 +42,7 @@ def test_the_constraint_holds(name, boot):
     contexts = contexts_of(model, [EDIT], PREFIXES, "subject", None)
     key = contexts.at(passed_by(model, contexts.batch, ["W_out"], 1).x[site])[0].mean(0)
     settings = ValueSettings(steps=5)
-    value = search(settings, PREFIXES).value(model, EDIT, site)
+    value = search(settings, PREFIXES).values(model, [EDIT], site)[0]
     torch.testing.assert_close(value.key, key)
     weight = weight_of(model, site)
     target = key @ weight.read() + value.delta
@@ -56,7 +56,7 @@ def test_smallest_of_all_solutions(boot):
     model, site = boot("gpt2"), Site("W_out", 1)
     held = statistics(model)
     change = rome(model, EDIT, layer=1, steps=3, prefixes=(), statistics=held)
-    value = search(ValueSettings(steps=3), ()).value(model, EDIT, site)
+    value = search(ValueSettings(steps=3), ()).values(model, [EDIT], site)[0]
     moment, key = held[site].second_moment, value.key.double()
     n = len(key)
     system = torch.zeros(n + 1, n + 1, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_the_value_against_adam_by_hand(name, boot):
     """The same loss, written out on an unbridged copy, one prompt at a time."""
     model, hf = boot(name), tiny.hf_model(name).requires_grad_(False)
     settings = ValueSettings(steps=4, clamp=0.4)
-    value = search(settings, PREFIXES, False).value(model, EDIT, Site("W_out", 1))
+    value = search(settings, PREFIXES, False).values(model, [EDIT], Site("W_out", 1))[0]
     texts = ["t5 t6 t9 t30 t41", *(f"{p} t5 t6 t9 t30 t41" for p in PREFIXES)]
     rows = [[int(word[1:]) for word in text.split()] for text in texts]
     positions = [1, 3, 5, 1]
@@ -114,7 +114,7 @@ def test_the_divergence_is_the_new_models_from_the_original():
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
     # The first step is the same, as the divergence is flat at the start.
     with_it, without = (
-        search(ValueSettings(1, 3.0, kl_factor, clamp=9.0), ()).value(model, edit, site)
+        search(ValueSettings(1, 3.0, kl_factor, clamp=9.0), ()).values(model, [edit], site)[0]
         for kl_factor in (1.0, 0.0)
     )
     torch.testing.assert_close(with_it.delta, without.delta, rtol=1e-3, atol=1e-3)

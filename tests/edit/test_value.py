@@ -85,10 +85,10 @@ def test_where_the_user_changes_an_mlp_by_position(boot):
 def test_several_in_one_batch_are_as_each_by_itself(of_stream, boot):
     model = boot("gpt2")
     site, settings = Site("W_out", 1), {"of_stream": of_stream}
-    search = ValueSearch(ValueSettings(4, 0.02, weight_decay=0.0), PREFIXES, "subject", None)
+    search = ValueSearch(ValueSettings(4, 2e-3, weight_decay=0.0), PREFIXES, "subject", None)
     third = min(value.losses[2] for value in search.values(model, EDITS, site, **settings))
     search = ValueSearch(
-        replace(search.settings, stop_loss=third + 1e-3), PREFIXES, "subject", None
+        replace(search.settings, stop_loss=third + 1e-5), PREFIXES, "subject", None
     )
     together = search.values(model, EDITS, site, **settings)
     for edit, value in zip(EDITS, together, strict=True):

@@ -20,10 +20,10 @@ from torch import Tensor
 from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, texts_of
 from bwlens.edit.keys import Contexts, Position, check_position, contexts_of
-from bwlens.model.passes import device_of, run, wide
-from bwlens.model.prompts import Batch, Edit, padded
+from bwlens.model.passes import device_of, run
+from bwlens.model.prompts import Edit, padded
 from bwlens.model.protocol import LensModel
-from bwlens.model.sites import Point, Site
+from bwlens.model.sites import Site
 from bwlens.model.tokens import text_to_ids
 
 LARGEST_STEP = 1e30
@@ -109,11 +109,9 @@ class ValueSearch:
         """The prefixes."""
         return prefixes_of(model, self.prefixes, self.prepend_bos)
 
-    def contexts(
-        self, model: LensModel, edits: Sequence[Edit], alone: bool = False, targets: bool = False
-    ) -> Contexts:
-        """Prompts behind the prefixes, or `alone`."""
-        before = () if alone else self.before(model)
+    def contexts(self, model: LensModel, edits: Sequence[Edit], targets: bool = False) -> Contexts:
+        """Each prompt by itself and behind the prefixes."""
+        before = self.before(model)
         return contexts_of(model, edits, before, self.position, self.prepend_bos, targets)
 
     def values(
@@ -159,12 +157,6 @@ class ValueSearch:
             targets=tuple(targets[i] for i in order),
         )
         return Contexts(batch, tuple(positions[i] for i in order), first.n + 1)
-
-
-def stream_after(model: LensModel, batch: Batch, layer: int) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after a block, in one forward pass without gradients."""
-    point = Point(model.blocks[layer], "output")
-    return wide(run(model, batch.tokens, points=[point]).seen[point][0])
 
 
 def prefixes_of(

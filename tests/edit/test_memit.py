@@ -9,7 +9,9 @@ from bwlens.changes.change import WeightChange
 from bwlens.edit._memit import memit, normal_rows
 from bwlens.edit.keys import contexts_of, passed_by
 from bwlens.edit.statistics import key_statistics
-from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
+from bwlens.edit.value import ValueSearch, ValueSettings
+from bwlens.model.passes import run
+from bwlens.model.sites import Point
 from tests import tiny
 
 EDITS = [
@@ -20,6 +22,11 @@ EDITS = [
 PREFIXES = ("t20 t21",)
 TEXTS = [" ".join(f"t{4 + (7 * i + 3 * j * j) % 57}" for j in range(40)) for i in range(12)]
 SETTINGS = {"layers": [0, 1], "steps": 4, "prefixes": PREFIXES}
+
+
+def stream_after(model, batch, layer):
+    point = Point(model.blocks[layer], "output")
+    return run(model, batch.tokens, points=[point]).seen[point][0]
 
 
 def test_rows_are_the_normal_equations(bridge):

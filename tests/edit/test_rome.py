@@ -51,6 +51,25 @@ def test_the_constraint_holds(name, boot):
     assert value.losses == change.details["losses"][0]
 
 
+@pytest.mark.parametrize("keys", ["mean", "plain", "mixed"])
+def test_which_key_reaches_the_value(keys, boot):
+    model, site = boot("llama"), Site("W_out", 1)
+    held = statistics(model)
+    change = rome(model, EDIT, layer=1, steps=3, prefixes=PREFIXES, statistics=held, keys=keys)
+    (value,) = search(ValueSettings(steps=3), PREFIXES).values(model, [EDIT], site)
+    mean, plain = value.key, value.plain_key
+    contexts = contexts_of(model, [EDIT], (), "subject", None)
+    alone = contexts.at(passed_by(model, contexts.batch, ["W_out"], 1).x[site])[0, 0]
+    torch.testing.assert_close(plain, alone)
+    assert not torch.allclose(mean, plain, rtol=1e-2)
+    reached = {"mean": mean, "plain": plain, "mixed": plain}[keys]
+    torch.testing.assert_close(reached @ change[site].dense(), value.delta, rtol=1e-4, atol=1e-5)
+    whitened = {"mean": mean, "plain": plain, "mixed": mean}[keys].double()
+    u = change[site].x[0].double() @ held[site].second_moment
+    cosine = torch.nn.functional.cosine_similarity(u, whitened, dim=0)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_smallest_of_all_solutions(boot):
     """Against constrained least squares, min tr(D^T C D) with k D = r, from its KKT system."""
     model, site = boot("gpt2"), Site("W_out", 1)
@@ -193,3 +212,8 @@ def test_flips_an_answer_of_the_demo_model():
     with change.applied(model), torch.no_grad():
         answer = int(model("Lionel Messi plays for")[0, -1].argmax())
     assert model.tokenizer.decode([answer]) == " Paris"
+
+
+def test_no_such_key(boot, unchecked):
+    with pytest.raises(ValueError, match="keys must be 'mean', 'plain' or 'mixed', found 'first'"):
+        rome(boot("gpt2"), EDIT, layer=1, keys="first")

@@ -1,6 +1,7 @@
 """Editing facts: methods that compute a change of the weights, and the change itself."""
 
 from bwlens.changes.change import WeightChange as WeightChange
+from bwlens.edit._alpha_edit import alpha_edit as alpha_edit
 from bwlens.edit._fine_tune import fine_tune as fine_tune
 from bwlens.edit._memit import memit as memit
 from bwlens.edit._mend import Mend as Mend

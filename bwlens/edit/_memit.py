@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,17 +14,15 @@ from torch import Tensor
 from bwlens.changes.change import WeightChange
 from bwlens.data.given import Edits, as_edits
 from bwlens.edit.given import number
-from bwlens.edit.keys import Position, keys_of
+from bwlens.edit.keys import Position
 from bwlens.edit.known import open_edits
+from bwlens.edit.spread import range_of, spread
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
-from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
-from bwlens.gradient.matrix import LowRankMatrix
+from bwlens.edit.value import ValueSearch, ValueSettings
 from bwlens.model.locking import one_thread_at_a_time
-from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
-from bwlens.model.sites import Layers, Site, resolve_layers
+from bwlens.model.sites import Layers, Site
 
-_FIRST, _LAST = 13 / 47, 17 / 47  # Layers 13 to 17 of 0 to 47 in the paper's GPT-2 xl.
 _WEIGHT, _WIDTH = 20_000, 6_400  # lambda there, and the width of its keys.
 
 
@@ -94,40 +93,22 @@ def memit(
     search = ValueSearch(settings, prefixes, position, prepend_bos)
     if weight is not None and not number(weight, "weight") > 0:
         raise ValueError(f"weight is {weight}; expected a number of tokens > 0")
-    top = len(model.blocks) - 1
-    default = range(int(_FIRST * top), int(_LAST * top) + 1)
-    chosen = resolve_layers(model, default if layers is None else layers)
-    sites = [Site("W_out", layer) for layer in chosen]
+    sites = range_of(model, layers)
     whiteners = statistics_for(model, sites, statistics)
     listed, note = open_edits(model, listed, prepend_bos)
+    details: dict[str, Any] = {"method": "memit", "layers": [site.layer for site in sites]}
     if not listed:
-        return WeightChange(note=note, details={"method": "memit", "layers": chosen})
-    search = replace(search, prefixes=search.before(model))
-    values = [search.value(model, edit, sites[-1], of_stream=True) for edit in _shown(listed)]
-    plain, around = search.contexts(model, listed, alone=True), search.contexts(model, listed)
-    shifts = torch.stack([value.delta for value in values])
+        return WeightChange(note=note, details=details)
 
-    def stream() -> Tensor:
-        return plain.at(stream_after(model, plain.batch, chosen[-1]))[:, 0]
-
-    goal = stream() + shifts
-    change, missing = WeightChange(), []
-    for site, left in zip(sites, range(len(sites), 0, -1), strict=True):
-        with change.applied(model):
-            keys = around.at(keys_of(model, around.batch, "W_out", site.layer)[site]).mean(1)
-            residual = goal - stream()
-        missing.append(float(residual.norm(dim=1).mean()))
+    def rows(site: Site, keys: Tensor) -> Tensor:
         tokens = _WEIGHT * keys.shape[1] / _WIDTH if weight is None else weight
-        x = normal_rows(whiteners[site], keys, tokens)
-        change = change + WeightChange({site: LowRankMatrix(x.to(residual), residual / left)})
-    with change.applied(model):
-        residual = goal - stream()
-    details = {
-        "method": "memit",
-        "layers": chosen,
-        "losses": [value.losses for value in values],
-        "missing": [*missing, float(residual.norm(dim=1).mean())],
-    }
+        return normal_rows(whiteners[site], keys, tokens)
+
+    search = replace(search, prefixes=search.before(model))
+    values = search.values(model, listed, sites[-1], of_stream=True)
+    shifts = torch.stack([value.delta for value in values])
+    change, spreading = spread(model, listed, sites, search, shifts, rows)
+    details |= {"losses": [value.losses for value in values], **spreading}
     return WeightChange(change.parts, note, details)
 
 
@@ -143,12 +124,3 @@ def normal_rows(
     gram = whitened @ keys.double().T
     gram = (gram + gram.T) / 2 + weight * torch.eye(len(keys)).to(gram)
     return torch.linalg.solve(gram, whitened)
-
-
-def _shown(edits: list[Edit]) -> Iterable[Edit]:
-    """The edits one by one, with a progress bar where there are several."""
-    if len(edits) == 1:
-        return edits
-    from rich.progress import track
-
-    return track(edits, description="values", transient=True)

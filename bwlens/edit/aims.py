@@ -1,10 +1,13 @@
 """What an edit is to make probable: the targets' tokens behind each of its contexts.
 
-A value is searched over many passes that differ in the shift at one matrix alone. So the blocks
-below the matrix run once, and only the positions that predict the target pass the unembedding.
+A value is searched over many passes that differ in the shift at one matrix alone. So what is below
+the matrix runs once; above it only the tokens from the key's on are computed anew, the keys and
+values of those before them kept; and only what predicts the target passes the unembedding.
 """
 
 from __future__ import annotations
+
+from itertools import takewhile
 
 import torch
 from einops import repeat
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from bwlens.edit.keys import Contexts, key_taps, shift_of
 from bwlens.model.flows import as_rows
+from bwlens.model.partly import Partly, linear_maps, token_wise
 from bwlens.model.passes import run, wide
 from bwlens.model.prompts import Batch
 from bwlens.model.protocol import LensModel
@@ -40,22 +44,44 @@ class Aims:
         (self._tap,) = key_taps(model, site.matrix, site.layer)
         self._positions, ids, mask = _places(batch)
         self._ids, self.mask = contexts.by_edit(ids), contexts.by_edit(mask)
-        end = Point(model.blocks[site.layer], "output")
+        block, *above = model.blocks[site.layer :]
+        end = Point(block, "output")
+        given = [*model.blocks[: site.layer], *linear_maps(block)]
+        shifted = [point.module for point in self._tap.z]
+        again = [part for each in above for part in token_wise(each)]
         passed = run(
             model,
             batch.tokens,
             taps=[self._tap],
             points=[end],
-            keeping=list(model.blocks[: site.layer]),
+            keeping=dict.fromkeys([*given, *shifted, *again]),
             positions=self._positions,
         )
-        self._below = passed.left
+        left, n_tokens = passed.left, batch.tokens.numel()
+        before = takewhile(lambda part: part not in shifted, left)  # in the order they ran
+        self._given = {part: left[part] for part in before if part in given}
+        kept = {part: left[part] for part in again if isinstance(left.get(part), Tensor)}
+        by_token = {part: t for part, t in kept.items() if t.shape[:-1].numel() == n_tokens}
+        self._again = Partly(self._rows(), by_token)
         (flow,) = passed.flows
         shape = batch.tokens.shape
         self.keys, self.outputs = (
             contexts.at(wide(as_rows(rows)).unflatten(0, shape)) for rows in (flow.x, flow.z)
         )
         self.stream = contexts.at(wide(passed.seen[end][0]))
+
+    def _rows(self) -> Int[Tensor, " n"]:
+        """The rows of the flattened batch from each prompt's key to its last prediction."""
+        n_pos = self._contexts.batch.tokens.shape[1]
+        ends = self._positions.amax(1).tolist()
+        spans = zip(self._contexts.rows.tolist(), ends, strict=True)
+        return torch.tensor(
+            [
+                row
+                for i, (first, end) in enumerate(spans)
+                for row in range(first, i * n_pos + end + 1)
+            ]
+        )
 
     def words(
         self, shifts: Float[Tensor, "edit d_out"]
@@ -71,7 +97,8 @@ class Aims:
             batch.tokens,
             additions=[shift_of(self._tap, batch, contexts.rows, rows)],
             positions=self._positions,
-            giving=self._below,
+            giving=self._given,
+            partly=self._again,
             graph=shifts.requires_grad,
         )
         return contexts.by_edit(wide(passed.logits).log_softmax(-1))

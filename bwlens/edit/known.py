@@ -11,6 +11,8 @@ from bwlens.model.passes import run
 from bwlens.model.prompts import Batch, Edit, make_batch
 from bwlens.model.protocol import LensModel
 
+_AT_ONCE = 32  # Edits that are asked in one batch.
+
 
 def open_edits(
     model: LensModel, edits: Sequence[Edit], prepend_bos: bool | None = None
@@ -22,9 +24,12 @@ def open_edits(
     Raises:
         ValueError: A prompt or target that cannot be tokenised, or is too long.
     """
-    prompts, targets = [edit.text for edit in edits], [edit.target_new for edit in edits]
-    batch = make_batch(model, prompts, targets, prepend_bos=prepend_bos)
-    known = answered(run(model, batch.tokens).logits, batch)
+    known: list[bool] = []
+    for start in range(0, len(edits), _AT_ONCE):
+        some = edits[start : start + _AT_ONCE]
+        prompts, targets = [edit.text for edit in some], [edit.target_new for edit in some]
+        batch = make_batch(model, prompts, targets, prepend_bos=prepend_bos)
+        known += answered(run(model, batch.tokens).logits, batch)
     left = [edit for edit, is_known in zip(edits, known, strict=True) if not is_known]
     return left, known_note(edits, known)
 

@@ -5,9 +5,10 @@ Also the prefixes behind which both read keys and values, drawn from the model i
 
 from __future__ import annotations
 
+import math
 import numbers
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,15 +20,16 @@ from torch import Tensor
 from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, texts_of
 from bwlens.edit.keys import Contexts, Position, check_position, contexts_of
-from bwlens.model.passes import device_of, run, wide
-from bwlens.model.prompts import Batch, Edit, padded
+from bwlens.model.passes import device_of, run
+from bwlens.model.prompts import Edit, padded
 from bwlens.model.protocol import LensModel
-from bwlens.model.sites import Point, Site
+from bwlens.model.sites import Site
 from bwlens.model.tokens import text_to_ids
 
 LARGEST_STEP = 1e30
 """Steps of Adam stay below; its arithmetic overflows float32 somewhat above."""
 
+_AT_ONCE = 64  # Prompts that pass the model in one batch.
 _LENGTHS = (5,) * 10 + (10,) * 10  # ROME's: ten prefixes of five tokens, ten of ten.
 _AMONG = 5  # Each token is drawn from the model's five most probable.
 _PREFIXES: WeakKeyDictionary[Any, dict[Any, tuple[str, ...]]] = WeakKeyDictionary()
@@ -72,11 +74,13 @@ class Value:
 
     Attributes:
         key: k*, the mean key over the contexts [d_in].
+        plain_key: The key at the prompt by itself [d_in].
         delta: What is added to the output at the key's token [d_model].
         losses: The loss before each step, and after the last.
     """
 
     key: Float[Tensor, " d_in"]
+    plain_key: Float[Tensor, " d_in"]
     delta: Float[Tensor, " d_model"]
     losses: tuple[float, ...]
 
@@ -105,47 +109,54 @@ class ValueSearch:
         """The prefixes."""
         return prefixes_of(model, self.prefixes, self.prepend_bos)
 
-    def contexts(
-        self, model: LensModel, edits: Sequence[Edit], alone: bool = False, targets: bool = False
-    ) -> Contexts:
-        """Prompts behind the prefixes, or `alone`."""
-        before = () if alone else self.before(model)
+    def contexts(self, model: LensModel, edits: Sequence[Edit], targets: bool = False) -> Contexts:
+        """Each prompt by itself and behind the prefixes."""
+        before = self.before(model)
         return contexts_of(model, edits, before, self.position, self.prepend_bos, targets)
 
-    def value(self, model: LensModel, edit: Edit, site: Site, *, of_stream: bool = False) -> Value:
-        """The shift of W_out's output at the key's token that makes the target probable.
+    def values(
+        self, model: LensModel, edits: Sequence[Edit], site: Site, *, of_stream: bool = False
+    ) -> list[Value]:
+        """For each edit the shift of W_out's output at its key that makes its target probable.
 
-        Gradients are taken with respect to the shift alone; the model is left as it was. `size` is
-        W_out's output at the plain prompt (ROME), or with `of_stream` the stream after the block.
+        Each is searched on the model as it is, whichever others pass it in the same batch. `size`
+        is W_out's output at the plain prompt (ROME), or with `of_stream` the stream after the
+        block.
 
         Raises:
-            ValueError: The subject is not in the prompt, or the loss is no longer finite.
+            ValueError: A subject is not in its prompt, or a loss is no longer finite.
         """
-        aims = Aims(model, self._with_essence(model, edit), site)
-        output = (aims.stream if of_stream else aims.outputs)[0, 0]
-        delta, losses = _solved(aims, self.settings, float(output.norm().clamp(min=1e-9)))
-        return Value(aims.keys[0, :-1].mean(0), delta, losses)
+        values: list[Value] = []
+        size = max(1, _AT_ONCE // (len(self.before(model)) + 2))
+        for start in _shown(range(0, len(edits), size)):
+            aims = Aims(model, self._with_essence(model, edits[start : start + size]), site)
+            sizes = (aims.stream if of_stream else aims.outputs)[:, 0].norm(dim=-1)
+            solved = _solved(aims, self.settings, sizes.clamp(min=1e-9))
+            keys, plain = aims.keys[:, :-1].mean(1), aims.keys[:, 0]
+            values += [Value(*one) for one in zip(keys, plain, *solved, strict=True)]
+        return values
 
-    def _with_essence(self, model: LensModel, edit: Edit) -> Contexts:
-        """The prompt behind the prefixes and, last, "{subject} is a", whose target is not read."""
-        essence = Edit("{} is a", edit.subject, edit.target_new)
-        contexts = self.contexts(model, [edit], targets=True)
-        last = contexts_of(model, [essence], (), self.position, self.prepend_bos, targets=False)
-        target = contexts.batch.targets[0]
-        rows = [
-            (*batch.tokens[i, :length].tolist(), *target[:-1])
-            for batch in (contexts.batch, last.batch)
-            for i, length in enumerate(batch.prompt_lengths.tolist())
+    def _with_essence(self, model: LensModel, edits: Sequence[Edit]) -> Contexts:
+        """Each prompt behind the prefixes and, last, "{subject} is a", whose target is not read."""
+        essences = [Edit("{} is a", edit.subject, edit.target_new) for edit in edits]
+        first = self.contexts(model, edits, targets=True)
+        last = contexts_of(model, essences, (), self.position, self.prepend_bos, targets=False)
+        targets = [*first.batch.targets, *first.batch.targets[:: first.n]]
+        lengths = torch.cat([first.batch.prompt_lengths, last.batch.prompt_lengths])
+        positions = [*first.positions, *last.positions]
+        tokens = [*first.batch.tokens.tolist(), *last.batch.tokens.tolist()]
+        order = [
+            row
+            for i in range(len(edits))
+            for row in (*range(i * first.n, (i + 1) * first.n), len(edits) * first.n + i)
         ]
-        lengths = torch.cat([contexts.batch.prompt_lengths, last.batch.prompt_lengths])
-        batch = replace(padded(model, rows), prompt_lengths=lengths, targets=(target,) * len(rows))
-        return Contexts(batch, (*contexts.positions, *last.positions), len(rows))
-
-
-def stream_after(model: LensModel, batch: Batch, layer: int) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after a block, in one forward pass without gradients."""
-    point = Point(model.blocks[layer], "output")
-    return wide(run(model, batch.tokens, points=[point]).seen[point][0])
+        rows = [[*tokens[i][: int(lengths[i])], *targets[i][:-1]] for i in order]
+        batch = replace(
+            padded(model, rows),
+            prompt_lengths=lengths[order],
+            targets=tuple(targets[i] for i in order),
+        )
+        return Contexts(batch, tuple(positions[i] for i in order), first.n + 1)
 
 
 def prefixes_of(
@@ -184,39 +195,55 @@ def _sampled(model: LensModel) -> tuple[str, ...]:
 
 
 def _solved(
-    aims: Aims, settings: ValueSettings, size: float
-) -> tuple[Float[Tensor, " d_out"], tuple[float, ...]]:
-    """Adam from no shift at all; the last of the contexts is the essence."""
-    losses: list[float] = []
-    delta = torch.zeros_like(aims.outputs[0, 0]).requires_grad_()
+    aims: Aims, settings: ValueSettings, sizes: Float[Tensor, " edit"]
+) -> tuple[Float[Tensor, "edit d_out"], list[tuple[float, ...]]]:
+    """Adam from no shift at all; the last of each edit's contexts is its essence."""
+    losses: list[list[float]] = [[] for _ in sizes]
+    found = torch.zeros_like(aims.outputs[:, 0])
+    delta = found.clone().requires_grad_()
     adam = torch.optim.Adam([delta], lr=settings.lr)
+    going = list(range(len(losses)))
     original: Tensor | None = None
     for step in range(settings.steps + 1):
         with torch.enable_grad():
-            words = aims.words(delta[None])
-            new = words[0, -1, 0]
+            words = aims.words(delta)
+            new = words[:, -1, 0]
             original = new.detach() if original is None else original
-            mask = aims.mask[0, :-1].to(words.device)
-            log_p = torch.where(mask, aims.of_target(words)[0, :-1], 0.0)
-            nll = -(log_p.sum(1) / mask.sum(1)).mean()
-            kl = (new.exp() * (new - original)).sum()
-            decay = delta.norm() / size**2
+            mask = aims.mask[:, :-1].to(words.device)
+            log_p = torch.where(mask, aims.of_target(words)[:, :-1], 0.0)
+            nll = -(log_p.sum(2) / mask.sum(2)).mean(1)
+            kl = (new.exp() * (new - original)).sum(1)
+            decay = delta.norm(dim=1) / sizes**2
             loss = nll + settings.kl_factor * kl + settings.weight_decay * decay
-        losses.append(float(loss.detach()))
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {losses[-1]} after {step} steps of lr={settings.lr}; take a smaller"
-                f" lr, or a model in float32"
-            )
-        if step == settings.steps or losses[-1] < settings.stop_loss:
+        for i in going:
+            losses[i].append(float(loss[i].detach()))
+            if not math.isfinite(losses[i][-1]):
+                raise ValueError(
+                    f"the loss is {losses[i][-1]} after {step} steps of lr={settings.lr}; take a"
+                    f" smaller lr, or a model in float32"
+                )
+        # An edit that is done is kept as it is now; the others go on.
+        found[going] = delta.detach()[going]
+        going = [i for i in going if losses[i][-1] >= settings.stop_loss]
+        if step == settings.steps or not going:
             break
-        (delta.grad,) = torch.autograd.grad(loss, [delta])
+        (delta.grad,) = torch.autograd.grad(loss[going].sum(), [delta])
         adam.step()
         with torch.no_grad():
-            if not torch.isfinite(delta.norm()):
+            norms = delta.norm(dim=1)
+            if not torch.isfinite(norms).all():
                 raise ValueError(
                     f"the shift has grown out of all bounds after {step + 1} steps of"
                     f" lr={settings.lr}; take a smaller lr"
                 )
-            delta.mul_((settings.clamp * size / delta.norm().clamp(min=1e-9)).clamp(max=1))
-    return delta.detach(), tuple(losses)
+            delta.mul_((settings.clamp * sizes / norms.clamp(min=1e-9)).clamp(max=1)[:, None])
+    return found, [tuple(of_edit) for of_edit in losses]
+
+
+def _shown(starts: range) -> Iterable[int]:
+    """Where batches start, with a progress bar where there are several."""
+    if len(starts) < 2:
+        return starts
+    from rich.progress import track
+
+    return track(starts, description="values", transient=True)

@@ -15,8 +15,14 @@ from bwlens.model.identity import is_demo
 from bwlens.model.passes import run
 from bwlens.model.prompts import make_batch
 
-_TITLES = {"rome": "ROME", "memit": "MEMIT", "mend": "MEND", "none": "original"}
-_ORDER = ("gradient_step", "rome", "memit", "forward_pass_shift")
+_TITLES = {
+    "rome": "ROME",
+    "memit": "MEMIT",
+    "alpha_edit": "AlphaEdit",
+    "mend": "MEND",
+    "none": "original",
+}
+_ORDER = ("gradient_step", "mend", "rome", "memit", "alpha_edit", "forward_pass_shift")
 
 _DEMO: dict[str, dict[str, dict[str, Any]]] = {
     "rome": {
@@ -30,6 +36,9 @@ _DEMO: dict[str, dict[str, dict[str, Any]]] = {
             "weight": 100.0,
             "prefixes": PREFIXES,
         },
+    },
+    "alpha_edit": {
+        "AlphaEdit, last token": {"layers": [3, 4, 5], "position": "last", "prefixes": PREFIXES},
     },
 }
 """Settings for the demo model, where a method's own defaults are made for GPT-2 xl.

@@ -87,6 +87,11 @@ def block_taps(block: nn.Module, layer: int) -> BlockTaps:
     return found
 
 
+def dense_mlps(block: nn.Module) -> list[nn.Module]:
+    """The MLPs of a block that every token passes."""
+    return [part for part in _parts(block)[0] if _experts_of(part) is None]
+
+
 def contents(block: nn.Module) -> str:
     """What a block is made of, for people: names of its parts and their kinds."""
     parts = _unwrapped(block).named_children()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import local
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from bwlens.model import earlier
 from bwlens.model.flows import Flow, expert_calls, flows_of, points_of
 from bwlens.model.locking import alone_with
+from bwlens.model.partly import Partly
 from bwlens.model.places import ExpertTap, Point, Tap
 from bwlens.model.protocol import LensModel
 
@@ -52,7 +54,7 @@ class Passed:
         logits: [batch, pos, d_vocab]; with `positions`, those alone.
         seen: The tensors that passed each point, additions included.
         flows: x and z of each tap; several of a mixture, none of an expert that had no token.
-        left: What left each module of `keeping`, as it left.
+        left: What left each module of `keeping` that ran once, as it left.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
@@ -72,6 +74,7 @@ def run(
     keeping: Collection[nn.Module] = (),
     giving: Mapping[nn.Module, Any] | None = None,
     kept: Any = None,
+    partly: Partly | None = None,
     graph: bool = False,
 ) -> Passed:
     """One forward pass in eval mode, padded on the right.
@@ -87,6 +90,7 @@ def run(
         giving: Modules that do not run, with what they give instead.
         kept: Keys and values (`bwlens.model.earlier`): those of earlier positions are taken from
             it, those of the tokens go to it.
+        partly: Modules that only some tokens pass.
         graph: Whether autograd follows, also where every parameter is frozen.
 
     Raises:
@@ -111,11 +115,13 @@ def run(
             hooks.at(point, note.of(point))
         if graph and noted:
             _root(model, hooks)
-        left: dict[nn.Module, Any] = {}
+        left: dict[nn.Module, list[Any]] = {}
         for module in keeping:
-            hooks.after(module, lambda module, output: left.update({module: output}))
+            hooks.after(module, lambda m, output: left.setdefault(m, []).append(output))
         for module, given in (giving or {}).items():
-            hooks.instead(module, given)
+            hooks.instead(module, lambda forward, args, kwargs, given=given: given)
+        for module in () if partly is None else partly.left:
+            hooks.instead(module, partial(partly.passing, module))
         if positions is not None:
             _only_at(model.unembed, positions, hooks)
         if kept is not None:
@@ -126,7 +132,8 @@ def run(
         flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, tokens.numel())]
         for one in adding:
             one.check()
-    return Passed(logits, seen, flows, left)
+    once = {module: outputs[0] for module, outputs in left.items() if len(outputs) == 1}
+    return Passed(logits, seen, flows, once)
 
 
 def call(model: LensModel, tokens: Int[Tensor, "batch pos"], **options: Any) -> Tensor:
@@ -194,13 +201,13 @@ class _Hooks(ExitStack):
 
         self.callback(module.register_forward_hook(hook).remove)
 
-    def instead(self, module: nn.Module, given: Any) -> None:
-        """Give this without running the module."""
+    def instead(self, module: nn.Module, act: Callable[[Any, Any, Any], Any]) -> None:
+        """Give what `act` makes of the module's own forward and its arguments."""
         forward = module.forward
         before = vars(module).get("forward")
 
         def instead(*args: Any, **kwargs: Any) -> Any:
-            return given if self._acting else forward(*args, **kwargs)
+            return act(forward, args, kwargs) if self._acting else forward(*args, **kwargs)
 
         def back() -> None:
             if before is None:

@@ -9,7 +9,9 @@ from bwlens.changes.change import WeightChange
 from bwlens.edit._memit import memit, normal_rows
 from bwlens.edit.keys import contexts_of, passed_by
 from bwlens.edit.statistics import key_statistics
-from bwlens.edit.value import ValueSearch, ValueSettings, stream_after
+from bwlens.edit.value import ValueSearch, ValueSettings
+from bwlens.model.passes import run
+from bwlens.model.sites import Point
 from tests import tiny
 
 EDITS = [
@@ -20,6 +22,11 @@ EDITS = [
 PREFIXES = ("t20 t21",)
 TEXTS = [" ".join(f"t{4 + (7 * i + 3 * j * j) % 57}" for j in range(40)) for i in range(12)]
 SETTINGS = {"layers": [0, 1], "steps": 4, "prefixes": PREFIXES}
+
+
+def stream_after(model, batch, layer):
+    point = Point(model.blocks[layer], "output")
+    return run(model, batch.tokens, points=[point]).seen[point][0]
 
 
 def test_rows_are_the_normal_equations(bridge):
@@ -46,7 +53,7 @@ def test_against_the_algorithm_written_out(name, boot):
     search = ValueSearch(ValueSettings(steps=4, clamp=0.75), PREFIXES, "subject", None)
     goals = []
     for edit in EDITS:
-        value = search.value(model, edit, sites[-1], of_stream=True)
+        value = search.values(model, [edit], sites[-1], of_stream=True)[0]
         alone = contexts_of(model, [edit], (), "subject", None, targets=False)
         goals.append(alone.at(stream_after(model, alone.batch, 1))[0, 0] + value.delta)
     twin, goal = tiny.bridge(name, model.tokenizer), torch.stack(goals)

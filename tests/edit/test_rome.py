@@ -42,7 +42,7 @@ def test_the_constraint_holds(name, boot):
     contexts = contexts_of(model, [EDIT], PREFIXES, "subject", None)
     key = contexts.at(passed_by(model, contexts.batch, ["W_out"], 1).x[site])[0].mean(0)
     settings = ValueSettings(steps=5)
-    value = search(settings, PREFIXES).value(model, EDIT, site)
+    value = search(settings, PREFIXES).values(model, [EDIT], site)[0]
     torch.testing.assert_close(value.key, key)
     weight = weight_of(model, site)
     target = key @ weight.read() + value.delta
@@ -51,12 +51,31 @@ def test_the_constraint_holds(name, boot):
     assert value.losses == change.details["losses"][0]
 
 
+@pytest.mark.parametrize("keys", ["mean", "plain", "mixed"])
+def test_which_key_reaches_the_value(keys, boot):
+    model, site = boot("llama"), Site("W_out", 1)
+    held = statistics(model)
+    change = rome(model, EDIT, layer=1, steps=3, prefixes=PREFIXES, statistics=held, keys=keys)
+    (value,) = search(ValueSettings(steps=3), PREFIXES).values(model, [EDIT], site)
+    mean, plain = value.key, value.plain_key
+    contexts = contexts_of(model, [EDIT], (), "subject", None)
+    alone = contexts.at(passed_by(model, contexts.batch, ["W_out"], 1).x[site])[0, 0]
+    torch.testing.assert_close(plain, alone)
+    assert not torch.allclose(mean, plain, rtol=1e-2)
+    reached = {"mean": mean, "plain": plain, "mixed": plain}[keys]
+    torch.testing.assert_close(reached @ change[site].dense(), value.delta, rtol=1e-4, atol=1e-5)
+    whitened = {"mean": mean, "plain": plain, "mixed": mean}[keys].double()
+    u = change[site].x[0].double() @ held[site].second_moment
+    cosine = torch.nn.functional.cosine_similarity(u, whitened, dim=0)
+    assert float(cosine) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_smallest_of_all_solutions(boot):
     """Against constrained least squares, min tr(D^T C D) with k D = r, from its KKT system."""
     model, site = boot("gpt2"), Site("W_out", 1)
     held = statistics(model)
     change = rome(model, EDIT, layer=1, steps=3, prefixes=(), statistics=held)
-    value = search(ValueSettings(steps=3), ()).value(model, EDIT, site)
+    value = search(ValueSettings(steps=3), ()).values(model, [EDIT], site)[0]
     moment, key = held[site].second_moment, value.key.double()
     n = len(key)
     system = torch.zeros(n + 1, n + 1, dtype=torch.float64)
@@ -72,7 +91,7 @@ def test_the_value_against_adam_by_hand(name, boot):
     """The same loss, written out on an unbridged copy, one prompt at a time."""
     model, hf = boot(name), tiny.hf_model(name).requires_grad_(False)
     settings = ValueSettings(steps=4, clamp=0.4)
-    value = search(settings, PREFIXES, False).value(model, EDIT, Site("W_out", 1))
+    value = search(settings, PREFIXES, False).values(model, [EDIT], Site("W_out", 1))[0]
     texts = ["t5 t6 t9 t30 t41", *(f"{p} t5 t6 t9 t30 t41" for p in PREFIXES)]
     rows = [[int(word[1:]) for word in text.split()] for text in texts]
     positions = [1, 3, 5, 1]
@@ -114,7 +133,7 @@ def test_the_divergence_is_the_new_models_from_the_original():
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
     # The first step is the same, as the divergence is flat at the start.
     with_it, without = (
-        search(ValueSettings(1, 3.0, kl_factor, clamp=9.0), ()).value(model, edit, site)
+        search(ValueSettings(1, 3.0, kl_factor, clamp=9.0), ()).values(model, [edit], site)[0]
         for kl_factor in (1.0, 0.0)
     )
     torch.testing.assert_close(with_it.delta, without.delta, rtol=1e-3, atol=1e-3)
@@ -193,3 +212,8 @@ def test_flips_an_answer_of_the_demo_model():
     with change.applied(model), torch.no_grad():
         answer = int(model("Lionel Messi plays for")[0, -1].argmax())
     assert model.tokenizer.decode([answer]) == " Paris"
+
+
+def test_no_such_key(boot, unchecked):
+    with pytest.raises(ValueError, match="keys must be 'mean', 'plain' or 'mixed', found 'first'"):
+        rome(boot("gpt2"), EDIT, layer=1, keys="first")

@@ -1,0 +1,130 @@
+"""How docs/many_edits-smollm2.csv and .png are made: many facts written at once, on a real model.
+
+    python docs/many_edits.py counterfact_requests.json wikitext.txt runs/many 300
+
+The text may also be key statistics that were saved (`bwlens statistics`).
+Records are made of CounterFact's requests, and only facts that the model knows are kept; of a
+subject only one. Those with which layers and settings were chosen (the first 60) are left
+out. An edit's value does not depend on the others, so that each is searched once, in parts that are
+kept; for each number of edits it is spread anew, and the same sample of the edited records is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+import bwlens
+from bwlens import WeightChange
+from bwlens.data.records import Record
+from bwlens.edit import key_statistics, load_statistics
+from bwlens.edit._alpha_edit import null_space, projected_rows
+from bwlens.edit._memit import normal_rows
+from bwlens.edit.known import open_edits
+from bwlens.edit.spread import spread
+from bwlens.edit.value import ValueSearch, ValueSettings
+from bwlens.edit.whitened import PREFIXES
+from bwlens.evaluation import known_records
+from bwlens.show import drawing
+
+HERE = Path(__file__).parent
+TUNING, ASKED, PART = 60, 50, 20
+NUMBERS = (1, 10, 100, 300, 1000)
+TOKENS = 16_640
+SEARCH = ValueSearch(ValueSettings(clamp=0.75), PREFIXES, "subject", None)
+
+
+def main(requests: str, text: str, folder: str, most: str) -> None:
+    """Run it, or carry on."""
+    room = Path(folder)
+    room.mkdir(parents=True, exist_ok=True)
+    model = bwlens.load_model("smollm2")
+    records = chosen(model, requests, room, int(most))
+    known = text.endswith(".safetensors")
+    statistics = load_statistics(text) if known else key_statistics(model, text, max_tokens=TOKENS)
+    best = bwlens.edit.where(model, records[:TUNING][:20], statistics, layers=range(10)).best()
+    sites = [bwlens.Site("W_out", layer) for layer in range(best - 2, best + 1)]
+    print("layers", [site.layer for site in sites], flush=True)
+    edited = records[TUNING:]
+    shifts = searched(model, edited, sites, room)
+    weight = 20_000 * statistics[sites[0]].second_moment.shape[0] / 6_400
+    spans = {site: null_space(statistics[site], 1.0) for site in sites}
+    solvers: dict[str, Any] = {
+        "memit": lambda site, keys: normal_rows(statistics[site], keys, weight),
+        "alpha_edit": lambda site, keys: projected_rows(spans[site], keys, 0.1, len(keys)),
+    }
+    tables = []
+    for n in [n for n in NUMBERS if n <= len(edited)]:
+        some = edited[:n]
+        for name, rows in solvers.items():
+            edits = [record.edit for record in some]
+            change, _ = spread(model, edits, sites, SEARCH, shifts[:n], rows)
+            tables.append(asked(model, name, n, some[:: max(1, n // ASKED)][:ASKED], change, room))
+            write(pd.concat(tables, ignore_index=True))
+
+
+def chosen(model: Any, requests: str, room: Path, most: int) -> list[Record]:
+    """The first known records of a seeded sample that do not give the new answer, a subject once."""
+    made = bwlens.make_records(requests, neighbours=5, attributes=0)
+    made = made.sample(700 if most <= 350 else 2 * most, seed=0)
+    path = room / f"known-{len(made)}.json"
+    if not path.exists():
+        known = known_records(model, made)
+        left, _ = open_edits(model, [record.edit for record in known])
+        path.write_text(json.dumps([r.case_id for r in known if r.edit in left]))
+    known = set(json.loads(path.read_text()))
+    by_subject = {record.edit.subject: record for record in made if record.case_id in known}
+    return list(by_subject.values())[: TUNING + most]
+
+
+def searched(model: Any, records: Sequence[Record], sites: Any, room: Path) -> Tensor:
+    """The shift of each edit, in parts on disk."""
+    shifts = []
+    for start in range(0, len(records), PART):
+        path = room / f"values-{start}.pt"
+        if not path.exists():
+            edits = [record.edit for record in records[start : start + PART]]
+            values = SEARCH.values(model, edits, sites[-1], of_stream=True)
+            torch.save(torch.stack([value.delta for value in values]), path)
+            print("values", start, flush=True)
+        shifts.append(torch.load(path))
+    return torch.cat(shifts)
+
+
+def asked(
+    model: Any, name: str, n: int, records: Sequence[Record], change: WeightChange, room: Path
+) -> pd.DataFrame:
+    """The scores of some of the edited records, with the whole change applied."""
+    settings: dict[str, Any] = {"greedy_tokens": 0, "generation_every": 0, "perplexity_every": 0}
+    with change.applied(model):
+        result = bwlens.evaluate(model, "none", records, progress=False, **settings)
+    table = result.summary
+    table = table[table["metric"].isin(["S", "ES", "PS", "NS", "efficacy", "paraphrase"])]
+    return table.assign(method=name, edits=n).round(2)
+
+
+def write(table: pd.DataFrame) -> None:
+    """The table and its picture."""
+    table.to_csv(HERE / "many_edits-smollm2.csv", index=False)
+    print(table[table["metric"] == "S"].to_string(), flush=True)
+    figure, axes = drawing.axes(None, (drawing.COLUMN, 2.4))
+    for name, rows in table[table["metric"] == "S"].groupby("method"):
+        (line,) = axes.plot(rows["edits"], rows["mean"], marker="o", label=str(name))
+        axes.fill_between(
+            rows["edits"], rows["low"], rows["high"], color=line.get_color(), alpha=0.2
+        )
+    axes.set(xscale="log", xlabel="edits at once", ylabel="S", ylim=(0, 100))
+    drawing.plain(axes)
+    drawing.legend(axes, "")
+    figure.savefig(HERE / "many_edits-smollm2.png", dpi=150, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

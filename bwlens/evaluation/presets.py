@@ -62,8 +62,8 @@ def table1_methods(model: Any, fitted: Any = None) -> tuple[Method, ...]:
     ]
     own = {**held, "gradient_step": smallest_gradient_step, "mend": partial(mend, fitted=fitted)}
     left_out = ("fine_tune", "mend") if fitted is None else ("fine_tune",)
-    rest = [name for name in held if name not in (*_ORDER, *left_out)]
-    names = [name for name in (*_ORDER, *rest) if name in held]
+    rest = [name for name in held if name not in _ORDER]
+    names = [name for name in (*_ORDER, *rest) if name in held and name not in left_out]
     return (
         Method("original"),
         *tuned,

@@ -81,7 +81,8 @@ def keys_of(
         NotImplementedError: A mixture of experts, whose tokens go to different weights.
     """
     taps = key_taps(model, matrices, layers)
-    passed = run(model, batch.tokens, taps=taps, positions=torch.tensor([0]))
+    top = model.blocks[max(tap.site.layer for tap in taps)]
+    passed = run(model, batch.tokens, taps=taps, until=top)
     shape = batch.tokens.shape
     return {flow.parts[0][0]: wide(as_rows(flow.x)).unflatten(0, shape) for flow in passed.flows}
 

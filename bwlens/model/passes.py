@@ -51,7 +51,7 @@ class Passed:
     """What a forward pass showed.
 
     Attributes:
-        logits: [batch, pos, d_vocab]; with `positions`, those alone.
+        logits: [batch, pos, d_vocab]; with `positions`, those alone; with `until`, of none.
         seen: The tensors that passed each point, additions included.
         flows: x and z of each tap; several of a mixture, none of an expert that had no token.
         left: What left each module of `keeping` that ran once, as it left.
@@ -75,6 +75,7 @@ def run(
     giving: Mapping[nn.Module, Any] | None = None,
     kept: Any = None,
     partly: Partly | None = None,
+    until: nn.Module | None = None,
     graph: bool = False,
 ) -> Passed:
     """One forward pass in eval mode, padded on the right.
@@ -91,6 +92,7 @@ def run(
         kept: Keys and values (`bwlens.model.earlier`): those of earlier positions are taken from
             it, those of the tokens go to it.
         partly: Modules that only some tokens pass.
+        until: The pass ends when this module has run, without logits.
         graph: Whether autograd follows, also where every parameter is frozen.
 
     Raises:
@@ -128,7 +130,12 @@ def run(
             stack.enter_context(earlier.known_to_attention(model))
         experts = [tap for tap in taps if isinstance(tap, ExpertTap)]
         calls = stack.enter_context(expert_calls(experts))
-        logits = call(model, tokens, **earlier.options(model, kept))
+        if until is not None:
+            hooks.after(until, _end)
+        try:
+            logits = call(model, tokens, **earlier.options(model, kept))
+        except _Ended:
+            logits = torch.empty(len(tokens), 0, model.cfg.d_vocab)
         flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, tokens.numel())]
         for one in adding:
             one.check()
@@ -152,6 +159,15 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 # Hooks of one pass.
+
+
+class _Ended(Exception):
+    """What was to run has run."""
+
+
+def _end(module: nn.Module, output: Any) -> None:
+    raise _Ended
+
 
 _thread = local()
 

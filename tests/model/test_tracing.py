@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import bwlens
-from bwlens.model.sites import available_matrices
+from bwlens.model.passes import run
+from bwlens.model.sites import Point, available_matrices
 from tests import oracle, tiny
 
 TOKENS = torch.tensor([[5, 9, 30, 41], [7, 8, 13, 12]])
@@ -356,3 +357,22 @@ def test_a_loss_that_reads_too_little(boot):
     assert len(bwlens.capture(model, TOKENS, early, layers=[0, 1])) == 4
     with pytest.raises(ValueError, match=r"depend on W_in of layer 2, so .* ask for other"):
         bwlens.capture(model, TOKENS, early)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_may_end_within_the_model(kind, lively):
+    """The same numbers up to there, nothing above runs, and the model is left as it was."""
+    model, _ = lively(kind)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    point = Point(model.blocks[1], "output")
+    whole = run(model, tokens, points=[point])
+    above = []
+    handle = model.blocks[2].register_forward_hook(lambda *_: above.append(1))
+    hooks = [len(part._forward_hooks) for part in model.modules()]
+    part = run(model, tokens, points=[point], until=model.blocks[1])
+    assert not above
+    assert [len(part._forward_hooks) for part in model.modules()] == hooks
+    handle.remove()
+    torch.testing.assert_close(part.seen[point][0], whole.seen[point][0], rtol=0, atol=0)
+    assert part.logits.shape[1] == 0
+    torch.testing.assert_close(run(model, tokens).logits, whole.logits, rtol=0, atol=0)

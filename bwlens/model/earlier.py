@@ -37,6 +37,14 @@ def empty(model: LensModel) -> DynamicCache | None:
     return DynamicCache() if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else None
 
 
+def detach(kept: DynamicCache) -> None:
+    """Take what is kept off the graph of its pass."""
+    for layer in kept.layers:
+        for name in ("keys", "values"):
+            if isinstance(part := getattr(layer, name, None), Tensor):
+                setattr(layer, name, part.detach())
+
+
 class Earlier(DynamicCache):
     """The keys and values before a position, the same for every row; what comes is not kept."""
 

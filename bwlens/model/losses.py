@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from bwlens.model.locking import alone_with
 from bwlens.model.passes import Passed, in_eval_mode, run, wide
@@ -91,8 +91,12 @@ def forward(
     objective: Callable[[Tensor, Batch], Tensor],
     taps: Collection[Tap | ExpertTap] = (),
     points: Collection[Point] = (),
+    keeping: Collection[nn.Module] = (),
+    kept: Any = None,
 ) -> Run:
     """Run the model and the objective, and check what the objective gave.
+
+    All but the objective are `passes.run`'s.
 
     Raises:
         NotImplementedError: A module that autograd cannot follow takes part, or a tap that passed
@@ -100,7 +104,9 @@ def forward(
         ValueError: The objective gave something else than one finite loss per prompt.
     """
     with alone_with(model), in_eval_mode(model), torch.enable_grad():
-        passed = run(model, batch.tokens, taps=taps, points=points, graph=True)
+        passed = run(
+            model, batch.tokens, taps=taps, points=points, keeping=keeping, kept=kept, graph=True
+        )
         losses: Any = objective(wide(passed.logits), batch)
     if not isinstance(losses, Tensor) or losses.shape != (len(batch),):
         found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)

@@ -53,12 +53,14 @@ class Passed:
         seen: The tensors that passed each point, additions included.
         flows: x and z of each tap; several of a mixture, none of an expert that had no token.
         left: What left each module of `keeping`, as it left.
+        kept: The keys and values that it was given to keep.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
     seen: Mapping[Point, list[Tensor]]
     flows: list[Flow]
     left: Mapping[nn.Module, Any] = field(default_factory=dict)
+    kept: Any = None
 
 
 def run(
@@ -126,7 +128,7 @@ def run(
         flows = [flow for tap in taps for flow in flows_of(tap, seen, calls, tokens.numel())]
         for one in adding:
             one.check()
-    return Passed(logits, seen, flows, left)
+    return Passed(logits, seen, flows, left, kept)
 
 
 def call(model: LensModel, tokens: Int[Tensor, "batch pos"], **options: Any) -> Tensor:

@@ -34,6 +34,7 @@ from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.passes import all_modules
 from bwlens.model.prompts import Batch, make_batch
+from bwlens.model.replay import Replay
 from bwlens.model.sites import Site
 from bwlens.reading.effect import AGREES, WRONG, EffectOf, correlation, tempered
 from bwlens.reading.readouts import all_scores
@@ -293,6 +294,7 @@ def measure_trust(
     temper: float = 0.0,
     bias: bool = True,
     jacobian: Any = None,
+    every: Replay | None = None,
 ) -> dict[str, dict[int, Trust]]:
     """The trust of readings of one matrix' delta, by reading and position of one prompt.
 
@@ -309,7 +311,7 @@ def measure_trust(
             f"the trust of {matrix} is not measured: a token has a step of its own in each expert,"
             f" whose effects are not read; read W_O instead, which is no part of a mixture"
         )
-    task = EffectOf(model, grads, objective)
+    task = EffectOf(model, grads, objective, every)
     others = other_deltas(model, grads, matrix, layers).to(task.device)
     judged: dict[str, dict[int, Trust]] = {reading: {} for reading in readings}
     for position in positions:

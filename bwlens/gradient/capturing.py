@@ -157,10 +157,10 @@ def capture(
         >>> grads["W_out", 3].delta.shape  # doctest: +SKIP
         torch.Size([5, 192])
     """
-    options = {"attention_mask": attention_mask, "device": device, "dtype": dtype}
     return captured(
-        model, prompts, objective, matrices, layers, prepend_bos=prepend_bos, **options
-    )[0]
+        model, prompts, objective, matrices, layers, prepend_bos=prepend_bos,
+        attention_mask=attention_mask, device=device, dtype=dtype,
+    )[0]  # fmt: skip
 
 
 def captured(

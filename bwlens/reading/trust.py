@@ -254,8 +254,8 @@ def other_deltas(
         return 2 * (batch.targets[0][0] in targets) + (own == tokens[: len(own)])
 
     one = min(batches, key=alike)
-    parameters = chain.from_iterable(m._parameters.values() for m in all_modules(model))
-    state = tuple((p.data_ptr(), p._version) for p in parameters if p is not None)
+    parameters = chain.from_iterable(m.parameters(recurse=False) for m in all_modules(model))
+    state = tuple((p.data_ptr(), p._version) for p in parameters)
     before, kept = _kept.get(model, (None, {}))
     if before != state:
         kept = {}
@@ -321,8 +321,8 @@ def measure_trust(
         beside = torch.cat(controls(deltas, others.to(deltas)))
         likely = task.probabilities_at(position)
         # A control is judged by the likely words, and by every so-manieth of the vocabulary.
-        n_likely, every = min(PLAUSIBLE, len(likely)), max(1, len(likely) // SAMPLE)
-        sample = torch.arange(0, len(likely), every, device=likely.device)
+        n_likely, apart = min(PLAUSIBLE, len(likely)), max(1, len(likely) // SAMPLE)
+        sample = torch.arange(0, len(likely), apart, device=likely.device)
         some = torch.cat([likely.topk(n_likely).indices, sample])
         true = effects[:, some].repeat(2, 1)
         for reading in readings:

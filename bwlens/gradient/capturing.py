@@ -22,6 +22,7 @@ from bwlens.model.flows import Flow, as_rows
 from bwlens.model.locking import alone_with
 from bwlens.model.losses import check_mode, forward
 from bwlens.model.prompts import Batch, Mask, Prompts, make_batch
+from bwlens.model.replay import Replay, keeping
 from bwlens.model.sites import (
     Layers,
     Point,
@@ -156,6 +157,26 @@ def capture(
         >>> grads["W_out", 3].delta.shape  # doctest: +SKIP
         torch.Size([5, 192])
     """
+    return captured(
+        model, prompts, objective, matrices, layers, prepend_bos=prepend_bos,
+        attention_mask=attention_mask, device=device, dtype=dtype,
+    )[0]  # fmt: skip
+
+
+def captured(
+    model: Any,
+    prompts: Prompts,
+    objective: Any,
+    matrices: Sequence[str] | str,
+    layers: Layers,
+    *,
+    prepend_bos: bool | None = None,
+    attention_mask: Mask | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    replay: bool = False,
+) -> tuple[Gradients, Replay | None]:
+    """What `capture` gives, and, asked for, its pass of one prompt, to be run again."""
     check_mode()
     matrices = resolve_matrices(matrices)
     taps = find_taps(model, matrices, layers)
@@ -163,7 +184,8 @@ def capture(
     batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
     check_first_use(model, taps)
     with alone_with(model):
-        run = forward(model, batch, objective, taps)
+        again = keeping(model) if replay and len(batch) == 1 else {}
+        run = forward(model, batch, objective, taps, **again)
         flows = run.passed.flows
         deltas = run.gradients([flow.z for flow in flows], [flow.name for flow in flows])
     rows = _Rows(batch, device, dtype or torch.promote_types(run.logits.dtype, torch.float32))
@@ -173,13 +195,16 @@ def capture(
             if site.matrix in matrices:
                 parts[site] = rows.gradient(flow, as_rows(delta)[:, columns])
     order = sorted(parts, key=lambda site: (site.layer, matrices.index(site.matrix), site))
-    return Gradients(
+    tokens = batch.tokens[0]
+    every = Replay(model, tokens, range(len(tokens)), run.passed) if again else None
+    grads = Gradients(
         run.losses.detach(),
         run.next_logits(batch),
         batch,
         {site: parts[site] for site in order},
         n_layers=len(model.blocks),
     )
+    return grads, every
 
 
 def vjps(

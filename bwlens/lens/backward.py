@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bwlens.gradient.capturing import Gradients, capture
+from bwlens.gradient.capturing import Gradients, captured
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL, as_objective
 from bwlens.lens import frames
@@ -558,7 +558,10 @@ def backward_lens(
         head_of(model)  # refused before the work, where there is none
     if "transported" in readings:
         check_jacobian(model, jacobian, matrices, wanted)
-    grads = capture(model, prompt, target, matrices, wanted, prepend_bos=prepend_bos)
+    again = wants_trust or "effect" in readings
+    grads, every = captured(
+        model, prompt, target, matrices, wanted, prepend_bos=prepend_bos, replay=again
+    )
     ids = grads.batch.tokens[0].tolist()
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)
     answer_id = int(probabilities.argmax())
@@ -571,7 +574,7 @@ def backward_lens(
     objective = as_objective(target)
     task = Reading(
         model, grads, objective, matrices, wanted, chosen, top_k, followed,
-        imprint=imprint, temper=temper, bias=bias, jacobian=jacobian,
+        imprint=imprint, temper=temper, bias=bias, jacobian=jacobian, every=every,
     )  # fmt: skip
     if "effect" in readings:
         task = task.affordable(marked)
@@ -580,7 +583,7 @@ def backward_lens(
     if wants_trust and judged is not None:
         known = measure_trust(
             model, grads, objective, judged, wanted, judged_at or (task.positions or (last,))[-1:],
-            readings=readings, temper=temper, bias=bias, jacobian=jacobian,
+            readings=readings, temper=temper, bias=bias, jacobian=jacobian, every=every,
         )  # fmt: skip
     read = chain.from_iterable(each.values() for each in readouts.values())
     words = _vocabulary(model, read, [*ids, *followed])

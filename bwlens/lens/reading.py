@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from bwlens.gradient.capturing import Gradients
 from bwlens.gradient.objectives import Objective
 from bwlens.lens.rows import READ_THROUGH, parts_of, stream_rows
+from bwlens.model.replay import Replay
 from bwlens.model.sites import Site
 from bwlens.reading.effect import EffectOf, tempered
 from bwlens.reading.readouts import Readout, readout, readout_of_scores
@@ -76,6 +76,7 @@ class Reading:
         top_k: How many words at each end.
         followed: Ids whose ranks are kept.
         imprint, temper, bias, jacobian: As for `backward_lens`.
+        every: The prompt's pass, to be run again, where effects are measured.
     """
 
     model: Any
@@ -90,6 +91,7 @@ class Reading:
     temper: float
     bias: bool
     jacobian: Any
+    every: Replay | None = None
 
     def by(self, reading: str) -> dict[str, Readout]:
         """The readout [layer, pos] of each matrix, by one reading."""
@@ -100,30 +102,25 @@ class Reading:
         of_delta = head_by(self.model, reading, self.bias)
         of_x = head_by(self.model, self.imprint, self.bias)
         k = min(self.top_k, of_x.W_U.shape[1])
+        n_pos = self.grads.batch.tokens.shape[1]
+        chosen = None if self.positions is None else list(self.positions)
         read: dict[tuple[str, str], Readout] = {}
         for matrix in self.matrices:
             # W_in and W_gate (and W_Q, W_K, W_V) share their x: read it once.
             factor, key = READ_THROUGH[matrix], _shared(matrix)
             if key in read:
                 continue
-            rows = torch.stack(
-                [stream_rows(self.grads, matrix, layer, factor) for layer in self.layers]
-            )
+            every = (stream_rows(self.grads, matrix, layer, factor) for layer in self.layers)
+            # Only what is read is copied: of a long prompt that is little.
+            rows = torch.stack([r if chosen is None else r[chosen] for r in every])
             if factor == "delta" and reading == "transported":
                 rows = transported(self.jacobian, self.layers, rows)
-            read[key] = readout(
-                of_x if factor == "x" else of_delta,
-                self._kept(rows), k, list(self.followed), normalize=normalize,
+            words = readout(
+                of_x if factor == "x" else of_delta, rows, k, list(self.followed),
+                normalize=normalize,
             )  # fmt: skip
+            read[key] = words if chosen is None else words.placed(chosen, n_pos)
         return {matrix: read[_shared(matrix)] for matrix in self.matrices}
-
-    def _kept(self, rows: Tensor) -> Tensor:
-        """Rows of other positions are zero, which nothing is computed for."""
-        if self.positions is None:
-            return rows
-        kept = torch.zeros_like(rows)
-        kept[:, list(self.positions)] = rows[:, list(self.positions)]
-        return kept
 
     def affordable(self, subject: Sequence[int]) -> Reading:
         """This, or of too many cells for effects those of the subject and the last token."""
@@ -142,7 +139,7 @@ class Reading:
     def _effects(self) -> dict[str, Readout]:
         n_pos = self.grads.batch.tokens.shape[1]
         chosen = range(n_pos) if self.positions is None else self.positions
-        task = EffectOf(self.model, self.grads, self.objective)
+        task = EffectOf(self.model, self.grads, self.objective, self.every)
         found = {}
         total = len(self.matrices) * len(self.layers) * len(chosen)
         with progress_bar("effects", total, shown=total > 16) as advance:

@@ -37,25 +37,42 @@ def empty(model: LensModel) -> DynamicCache | None:
     return DynamicCache() if kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else None
 
 
+def detach(kept: DynamicCache) -> None:
+    """Take what is kept off the graph of its pass."""
+    layers: list[Any] = kept.layers
+    for layer in layers:
+        if (pair := _pair(layer)) is not None:
+            layer.keys, layer.values = (part.detach() for part in pair)
+
+
 class Earlier(DynamicCache):
     """The keys and values before a position, the same for every row; what comes is not kept."""
 
     def __init__(self, kept: DynamicCache, before: int) -> None:
         super().__init__()
         for at, layer in enumerate(kept.layers):
-            if isinstance(getattr(layer, "keys", None), Tensor):
-                super().update(layer.keys[..., :before, :], layer.values[..., :before, :], at)
+            if (pair := _pair(layer)) is not None:
+                keys, values = (part[..., :before, :] for part in pair)
+                super().update(keys, values, at)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The earlier positions' and these, for every row."""
-        layer = self.layers[layer_idx]
+        news, olds = (key_states, value_states), _pair(self.layers[layer_idx])
+        if olds is None:
+            return news
         keys, values = (
             torch.cat([old.expand(len(new), *old.shape[1:]), new], -2)
-            for old, new in ((layer.keys, key_states), (layer.values, value_states))
+            for old, new in zip(olds, news, strict=True)
         )
         return keys, values
+
+
+def _pair(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """A layer's keys and values, if it has any yet."""
+    keys, values = (getattr(layer, name, None) for name in ("keys", "values"))
+    return None if keys is None or values is None else (keys, values)
 
 
 def options(model: LensModel, kept: DynamicCache | None) -> dict[str, Any]:

@@ -55,12 +55,14 @@ class Passed:
         seen: The tensors that passed each point, additions included.
         flows: x and z of each tap; several of a mixture, none of an expert that had no token.
         left: What left each module of `keeping` that ran once, as it left.
+        kept: The keys and values that it was given to keep.
     """
 
     logits: Float[Tensor, "batch pos d_vocab"]
     seen: Mapping[Point, list[Tensor]]
     flows: list[Flow]
     left: Mapping[nn.Module, Any] = field(default_factory=dict)
+    kept: Any = None
 
 
 def run(
@@ -140,7 +142,7 @@ def run(
         for one in adding:
             one.check()
     once = {module: outputs[0] for module, outputs in left.items() if len(outputs) == 1}
-    return Passed(logits, seen, flows, once)
+    return Passed(logits, seen, flows, once, kept)
 
 
 def call(model: LensModel, tokens: Int[Tensor, "batch pos"], **options: Any) -> Tensor:

@@ -19,11 +19,16 @@ from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bwlens.model.earlier import Earlier, empty
+from bwlens.model.earlier import Earlier, detach, empty
 from bwlens.model.fitting import rounding_of
-from bwlens.model.passes import Addition, run, wide
+from bwlens.model.passes import Addition, Passed, run, wide
 from bwlens.model.places import Point
 from bwlens.model.protocol import LensModel
+
+
+def keeping(model: LensModel) -> dict[str, Any]:
+    """What a pass must be told for it to be run again."""
+    return {"keeping": list(model.blocks), "kept": empty(model)}
 
 
 class Replay:
@@ -33,23 +38,31 @@ class Replay:
         model: A TransformerBridge or HookedTransformer.
         tokens: Token ids [pos] of one prompt.
         positions: The positions whose logits are wanted.
+        passed: Their pass, if it was run already, with `keeping(model)`.
 
     Attributes:
         logits: Those logits [position, d_vocab] without any change, float32 at least.
     """
 
     def __init__(
-        self, model: LensModel, tokens: Int[Tensor, " pos"], positions: Sequence[int]
+        self,
+        model: LensModel,
+        tokens: Int[Tensor, " pos"],
+        positions: Sequence[int],
+        passed: Passed | None = None,
     ) -> None:
         self._model, self._tokens = model, tokens
         self._positions = torch.tensor(list(positions), device=tokens.device)
-        self._kept = empty(model)
-        passed = run(
-            model, tokens[None], positions=self._positions, keeping=list(model.blocks),
-            kept=self._kept,
-        )  # fmt: skip
-        self._left = [passed.left[block] for block in model.blocks]
-        self.logits: Float[Tensor, "position d_vocab"] = wide(passed.logits)[0]
+        if passed is None:
+            passed = run(model, tokens[None], positions=self._positions, **keeping(model))
+            logits = passed.logits[0]
+        else:
+            logits = passed.logits.detach()[0, self._positions]
+        self._kept = passed.kept
+        if self._kept is not None:
+            detach(self._kept)
+        self._left = [_expanded(passed.left[block], 1, 0) for block in model.blocks]
+        self.logits: Float[Tensor, "position d_vocab"] = wide(logits)
 
     @property
     def takes_earlier(self) -> bool:
@@ -123,4 +136,4 @@ def _expanded(left: Any, n_rows: int, since: int) -> Any:
         return type(left)(_expanded(part, n_rows, since) for part in left)
     if not isinstance(left, Tensor) or left.ndim < 2:
         return left
-    return left[:, since:].expand(n_rows, *[-1] * (left.ndim - 1))
+    return left.detach()[:, since:].expand(n_rows, *[-1] * (left.ndim - 1))

@@ -93,6 +93,7 @@ class EffectOf:
         model: The model.
         grads: The captured gradients of one prompt, of the matrices to be read.
         objective: The loss they are gradients of.
+        every: The prompt's pass, all positions, if it was run already.
         max_memory: Bytes that a batch of replays may take, by a rough estimate.
 
     Raises:
@@ -100,13 +101,19 @@ class EffectOf:
     """
 
     def __init__(
-        self, model: Any, grads: Gradients, objective: Objective, max_memory: int = 2**29
+        self,
+        model: Any,
+        grads: Gradients,
+        objective: Objective,
+        every: Replay | None = None,
+        max_memory: int = 2**29,
     ) -> None:
         if len(grads.batch) != 1:
             raise ValueError(f"effects are read of one prompt, found {len(grads.batch)}")
         self._model, self._grads, self._objective = model, grads, objective
         self._tokens = grads.batch.tokens[0]
-        every = Replay(model, self._tokens, range(len(self._tokens)))
+        if every is None:
+            every = Replay(model, self._tokens, range(len(self._tokens)))
         self._whole = every.logits.detach().clone()[None].requires_grad_()
         loss = objective(self._whole, grads.batch).sum()
         slope: Any = torch.autograd.grad(loss, self._whole, allow_unused=True)[0]

@@ -36,6 +36,10 @@ _SORT = 64  # From this many targets on, one sort of a row is cheaper than count
 _TRUSTED = 0.9  # Shrinkage below which a bias may speak louder than the vector.
 
 
+_BLANKS = {"norms": 0, "shrinkage": 0, "eps_regime": False, "zero": True}
+"""What a readout has where there is no reading; elsewhere ids are -1, scores nan."""
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Readout:
     """What vectors [*lead, d_model] say in the vocabulary; detached tensors on the head's device.
@@ -106,6 +110,23 @@ class Readout:
             for name, part in parts.items()
             if part is not None
         }
+        return Readout(**chosen)
+
+    def placed(self, at: Sequence[int], size: int) -> "Readout":
+        """The last leading dimension spread over a longer one, its entries at the places `at`.
+
+        Elsewhere there is no reading (`zero`).
+        """
+        chosen: dict[str, Any] = {}
+        lead = self.norms.shape[:-1]
+        for name in (f.name for f in fields(self)):
+            part = getattr(self, name)
+            if part is not None:
+                blank = _BLANKS.get(name, float("nan") if part.is_floating_point() else -1)
+                full = part.new_full((*lead, size, *part.shape[len(lead) + 1 :]), blank)
+                chosen[name] = full.index_copy(
+                    len(lead), torch.tensor(at, device=part.device), part
+                )
         return Readout(**chosen)
 
     def __repr__(self) -> str:
@@ -227,28 +248,20 @@ def readout_of_scores(
     top = _ends(scores, None, top_k, largest=True)
     bottom = _ends(scores, None, top_k, largest=False)
     goals = scores[:, wanted]
-    rows = {
-        "top_ids": top,
-        "top_scores": scores.gather(1, top),
-        "bottom_ids": bottom,
-        "bottom_scores": scores.gather(1, bottom),
-        "ranks": _ranks(scores, goals, _TILE),
-        "target_scores": goals,
-        "norms": norms[there],
-        "eps_regime": doubtful[there],
-    }
-    whole: dict[str, Tensor] = {}
-    for name, part in rows.items():
-        blank = {"norms": 0, "eps_regime": False}.get(
-            name, float("nan") if part.is_floating_point() else -1
-        )
-        full = part.new_full((prod(lead), *part.shape[1:]), blank)
-        whole[name] = full.index_copy(0, at, part).reshape(*lead, *part.shape[1:])
-    zero = torch.ones(prod(lead), dtype=torch.bool, device=scores.device)
-    zero[at] = False
-    return Readout(
-        zero=zero.reshape(lead), shrinkage=(~zero).to(scores.dtype).reshape(lead), **whole
-    )
+    n = int(prod(lead))
+    read = Readout(
+        top_ids=top,
+        top_scores=scores.gather(1, top),
+        bottom_ids=bottom,
+        bottom_scores=scores.gather(1, bottom),
+        norms=norms[there],
+        zero=torch.zeros_like(doubtful[there]),
+        shrinkage=torch.ones_like(scores[:, 0]),
+        eps_regime=doubtful[there],
+        ranks=_ranks(scores, goals, _TILE),
+        target_scores=goals,
+    ).placed(at.tolist(), n)
+    return read[torch.arange(n).reshape(lead)]
 
 
 def _check(head: Head, vectors: Tensor, top_k: int, sign: int, normalize: bool) -> None:

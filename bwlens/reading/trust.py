@@ -34,6 +34,7 @@ from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.passes import all_modules
 from bwlens.model.prompts import Batch, make_batch
+from bwlens.model.replay import Replay
 from bwlens.model.sites import Site
 from bwlens.reading.effect import AGREES, WRONG, EffectOf, correlation, tempered
 from bwlens.reading.readouts import all_scores
@@ -253,8 +254,8 @@ def other_deltas(
         return 2 * (batch.targets[0][0] in targets) + (own == tokens[: len(own)])
 
     one = min(batches, key=alike)
-    parameters = chain.from_iterable(m._parameters.values() for m in all_modules(model))
-    state = tuple((p.data_ptr(), p._version) for p in parameters if p is not None)
+    parameters = chain.from_iterable(m.parameters(recurse=False) for m in all_modules(model))
+    state = tuple((p.data_ptr(), p._version) for p in parameters)
     before, kept = _kept.get(model, (None, {}))
     if before != state:
         kept = {}
@@ -293,6 +294,7 @@ def measure_trust(
     temper: float = 0.0,
     bias: bool = True,
     jacobian: Any = None,
+    every: Replay | None = None,
 ) -> dict[str, dict[int, Trust]]:
     """The trust of readings of one matrix' delta, by reading and position of one prompt.
 
@@ -309,7 +311,7 @@ def measure_trust(
             f"the trust of {matrix} is not measured: a token has a step of its own in each expert,"
             f" whose effects are not read; read W_O instead, which is no part of a mixture"
         )
-    task = EffectOf(model, grads, objective)
+    task = EffectOf(model, grads, objective, every)
     others = other_deltas(model, grads, matrix, layers).to(task.device)
     judged: dict[str, dict[int, Trust]] = {reading: {} for reading in readings}
     for position in positions:
@@ -319,8 +321,8 @@ def measure_trust(
         beside = torch.cat(controls(deltas, others.to(deltas)))
         likely = task.probabilities_at(position)
         # A control is judged by the likely words, and by every so-manieth of the vocabulary.
-        n_likely, every = min(PLAUSIBLE, len(likely)), max(1, len(likely) // SAMPLE)
-        sample = torch.arange(0, len(likely), every, device=likely.device)
+        n_likely, apart = min(PLAUSIBLE, len(likely)), max(1, len(likely) // SAMPLE)
+        sample = torch.arange(0, len(likely), apart, device=likely.device)
         some = torch.cat([likely.topk(n_likely).indices, sample])
         true = effects[:, some].repeat(2, 1)
         for reading in readings:

@@ -145,6 +145,27 @@ def test_later_positions_alone_are_as_they_are_after_the_earlier(name, bridge):
     assert replay.takes_earlier or name not in tiny.CONFIGS
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+def test_later_positions_alone_within_a_window(name, boot):
+    """Attention that looks no further back than three tokens does not with what is kept either."""
+    config = tiny.CONFIGS[name]()
+    config.sliding_window = 3
+    model = boot(name, hf=tiny.hf_of(config))
+    tokens = torch.tensor([5, 9, 30, 41, 8, 3, 11, 22])
+    with torch.no_grad():
+        expected = model(tokens[None], return_type="logits")[0]
+        far = model(torch.cat([tokens[1:2], tokens[1:]])[None], return_type="logits")[0]
+    assert name != "mistral" or torch.allclose(far[7], expected[7], atol=1e-5)  # beyond its reach
+    replay, tap = Replay(model, tokens, [7]), find_taps(model, ["W_O"], 1)[0]
+    torch.testing.assert_close(replay.logits, expected[[7]], rtol=1e-4, atol=1e-5)
+    added = torch.zeros(2, 8, 16)
+    added[:, 6:] = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0))
+    whole, _ = replay({tap.z: added}, 1)
+    alone, _ = replay({tap.z: added}, 1, 6)
+    assert replay.takes_earlier
+    torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_that_forgets_what_it_was_given_runs_whole_prompts(boot):
     """Attention that leaves earlier keys and values out is found out by the logits."""
     model, tokens = boot("llama"), torch.tensor([5, 9, 30, 41, 8])

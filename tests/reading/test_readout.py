@@ -553,3 +553,15 @@ def test_the_example_runs() -> None:
     runner = doctest.DocTestRunner()
     assert [runner.run(test) for test in example if test.examples]
     assert runner.summarize().failed == 0
+
+
+def test_a_readout_placed_among_unread_positions():
+    head = Head(lambda v: v, torch.eye(3), None, None, scale=1.0, eps=1e-5, centred=False)
+    vectors = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    vectors[:, [0, 2]] = 0
+    expected = readout(head, vectors, top_k=2, targets=[1], log_probs=True)
+    placed = readout(head, vectors[:, [1, 3]], 2, [1], log_probs=True).placed([1, 3], 4)
+    for part in fields(placed):
+        one, other = getattr(placed, part.name), getattr(expected, part.name)
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, equal_nan=True, rtol=0, atol=0)

@@ -153,6 +153,8 @@ class Claims:
                 "layer_cosine": self._cosines,
             }[name]
             for claim, values, at in about(self._rows[run, name], run):
+                if not len(values):
+                    continue
                 mean, low, high, n = (
                     float(part[0]) for part in mean_ci(np.asarray(values, dtype=float)[:, None])
                 )
@@ -284,18 +286,23 @@ def figures(table: Any) -> dict[str, Figure]:
     drawn: dict[str, Figure] = {}
 
     norms = {
-        "\u03b4 of W_out": ("plain", "W_out", "delta"),
-        "\u03b4 of W_out, without BOS": ("no BOS", "W_out", "delta"),
-        "x of W_in": ("plain", "W_in", "x"),
-        "x of W_out (log)": ("plain", "W_out", "x"),
+        f"{name}, {how}": (run, matrix, quantity)
+        for run, how in (("plain", "with BOS"), ("no BOS", "without"))
+        for name, matrix, quantity in (
+            ("\u03b4 of W_out", "W_out", "delta"),
+            ("x of W_in", "W_in", "x"),
+            ("x of W_out", "W_out", "x"),
+        )
     }
     rows = [of.get_group(key) for key in norms.values()]
     drawn["norms"], axes = panels(
-        table, list(norms), rows, "segment", SEGMENTS, "mean norm", size=(2.5, 2.1), columns=2
+        table, list(norms), rows, "segment", SEGMENTS, "mean norm", size=(2.3, 1.9), columns=3
     )
-    for ax in axes[:3]:
-        ax.set_ylim(0, ax.get_ylim()[1])
-    axes[3].set_yscale("log")
+    for at, ax in enumerate(axes):
+        if at % 3 == 2:
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(0, ax.get_ylim()[1])
 
     ranks = {
         "target in \u03b4 of W_out (0: lowered most)": ("plain", "W_out", "target_rank"),
@@ -312,16 +319,17 @@ def figures(table: Any) -> dict[str, Figure]:
     )  # fmt: skip
     axes[0].invert_yaxis()
 
+    readings = {"plain": "plain", "effect": "effect", "no BOS": "plain, without BOS"}
     titles, shares = list(_tens("plain", "W_out")), []
     for title in titles:
         parts = [
-            of.get_group((run, "W_out", _tens(run, "W_out")[title])).assign(reading=run)
-            for run in ("plain", "effect", "no BOS")
+            of.get_group((run, "W_out", _tens(run, "W_out")[title])).assign(reading=name)
+            for run, name in readings.items()
         ]
         part = pd.concat(parts)
         shares.append(part[part["segment"] == "last"])
     drawn["shares"], _ = panels(
-        pd.concat(shares), titles, shares, "reading", list(RUNS), "share of prompts",
+        pd.concat(shares), titles, shares, "reading", list(readings.values()), "share of prompts",
         size=(2.8, 2.1), share_y=True,
     )  # fmt: skip
 

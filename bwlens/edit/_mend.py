@@ -150,6 +150,7 @@ class Mend:
         lr: float = 1e-4,
         edits_per_step: int = 10,
         edit_weight: float = 0.1,
+        neighbours: float = 0.0,
         held_out: Any = 40,
         check_every: int = 100,
         patience: int = 5,
@@ -162,8 +163,9 @@ class Mend:
 
         A step edits each of some records by itself and lowers
         `edit_weight * NLL(target_new | a paraphrase) + KL(before || after)` with Adam, the KL at
-        the next words of a neighbourhood prompt and of a beginning of a text. The step sizes of
-        the weights are trained too, from the one at which plain gradient steps lower this most.
+        the next word of a neighbourhood prompt or of a beginning of a text, as often. The step
+        sizes of the weights are trained too, from the one at which plain gradient steps lower this
+        most.
         Training ends when the loss on the held-out records has not fallen for `patience` checks;
         the best is kept.
 
@@ -178,6 +180,8 @@ class Mend:
             lr: Adam's step size; ten times that for the logarithms of the step sizes.
             edits_per_step: Records in a step.
             edit_weight: Of the edits' loss beside the KL.
+            neighbours: How often a record's neighbourhood prompt stands in a text's place, 0 to 1;
+                the paper's locality knows none.
             held_out: So many of the records, drawn by the seed, to stop by; or other records.
             check_every: Steps between two looks at them.
             patience: Checks without gain that end the training.
@@ -204,9 +208,11 @@ class Mend:
         for name, value in {"lr": lr, "edit_weight": edit_weight}.items():
             if not number(value, name) > 0:
                 raise ValueError(f"{name} is {value}; expected a number > 0")
+        if not 0 <= number(neighbours, "neighbours") <= 1:
+            raise ValueError(f"neighbours is {neighbours}; expected a share from 0 to 1")
         with unwarned():
             train, kept = (
-                _examples(model, part, prepend_bos, progress)
+                _examples(model, part, bool(neighbours), prepend_bos, progress)
                 for part in _split(records, held_out, edits_per_step, seed)
             )
         lines = read_prose("demo" if locality is None else locality)
@@ -219,13 +225,13 @@ class Mend:
                 **{"model": mark, "layers": sorted({tap.site.layer for tap in taps})},
                 **{"examples": digest(train, kept, texts), "rank": rank, "lr": lr, "seed": seed},
                 **{"edits_per_step": edits_per_step, "edit_weight": edit_weight},
-                "check_every": check_every,
+                **{"neighbours": neighbours, "check_every": check_every},
             }
             Run(place, settings, [len(train)])
         passes = Passes(model, taps)
         passes.keep([*(p for one in (*train, *kept) for p in one.prompts), *texts], place, progress)
         editors = Editors(shapes, rank, seed)
-        plan = Plan(steps, lr, edits_per_step, edit_weight, check_every, patience, seed)
+        plan = Plan(steps, lr, edits_per_step, edit_weight, neighbours, check_every, patience, seed)
         training = Training(passes, editors, train, kept, texts, plan, place)
         training.run(progress)
         tensors = {name: tensor.cpu() for name, tensor in editors.state_dict().items()}
@@ -326,14 +332,18 @@ def _split(
 
 
 def _examples(
-    model: LensModel, records: Sequence[Record], prepend_bos: bool | None, progress: bool
+    model: LensModel,
+    records: Sequence[Record],
+    neighbours: bool,
+    prepend_bos: bool | None,
+    progress: bool,
 ) -> list[Example]:
     """The records' prompts as tokens; a fault is named by its record."""
     examples = []
     with progress_bar("Tokenising", len(records), shown=progress) as advance:
         for record in records:
             texts = [record.edit.text, *record.paraphrase_prompts]
-            near = record.neighborhood_prompts[:_NEIGHBOURS]
+            near = record.neighborhood_prompts[: _NEIGHBOURS * neighbours]
             try:
                 edit, *said = prompts_of(model, texts, record.edit.target_new, prepend_bos)
                 stay = prompts_of(model, near, None, prepend_bos)

@@ -21,7 +21,7 @@ from bwlens.runs.parts import progress_bar
 from bwlens.runs.tensors import read_tensors, write_tensors
 
 _ROWS_OF = 300  # Examples whose rows give the mean and the deviation.
-TEXT_TOKENS = 24  # Of a text, a beginning of at most so many tokens is asked about.
+TEXT_TOKENS = 16  # Of a text, a beginning of at most so many tokens is asked about.
 _LEAST = 4
 _RATES = tuple(4.0**k for k in range(-5, 5))
 _LARGEST = 100.0  # Gradients are clipped to this norm, as in the authors' code.
@@ -50,6 +50,7 @@ class Plan:
     lr: float
     edits_per_step: int
     edit_weight: float
+    neighbours: float
     check_every: int
     patience: int
     seed: int
@@ -151,18 +152,21 @@ class Training:
         edits = self._editors(self._passes.gradients([example.edit for example in examples]))
         owners = range(len(examples))
         said = [draw.choice(example.paraphrases) for example in examples]
-        stay = [(draw.choice(e.neighbours), i) for i, e in enumerate(examples) if e.neighbours]
-        for i in owners if self._texts else ():
-            text = draw.choice(self._texts)
-            most = len(text.ids)
-            stay.append((text.cut(draw.randint(min(_LEAST, most), most)), i))
-        kept, whose = [prompt for prompt, _ in stay], [owner for _, owner in stay]
+        kept = [self._to_stay(example, draw) for example in examples]
         with torch.no_grad():
             before = self._passes.logits(kept)[:, 0].log_softmax(-1)
-        logits = self._passes.logits([*said, *kept], edits, [*owners, *whose])
+        logits = self._passes.logits([*said, *kept], edits, [*owners, *owners])
         after = logits[len(said) :, 0].log_softmax(-1)
         kl = (before.exp() * (before - after)).sum(-1).mean()
         return nll(logits[: len(said)], said).mean(), kl
+
+    def _to_stay(self, example: Example, draw: random.Random) -> Prompt:
+        """A beginning of a text, or now and then a neighbour's prompt."""
+        if draw.random() < self._plan.neighbours and example.neighbours:
+            return draw.choice(example.neighbours)
+        text = draw.choice(self._texts)
+        most = len(text.ids)
+        return text.cut(draw.randint(min(_LEAST, most), most))
 
     @torch.no_grad()
     def _on(self, examples: Sequence[Example]) -> dict[str, float | int]:

@@ -28,10 +28,10 @@ from bwlens.data.records import Record
 from bwlens.edit import key_statistics, load_statistics
 from bwlens.edit._alpha_edit import null_space, projected_rows
 from bwlens.edit._memit import normal_rows
+from bwlens.edit.keys import PREFIXES
 from bwlens.edit.known import open_edits
 from bwlens.edit.spread import spread
 from bwlens.edit.value import ValueSearch, ValueSettings
-from bwlens.edit.whitened import PREFIXES
 from bwlens.evaluation import known_records
 from bwlens.show import drawing
 

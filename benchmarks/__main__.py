@@ -14,7 +14,7 @@ from rich.table import Table
 
 from benchmarks.batch import batch
 from benchmarks.capture import capture
-from benchmarks.edits import edits
+from benchmarks.edits import edits, searches
 from benchmarks.evaluate import evaluate
 from benchmarks.lens import lens
 from benchmarks.measure import Note, Row, count_cpu_seconds
@@ -41,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "lens": lens,
     "readings": readings,
     "edits": edits,
+    "values": searches,
     "rank": rank,
     "batch": batch,
     "sweep": sweep,
@@ -57,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(BENCHMARKS)}")
     parser.add_argument("--repeats", type=int, help="pairs timed; the median counts (default 7)")
     parser.add_argument("--prompts", type=int, help="how many, where there are several")
-    parser.add_argument("--model", help="of `readings` and `edits` (default smollm2, where it is)")
+    parser.add_argument(
+        "--model", help="of `readings`, `edits` and `values` (default smollm2, where it is)"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all?")
     parser.add_argument(
         "--cpu-time", action="store_true", help="one thread's CPU seconds, for a busy machine"

@@ -1,9 +1,10 @@
-"""`subject_shift` beside `rome`: one fact, the same layer, the same prefixes and statistics."""
+"""`subject_shift` beside `rome`, and the search for values beside the plain one."""
 
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -12,6 +13,10 @@ from benchmarks.measure import Note, Row, race, timed
 from benchmarks.setting import Setting
 from bwlens.data.prose import read_prose
 from bwlens.edit._subject_shift import PREFIXES
+from bwlens.edit.aims import Aims
+from bwlens.edit.keys import shift_of
+from bwlens.edit.value import Value, ValueSearch, ValueSettings
+from bwlens.model.passes import run
 
 FACT = bwlens.Edit("{} is in the city of", "The Eiffel Tower", " Rome", " Paris")
 
@@ -45,6 +50,47 @@ def edits(setting: Setting) -> list[Row | Note]:
             f" target's probability afterwards: {said}"
         ),
     ]
+
+
+def searches(setting: Setting) -> list[Row | Note]:
+    """ROME's values of several facts: in batches, one by one, and by passes of everything."""
+    model, n = setting.real, setting.n_prompts(16)
+    site = bwlens.Site("W_out", round(5 / 29 * (len(model.blocks) - 1)))
+    search = ValueSearch(ValueSettings(1 if setting.quick else 5), PREFIXES, "subject", None)
+    places = [("The {} is in the city of", name) for name in ("Louvre", "Colosseum", "Prado")]
+    people = [("{} was born in", name) for name in ("Albert Einstein", "Marie Curie", "Plato")]
+    several = [bwlens.Edit(*one, " Rome") for one in [*places, *people]]
+    facts = (several * n)[:n]
+
+    def together() -> list[Value]:
+        return search.values(model, facts, site)
+
+    def one_by_one() -> list[Value]:
+        return [value for fact in facts for value in search.values(model, [fact], site)]
+
+    def plain() -> list[Value]:
+        with patch("bwlens.edit.value.Aims", _PlainAims):
+            return one_by_one()
+
+    pairs = zip(together(), plain(), strict=True)
+    apart = max(float((a.delta - b.delta).norm() / b.delta.norm()) for a, b in pairs)
+    fast = timed(together)
+    return [
+        race("values together / one by one", fast, timed(one_by_one), setting.repeats, 0.8),
+        race("values together / plain passes", fast, timed(plain), setting.repeats, 0.25),
+        Note(f"values: {n} facts, {setting.real_name}, {site}; they differ by {apart:.1g} at most"),
+    ]
+
+
+class _PlainAims(Aims):
+    """Each pass runs the whole model and unembeds every position."""
+
+    def words(self, shifts: Any) -> Any:
+        contexts, batch = self._contexts, self._contexts.batch
+        added = shift_of(self._tap, batch, contexts.rows, shifts.repeat_interleave(contexts.n, 0))
+        passed = run(self._model, batch.tokens, additions=[added], graph=True)
+        words = passed.logits.log_softmax(-1)
+        return contexts.by_edit(words[torch.arange(len(batch))[:, None], self._positions])
 
 
 def _probability(model: Any, change: Any) -> float:

@@ -17,8 +17,8 @@ from typing import Any
 import pandas as pd
 
 import bwlens
-from bwlens.edit import key_statistics, rome, subject_shift, whitened_shift
-from bwlens.edit.whitened import PREFIXES
+from bwlens.edit import key_statistics, rome, subject_shift
+from bwlens.edit.keys import PREFIXES
 from bwlens.evaluation import Evaluation, known_records
 
 HERE = Path(__file__).parent
@@ -33,26 +33,21 @@ def main(requests: str, text: str, folder: str) -> None:
     made = bwlens.make_records(requests, neighbours=5, attributes=0).sample(700, seed=0)
     known = known_records(model, made)[: TUNING + REPORTED]
     of_mlp = key_statistics(model, text, matrix="W_out", layers=[LAYER], max_tokens=TOKENS)
-    layers = range(22, 30)
-    of_heads = key_statistics(model, text, matrix="W_O", layers=layers, max_tokens=TOKENS)
     at: dict[str, Any] = {"layer": LAYER, "statistics": of_mlp, "prefixes": PREFIXES}
     methods = {
         "none": "none",
         "subject_shift": partial(subject_shift, **at),
         "rome": partial(rome, **at),
-        "whitened_shift": partial(whitened_shift, statistics=of_heads),
     }
     settings: dict[str, Any] = {"greedy_tokens": 3, "generation_every": 0, "perplexity_every": 0}
     write(bwlens.evaluate(model, methods, known[TUNING:], out=folder, **settings))
 
 
 def write(result: Evaluation) -> None:
-    """The means with intervals, and the paired differences of the subject shift from the others."""
-    tables = [result.summary]
-    for other in ("rome", "whitened_shift"):
-        pairs = result["subject_shift"].compare(result[other])
-        pairs = pairs.rename(columns={"difference": "mean"})
-        tables.append(pairs.assign(method=f"subject_shift - {other}"))
+    """The means with intervals, and the paired differences of the subject shift from ROME."""
+    pairs = result["subject_shift"].compare(result["rome"])
+    pairs = pairs.rename(columns={"difference": "mean"}).assign(method="subject_shift - rome")
+    tables = [result.summary, pairs]
     table = pd.concat(tables, ignore_index=True)
     table = table[table["metric"] != "seconds"]  # `python -m benchmarks edits` times them
     table.round(2).to_csv(HERE / "editing-smollm2.csv", index=False)

@@ -3,10 +3,11 @@
     python docs/many_edits.py counterfact_requests.json wikitext.txt runs/many 300
 
 The text may also be key statistics that were saved (`bwlens statistics`).
+
 Records are made of CounterFact's requests, and only facts that the model knows are kept; of a
-subject only one. Those with which layers and settings were chosen (the first 60) are left
-out. An edit's value does not depend on the others, so that each is searched once, in parts that are
-kept; for each number of edits it is spread anew, and the same sample of the edited records is asked.
+subject only one. The first 60, by which layers and settings were chosen, are left out. An edit's
+value does not depend on the others, so that each is searched once, in parts that are kept; for each
+number of edits it is spread anew, and a sample of the edited records is asked.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from bwlens.data.records import Record
 from bwlens.edit import key_statistics, load_statistics
 from bwlens.edit._alpha_edit import null_space, projected_rows
 from bwlens.edit._memit import normal_rows
+from bwlens.edit.keys import PREFIXES
 from bwlens.edit.known import open_edits
 from bwlens.edit.spread import spread
 from bwlens.edit.value import ValueSearch, ValueSettings
-from bwlens.edit.whitened import PREFIXES
 from bwlens.evaluation import known_records
 from bwlens.show import drawing
 
@@ -71,7 +72,7 @@ def main(requests: str, text: str, folder: str, most: str) -> None:
 
 
 def chosen(model: Any, requests: str, room: Path, most: int) -> list[Record]:
-    """The first known records of a seeded sample that do not give the new answer, a subject once."""
+    """The first known records of a seeded sample, of a subject one."""
     made = bwlens.make_records(requests, neighbours=5, attributes=0)
     made = made.sample(700 if most <= 350 else 2 * most, seed=0)
     path = room / f"known-{len(made)}.json"

@@ -16,6 +16,7 @@ WORDS = {
     "lens": "BackwardLens",
     "readings": "dual / plain",
     "edits": "subject shift / ROME",
+    "values": "values together / plain",
     "rank": "svdvals",
     "batch": "one by one",
     "sweep": "prompts swept",

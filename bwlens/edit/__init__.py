@@ -16,4 +16,3 @@ from bwlens.edit.statistics import KeyStatistics as KeyStatistics
 from bwlens.edit.statistics import key_statistics as key_statistics
 from bwlens.edit.statistics import load_statistics as load_statistics
 from bwlens.edit.statistics import save_statistics as save_statistics
-from bwlens.edit.whitened import whitened_shift as whitened_shift

@@ -15,10 +15,9 @@ from bwlens.edit._memit import normal_rows
 from bwlens.edit._where import layer_for
 from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, number, texts_of
-from bwlens.edit.keys import Position, check_position, contexts_of
+from bwlens.edit.keys import PREFIXES, Position, check_position, contexts_of
 from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
-from bwlens.edit.whitened import PREFIXES
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel

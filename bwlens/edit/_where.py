@@ -16,9 +16,8 @@ from torch import Tensor
 from bwlens.data.given import as_records
 from bwlens.data.records import Record, Records
 from bwlens.edit.given import texts_of
-from bwlens.edit.keys import Position, contexts_of, keys_of
+from bwlens.edit.keys import PREFIXES, Position, contexts_of, keys_of
 from bwlens.edit.statistics import KeyStatistics, Statistics, statistics_for
-from bwlens.edit.whitened import PREFIXES
 from bwlens.model.prompts import make_batch
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site, resolve_layers, resolve_matrices

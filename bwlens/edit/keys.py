@@ -24,51 +24,8 @@ from bwlens.model.tokens import subject_positions
 Position = Literal["last", "subject"]
 """Which token of a prompt holds the key: the prompt's last one, or the subject's last one."""
 
-
-@dataclass(frozen=True, eq=False)
-class KeyPass:
-    """What one forward pass showed.
-
-    Attributes:
-        logits: [batch, pos, d_vocab].
-        final: What enters the final norm [batch, pos, d_model].
-        x: What enters each weight [batch, pos, d_in].
-        z: What leaves it [batch, pos, d_out].
-        norms: The norm that takes what leaves it, where one stands before the stream (Gemma 2).
-    """
-
-    logits: Float[Tensor, "batch pos d_vocab"]
-    final: Float[Tensor, "batch pos d_model"] | None
-    x: dict[Site, Tensor]
-    z: dict[Site, Tensor]
-    norms: dict[Site, nn.Module]
-
-
-def passed_by(
-    model: LensModel, batch: Batch, matrices: Sequence[str] | str, layers: Layers = None
-) -> KeyPass:
-    """One forward pass of a batch, in eval mode and without gradients.
-
-    Raises:
-        ValueError: Unknown matrices or layers.
-        NotImplementedError: A mixture of experts, whose tokens go to different weights.
-    """
-    taps = key_taps(model, matrices, layers)
-    norm = getattr(model, "ln_final", None)
-    end = None if norm is None else Point(norm, "input", "hidden_states")
-    entries = norm_entries(model, sorted({tap.site.layer for tap in taps}))
-    points = {point for several in entries.values() for point in several}
-    points |= {end} if end else set()
-    passed = run(model, batch.tokens, taps=taps, points=points)
-    shape = batch.tokens.shape
-    x, z, norms = {}, {}, {}
-    for flow in passed.flows:
-        site = flow.parts[0][0]
-        x[site], z[site] = (wide(as_rows(rows)).unflatten(0, shape) for rows in (flow.x, flow.z))
-        if (after := norm_after(entries[site.layer], passed, [flow])) is not None:
-            norms[site] = after
-    final = wide(passed.seen[end][0]) if end and end in passed.seen else None
-    return KeyPass(wide(passed.logits), final, x, z, norms)
+PREFIXES = ("People say that", "Once upon a time, there was.")
+"""Contexts that say nothing of any subject, tuned on the demo model's even records."""
 
 
 def keys_of(
@@ -152,16 +109,9 @@ class Contexts:
         """Rows of the batch, by edit and context."""
         return rearrange(rows, "(edits n) ... -> edits n ...", n=self.n)
 
-    def at(
-        self, values: Float[Tensor, "batch pos d"], after: Sequence[tuple[int, int]] | None = None
-    ) -> Float[Tensor, "edits n d"]:
-        """The values at the keys' positions, by edit and context.
-
-        With `after`, pairs of an edit and how many tokens further on: those positions instead.
-        """
+    def at(self, values: Float[Tensor, "batch pos d"]) -> Float[Tensor, "edits n d"]:
+        """The values at the keys' positions, by edit and context."""
         rows = self.by_edit(self.rows)
-        if after is not None:
-            rows = torch.stack([rows[edit] + steps for edit, steps in after])
         return rearrange(values, "batch pos d -> (batch pos) d")[rows.to(values.device)]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from bwlens.data.given import OneEdit, as_edits
 from bwlens.edit import WeightChange, fine_tune, gradient_step, mend
+from bwlens.edit.keys import PREFIXES
 from bwlens.edit.shift import default_layer
-from bwlens.edit.whitened import PREFIXES
 from bwlens.evaluation.methods import Method, editing_methods, named_method
 from bwlens.model.identity import is_demo
 from bwlens.model.passes import run

@@ -124,8 +124,9 @@ def run(
             hooks.after(module, lambda m, output: left.setdefault(m, []).append(output))
         for module, given in (giving or {}).items():
             hooks.instead(module, lambda forward, args, kwargs, given=given: given)
-        for module in () if partly is None else partly.left:
-            hooks.instead(module, partial(partly.passing, module))
+        if partly is not None:
+            for module in partly.left:
+                hooks.instead(module, partial(partly.passing, module))
         if positions is not None:
             _only_at(model.unembed, positions, hooks)
         if kept is not None:

@@ -20,7 +20,8 @@ METHODS = {
     "fine_tune": partial(edit.fine_tune, layers=5, steps=2),
     "rome": partial(edit.rome, prefixes=(), steps=2),
     "memit": partial(edit.memit, prefixes=(), steps=2),
-    "whitened_shift": edit.whitened_shift,
+    "subject_shift": partial(edit.subject_shift, layer=4, steps=2),
+    "alpha_edit": partial(edit.alpha_edit, layers=4, prefixes=(), steps=2),
     "smallest_gradient_step": partial(smallest_gradient_step, layers=[5]),
 }
 QUICK = {"generation_every": 0, "perplexity_every": 0, "greedy_tokens": 0, "progress": False}

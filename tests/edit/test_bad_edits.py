@@ -18,9 +18,10 @@ METHODS = {
     "fine_tune": partial(edit.fine_tune, layers=5, steps=2),
     "rome": partial(edit.rome, prefixes=(), steps=2),
     "memit": partial(edit.memit, prefixes=(), steps=2),
-    "whitened_shift": edit.whitened_shift,
+    "subject_shift": partial(edit.subject_shift, layer=4, position="last", steps=2),
+    "alpha_edit": partial(edit.alpha_edit, prefixes=(), steps=2, layers=[3, 4]),
 }
-ONE_LAYER = ("forward_pass_shift", "given shift", "rome")
+ONE_LAYER = ("forward_pass_shift", "given shift", "rome", "subject_shift")
 MESSI = Edit("{} plays for", "Lionel Messi", " Paris")
 KNOWN = Edit("{} plays for", "Lionel Messi", " Barcelona")
 
@@ -92,8 +93,8 @@ def test_what_is_no_edit(name, demo):
         ("rome", {"lr": 1e25}, "grown out of all bounds after 1 steps of lr=1e\\+25"),
         ("memit", {"lr": 1e25}, "grown out of all bounds"),
         ("rome", {"kl_factor": float("nan")}, "the loss is nan"),
-        ("whitened_shift", {"margin": 1e39}, "take a smaller step"),
-        ("whitened_shift", {"margin": float("inf")}, "finite number of nats"),
+        ("subject_shift", {"log_odds": float("inf")}, "finite number of nats"),
+        ("alpha_edit", {"lr": 1e25}, "grown out of all bounds"),
     ],
 )
 def test_steps_that_explode(name, settings, message, demo):
@@ -119,9 +120,10 @@ def test_steps_that_explode(name, settings, message, demo):
         ("rome", {"clamp": "4"}, "clamp is '4'"),
         ("memit", {"weight": "much"}, "weight is 'much'"),
         ("memit", {"position": "first"}, "position must be"),
-        ("whitened_shift", {"prefixes": "So"}, "prefixes is 'So'; expected a list of texts"),
-        ("whitened_shift", {"prefixes": (1, 2)}, r"prefixes is \(1, 2\); expected a list of texts"),
-        ("whitened_shift", {"tokens": None}, "tokens must be"),
+        ("subject_shift", {"prefixes": "So"}, "prefixes is 'So'; expected a list of texts"),
+        ("subject_shift", {"prefixes": (1, 2)}, r"prefixes is \(1, 2\); expected a list of texts"),
+        ("alpha_edit", {"threshold": "low"}, "threshold is 'low'"),
+        ("alpha_edit", {"ridge": 0.0}, "ridge is 0.0; expected a share > 0"),
     ],
 )
 def test_settings_are_refused_before_the_work(name, settings, message, demo, monkeypatch):
@@ -149,8 +151,8 @@ def test_what_stands_where_an_edit_belongs(demo):
         Edit("{} plays for", "Lionel Messi", 5)
 
 
-@pytest.mark.parametrize("name", ["forward_pass_shift", "whitened_shift"])
-def test_every_token_of_a_target_is_written(name, demo):
+def test_every_token_of_a_target_is_written(demo):
+    name = "forward_pass_shift"
     edit_ = Edit("{} plays for", "Lionel Messi", " New York")
     change = METHODS[name](demo, edit_)
     assert (change.note, change.details["tokens"]) == ("", "all")
@@ -171,8 +173,8 @@ def _said(model, edit_, change):
     return [a == b for a, b in zip(answers, batch.targets[0], strict=True)]
 
 
-@pytest.mark.parametrize(("name", "matrix"), [("rome", "W_out"), ("whitened_shift", "W_O")])
-def test_statistics_of_another_model(name, matrix, demo):
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_statistics_of_another_model(name, demo):
     other = load_model("demo")
     weight = weight_of(other, Site("W_in", 0))
     weight.write(1.3 * weight.read())
@@ -180,12 +182,12 @@ def test_statistics_of_another_model(name, matrix, demo):
     with pytest.raises(ValueError, match="of another model"):
         method(other, MESSI)
     story = ["Once upon a time there was a little girl who had a dog. " * 9]
-    strange = key_statistics(other, story, matrix=matrix, cache=False)
+    strange = key_statistics(other, story, cache=False)
     with pytest.raises(ValueError, match="of another model"):
         method(demo, MESSI, statistics=strange)
     with pytest.raises(ValueError, match="no key statistics of"):
         method(demo, MESSI, statistics={})
-    few = key_statistics(demo, story, matrix=matrix, cache=False)
+    few = key_statistics(demo, story, cache=False)
     with pytest.raises(ValueError, match="take more text"):
         method(demo, MESSI, statistics=few)
 

@@ -7,7 +7,7 @@ import bwlens
 from bwlens import Edit, Site
 from bwlens.changes.change import WeightChange
 from bwlens.edit._memit import memit, normal_rows
-from bwlens.edit.keys import contexts_of, passed_by
+from bwlens.edit.keys import contexts_of, keys_of
 from bwlens.edit.statistics import key_statistics
 from bwlens.edit.value import ValueSearch, ValueSettings
 from bwlens.model.passes import run
@@ -58,9 +58,7 @@ def test_against_the_algorithm_written_out(name, boot):
         goals.append(alone.at(stream_after(model, alone.batch, 1))[0, 0] + value.delta)
     twin, goal = tiny.bridge(name, model.tokenizer), torch.stack(goals)
     for site, left in zip(sites, (2, 1), strict=True):
-        keys = (
-            around.at(passed_by(twin, around.batch, "W_out", site.layer).x[site]).mean(1).double()
-        )
+        keys = around.at(keys_of(twin, around.batch, "W_out", site.layer)[site]).mean(1).double()
         missing = goal - plain.at(stream_after(twin, plain.batch, 1))[:, 0]
         system = 5.0 * held[site].second_moment + keys.T @ keys
         expected = torch.linalg.solve(system, keys.T @ (missing.double() / left))
@@ -78,7 +76,7 @@ def test_what_is_missing_is_spread_and_shrinks(boot):
     assert last < 0.5 * first
     # With nothing held back, W_out writes half of what is missing at the mean keys in layer 0.
     around = contexts_of(model, EDITS, PREFIXES, "subject", None, targets=False)
-    keys = around.at(passed_by(model, around.batch, ["W_out"], 0).x[Site("W_out", 0)]).mean(1)
+    keys = around.at(keys_of(model, around.batch, ["W_out"], 0)[Site("W_out", 0)]).mean(1)
     written = (keys @ change["W_out", 0].dense()).norm(dim=1).mean()
     assert float(written) == pytest.approx(first / 2, rel=1e-2)
 

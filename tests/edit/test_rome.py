@@ -6,7 +6,7 @@ import torch
 import bwlens
 from bwlens import Edit, Site
 from bwlens.edit._rome import rome
-from bwlens.edit.keys import contexts_of, passed_by
+from bwlens.edit.keys import contexts_of, keys_of
 from bwlens.edit.statistics import key_statistics
 from bwlens.edit.value import ValueSearch, ValueSettings, prefixes_of
 from bwlens.model.prompts import make_batch
@@ -40,7 +40,7 @@ def test_the_constraint_holds(name, boot):
     assert change[site].n == 1
     assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in before.items())
     contexts = contexts_of(model, [EDIT], PREFIXES, "subject", None)
-    key = contexts.at(passed_by(model, contexts.batch, ["W_out"], 1).x[site])[0].mean(0)
+    key = contexts.at(keys_of(model, contexts.batch, ["W_out"], 1)[site])[0].mean(0)
     settings = ValueSettings(steps=5)
     value = search(settings, PREFIXES).values(model, [EDIT], site)[0]
     torch.testing.assert_close(value.key, key)
@@ -59,7 +59,7 @@ def test_which_key_reaches_the_value(keys, boot):
     (value,) = search(ValueSettings(steps=3), PREFIXES).values(model, [EDIT], site)
     mean, plain = value.key, value.plain_key
     contexts = contexts_of(model, [EDIT], (), "subject", None)
-    alone = contexts.at(passed_by(model, contexts.batch, ["W_out"], 1).x[site])[0, 0]
+    alone = contexts.at(keys_of(model, contexts.batch, ["W_out"], 1)[site])[0, 0]
     torch.testing.assert_close(plain, alone)
     assert not torch.allclose(mean, plain, rtol=1e-2)
     reached = {"mean": mean, "plain": plain, "mixed": plain}[keys]

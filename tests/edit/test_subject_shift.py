@@ -6,7 +6,7 @@ import torch
 import bwlens
 from bwlens import Edit, Site
 from bwlens.edit import key_statistics, subject_shift
-from bwlens.edit.keys import contexts_of, passed_by
+from bwlens.edit.keys import contexts_of, keys_of
 from tests import oracle, tiny
 
 EDIT = Edit("{} t9 t30 t41", subject="t5 t6", target_new=" t17 t20")
@@ -75,7 +75,7 @@ def test_each_row_answers_to_its_own_key_alone(boot):
     settings = {"layer": 1, "steps": 2, "prefixes": PREFIXES, "statistics": statistics(model)}
     both = subject_shift(model, [EDIT, OTHER], **settings)
     contexts = contexts_of(model, [EDIT, OTHER], PREFIXES, "subject", None)
-    keys = contexts.at(passed_by(model, contexts.batch, "W_out", 1).x[site]).mean(1)
+    keys = contexts.at(keys_of(model, contexts.batch, "W_out", 1)[site]).mean(1)
     torch.testing.assert_close(keys @ both[site].x.T, torch.eye(2), rtol=1e-3, atol=1e-3)
     for i, edit in enumerate((EDIT, OTHER)):
         alone = subject_shift(model, edit, **settings)

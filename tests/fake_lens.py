@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice, product
 
 import torch
@@ -117,6 +118,16 @@ def fake_lens(
         _readings=readings,
         _words=dict(enumerate(words)),
     )
+
+
+def with_words(lens: BackwardLens, words: dict[tuple[int, int], int]) -> BackwardLens:
+    """A copy of a lens in whose W_out these cells (layer, position) promote these ids most."""
+    read = lens.readout("W_out")
+    ids = read.bottom_ids.clone()
+    for (layer, pos), index in words.items():
+        ids[layer, pos, 0] = index
+    readings = dict(lens._readings["plain"], W_out=replace(read, bottom_ids=ids))
+    return replace(lens, _readings=dict(lens._readings, plain=readings))
 
 
 def _reading(held, matrix, n_layers, v, k, followed, normalized, make) -> Readout:

@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 STEPS = 32
 """How many shades a page tells apart; more cannot be seen."""
 
@@ -23,6 +27,24 @@ def shade(value: float, dark: bool = False) -> tuple[int, int, int]:
     pairs = zip(stops[low], stops[low + 1], strict=True)
     red, green, blue = (round(a + (place - low) * (b - a)) for a, b in pairs)
     return red, green, blue
+
+
+def limit(norms: Any) -> float:
+    """The norm [layer, pos] that has the deepest shade: the largest, unless it dwarfs the rest.
+
+    With Q1 and Q3 the quartiles of the norms at all tokens but the strongest (often a BOS), norms
+    above f = Q3 + 3 (Q3 - Q1) lie far out (Tukey). Where the largest exceeds 3.5 f, the scale ends
+    at the largest norm up to f, and those beyond it are marked. 1 where all are 0.
+    """
+    values = np.asarray(norms, dtype=float)
+    high = float(values.max(initial=0.0))
+    rest = np.delete(values, values.max(0).argmax(), 1) if values.shape[1] > 2 else values
+    rest = rest[rest > 0]
+    if not len(rest):
+        return high or 1.0
+    low, up = np.quantile(rest, (0.25, 0.75))
+    fence = float(up + 3 * (up - low))
+    return high if high <= 3.5 * fence else float(values[values <= fence].max())
 
 
 def scale(dark: bool = False) -> list[tuple[int, int, int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bwlens.lens.backward import BackwardLens
 from bwlens.runs.paths import writable
+from bwlens.show.colors import limit
 from bwlens.show.pack import pack
 from bwlens.show.table import assets, element, first_matrix, part, tables, titled
 
@@ -75,7 +76,9 @@ class Comparison:
     def _element(self) -> str:
         matrix, layers = first_matrix(self.matrices), self.lenses[0].layers
         marked = frozenset((layers.index(layer), pos) for layer, pos in self.differing(matrix))
-        top = max(float(lens.norms(matrix)[:, : self.n_pos].max()) for lens in self.lenses)
+        if len(marked) > len(layers) * self.n_pos / 2:
+            marked = frozenset()  # where almost every cell differs, to mark those says nothing
+        top = max(limit(lens.norms(matrix)[:, : self.n_pos]) for lens in self.lenses)
         parts = [
             part(lens, name, matrix, self.n_pos, top, marked)
             for lens, name in zip(self._views(), self.names, strict=True)

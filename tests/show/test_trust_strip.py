@@ -42,7 +42,7 @@ def test_the_verdicts():
 def test_the_plain_table_has_a_strip_in_each_heading():
     html = table(judged())
     plain = re.sub(r"<(script|style).*?</\1>", "", html, flags=re.DOTALL)
-    rows = re.findall(r"<tr style.*?</tr>", plain)[::-1]
+    rows = re.findall(r"<tr.*?</tr>", plain)[:0:-1]
     assert [row.count("bw-trust") for row in rows] == [1, 1, 1, 1]
     assert ["opacity" in row.split("<th")[0] for row in rows] == [True, True, False, False]
     assert "rgba(118,118,118,0.90)" in rows[3]

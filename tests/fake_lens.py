@@ -68,6 +68,7 @@ def fake_lens(
     both: bool = False,
     seed: int = 0,
     silent: bool = True,
+    follow: tuple[int, ...] = (),
 ) -> BackwardLens:
     """A lens over random words; with `silent` the last layer but its last cell has no gradient.
 
@@ -79,7 +80,7 @@ def fake_lens(
     v = len(words)
     token_ids = torch.randint(v, (1, n_pos), generator=make)
     texts = tuple(tokens) if tokens else tuple(str(words[i]) for i in token_ids[0].tolist())
-    followed = [8] if target is None else [target, 8]
+    followed = [*([] if target is None else [target]), 8, *follow]
     held = {}
     for matrix in matrices:
         for layer in range(n_layers):
@@ -117,6 +118,7 @@ def fake_lens(
         settings={"model": "fake", "objective": "NextToken"},
         _readings=readings,
         _words=dict(enumerate(words)),
+        follow_ids=follow,
     )
 
 

@@ -69,7 +69,7 @@ function start(root, lenses) {
     lenses,
     state,
     columns: lens.columns,
-    word: "",
+    word: lens.word(lens.follow[0] ?? 0), // a word that is followed, "" for none
     who(of) {
       const held = (of.follow ?? []).findIndex((index) => isFollowed(widget, of.word(index)));
       return held >= 0 ? held : of.has(state, "target") ? "target" : "answer";
@@ -128,7 +128,9 @@ function switches(widget, matrices, readings) {
   const { state, lenses } = widget;
   const named = (...texts) => texts.map((text) => [text, text]);
   const who = widget.who(lenses[0]);
-  const shown = [["words", "words"], ["rank", `${who} rank`], ...named("norm", "shade")];
+  const ranked = typeof who === "number" ? bare(widget.word) : who;
+  const shown = [["words", "words"], ["rank", `${ranked} rank`], ...named("norm", "shade")];
+  if (lenses.length > 1) shown.push(...named("change of norm", "change of rank"));
   const far = lenses.some((lens) => matrices.some((name) => {
     const { delta, top } = lens.matrices[name];
     return delta.some((norm) => norm > 1.0001 * top);

@@ -35,8 +35,8 @@ const signed = (value) => value.toFixed(Math.abs(value) < 1000 ? 2 : 0).replace(
 
 function short(value) {
   if (value === 0) return "0";
-  if (value < 1e-3 || value >= 1e5) return value.toExponential(1).replace("e+", "e");
-  return value >= 1000 ? value.toFixed(0) : value.toPrecision(3);
+  if (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5) return value.toExponential(1).replace("e+", "e");
+  return Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(3);
 }
 
 // What a word of bytes that are no whole character belongs to, as its first byte says.
@@ -68,6 +68,7 @@ function decode(lens) {
   const { k, matrices, words } = lens;
   const width = lens.tokens.length;
   const reading = (state) => lens.readings[matrices[state.matrix].readings[state.reading]];
+  // A followed word, by its number, has places; target and answer have ranks.
   const ranks = (state, who) =>
     typeof who === "number" ? reading(state).follow?.[who] : reading(state)[who];
   return {
@@ -92,6 +93,7 @@ function decode(lens) {
     // it promotes what is least probable in delta, but stamps x in, and an effect is, as measured.
     place(state, who, cell) {
       const rank = ranks(state, who)[cell];
+      if (typeof who === "number") return rank;
       if (rank < 0) return 0;
       return reading(state).through === "delta" ? lens.vocab - rank : rank + 1;
     },

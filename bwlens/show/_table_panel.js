@@ -38,7 +38,7 @@ function detail(widget, lens) {
     fact("norm of x", short(lens.x(state)[at]));
     for (const [who, name] of followed(widget, lens)) {
       const place = lens.place(state, who, at);
-      fact(name, place ? `#${whole(place)}` : "none", place ? `of ${whole(lens.vocab)} promoted` : "");
+      fact(name, place ? `#${whole(place)}` : "none", place ? `of ${whole(lens.vocab)}` : "");
     }
     const trust = lens.judged(state);
     if (trust) fact("trust", trust.says[lens.layerOf(at)].replace(/^Layer \d+: /, ""));

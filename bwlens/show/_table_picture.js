@@ -81,8 +81,9 @@ function cellNow(widget, { lens }, scale, at, norm, wanted) {
   if (lens.target && best.includes(lens.target)) mark("bw-hit", named(lens, "target"));
   else if (best.includes(lens.answer)) mark("bw-own", "the model\u2019s answer");
   if (lens.left(state, at) >= 0) mark("bw-faint", "doubtful");
+  if (scale.signed) names.push(scale.say(at));
   if (scale.beyond(lens, at)) mark("bw-beyond", `beyond the scale, norm ${short(norm)}`);
-  if (widget.few && differs(widget, at)) mark("bw-other", "not the same in the other table");
+  if (widget.few && !scale.signed && differs(widget, at)) mark("bw-other", "not the same in the other table");
   for (const end of ENDS) {
     if (wanted.some((index) => lens.holds(state, end, at, index))) {
       mark(`bw-${end === "promoted" ? "up" : "down"}`, `${end}: ${exact(widget.word)}`);
@@ -141,6 +142,7 @@ function shades(widget) {
       ticks: [places, Math.round(log ? Math.sqrt(places) : places / 2), 1].map(whole),
     };
   }
+  if (state.show.startsWith("change")) return change(widget);
   let high = 0;
   let low = Infinity;
   for (const lens of lenses) {
@@ -171,6 +173,38 @@ function shades(widget) {
   };
 }
 
+// How a cell changed from the first lens to the second: its norm, or how many times nearer to the
+// promoted end a word has come. 0 where one of the two has no gradient.
+function changed({ lenses: [a, b], state, who }, at) {
+  if (state.show === "change of norm") {
+    const [one, other] = [a, b].map((lens) => lens.delta(state)[at]);
+    return one && other ? other - one : 0;
+  }
+  const [one, other] = [a, b].map((lens) => lens.place(state, who(lens), at));
+  return one && other ? Math.log(one / other) : 0;
+}
+
+function change(widget) {
+  const { state, lenses: [lens] } = widget;
+  const all = Array.from({ length: lens.size }, (_, at) => Math.abs(changed(widget, at)));
+  const most = all.reduce((one, other) => Math.max(one, other), 0) || 1;
+  const norm = state.show === "change of norm";
+  const middle = (CHANGES - 1) / 2;
+  const say = norm ? (value) => (value > 0 ? "+" : "") + short(value).replace("-", "\u2212")
+    : (value) => (value < 0 ? `${times(-value)} further` : `${times(value)} nearer`);
+  const times = (value) => `${short(Math.exp(value))}\u00d7`;
+  return {
+    className: (_, at) => `d${Math.round(middle + (middle * changed(widget, at)) / most)}`,
+    beyond: () => false,
+    title: norm ? `change of the norm of \u03b4, ${state.matrix}`
+      : `place of ${whose(widget, lens)}: how many times nearer to #1`,
+    ticks: [-most, 0, most].map((value) => (value ? say(value) : norm ? "0" : "as before")),
+    signed: true,
+    say: (at) => say(changed(widget, at)),
+    most: all.map((_, at) => at).filter((at) => all[at]).sort((a, b) => all[b] - all[a]).slice(0, 10),
+  };
+}
+
 // Whether what a cell shows is not the same in both of two lenses.
 function differs(widget, at) {
   const { lenses, state } = widget;
@@ -198,6 +232,12 @@ function sentence(widget, lens) {
     return `Place of ${whose(widget, lens)} among ${whole(lens.vocab)} words: #1 is what ${step}`
       + ` ${most}.${some}`;
   }
+  if (show === "change of norm") {
+    return `Shade: how the norm of \u03b4 of ${matrix} changed from the first lens to the second.${some}`;
+  }
+  if (show === "change of rank") {
+    return `Shade: how the place of ${whose(widget, lens)} changed from the first to the second.${some}`;
+  }
   if (show !== "words") return `Norm of \u03b4, the gradient that comes back to ${matrix}.${some}`;
   if (effect) {
     const does = { promoted: "raises", suppressed: "lowers" }[end];
@@ -218,11 +258,31 @@ function sentence(widget, lens) {
     : `The word least like what ${step} stamps in: x\u2019s least probable.`) + some;
 }
 
+// The cells that changed most, in order, to go to.
+function largest(widget, scale) {
+  const [lens] = widget.lenses;
+  const buttons = scale.most.map((at) => {
+    const token = exact(lens.tokens[lens.posOf(at)]);
+    const button = make("button", "", `layer ${lens.layers[lens.layerOf(at)]}, ${token}: ${scale.say(at)}`);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      widget.pinned = true;
+      look(widget, at);
+      for (const each of widget.views) bringIntoView(widget, each);
+    });
+    return make("li", "", button);
+  });
+  return make("div", "bw-most", "changed most:", make("ol", "", ...buttons));
+}
+
 function drawLegend(widget, scale, seen) {
   const { lenses, state, legend } = widget;
   const [lens] = lenses;
   const ramp = make("span", "bw-ramp");
-  for (let step = 0; step < STEPS; step++) ramp.append(make("i", `s${step}`));
+  const steps = scale.signed ? CHANGES : STEPS;
+  for (let step = 0; step < steps; step++) {
+    ramp.append(make("i", `${scale.signed ? "d" : "s"}${step}`));
+  }
   const ticks = scale.ticks.map((tick) => make("span", "", tick));
   const title = make("span", "bw-title", scale.title);
   const bar = make("div", "bw-scale", title, ramp, make("span", "bw-ticks", ...ticks));
@@ -258,4 +318,5 @@ function drawLegend(widget, scale, seen) {
   key("bw-trust", trust?.key);
   key("bw-chance", trust?.why);
   legend.replaceChildren(bar, keys);
+  if (scale.signed) legend.append(largest(widget, scale));
 }

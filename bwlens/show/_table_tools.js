@@ -25,6 +25,16 @@ function following(widget) {
     paint(widget);
     look(widget, widget.current);
   });
+  input.value = widget.word;
+  const options = [...new Set(widget.lenses.flatMap((each) =>
+    [...each.follow, each.target, each.answer].map((index) => each.word(index))))].filter(Boolean);
+  const list = make("datalist", "", ...options.map((word) => {
+    const option = make("option");
+    option.value = word;
+    return option;
+  }));
+  list.id = `${widget.id}-words`;
+  input.setAttribute("list", list.id);
   widget.input = input;
-  return make("fieldset", "bw-follow", make("legend", "", "Follow"), input);
+  return make("fieldset", "bw-follow", make("legend", "", "Follow"), input, list);
 }

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
-from bwlens.show.colors import shade
+from bwlens.show.colors import shade, signed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,6 +31,11 @@ SCALE = LinearSegmentedColormap.from_list(
     "bwlens", np.array([shade(step / 64) for step in range(65)]) / 255
 )
 """The sequential colours of every picture of bwlens."""
+
+SIGNED = LinearSegmentedColormap.from_list(
+    "bwlens_signed", np.array([signed(step / 32 - 1) for step in range(65)]) / 255
+)
+"""The colours of signed changes."""
 
 LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Colours of the Okabe-Ito set, which colour-blind readers can tell apart."""

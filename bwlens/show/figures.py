@@ -94,6 +94,30 @@ def norms(
     return figure
 
 
+def change(
+    lens: BackwardLens,
+    values: Any,
+    name: str,
+    ax: Axes | None = None,
+    width: float = COLUMN,
+) -> Figure:
+    """Signed changes [layer, pos] of a lens' cells, brown below zero and teal above.
+
+    The middle is zero; nan is left empty. `Comparison.figure` draws it.
+    """
+    values = np.asarray(values, float)
+    top = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    figure, ax = drawing.axes(ax, (width, 2.2))
+    style = {"origin": "lower", "aspect": "auto", "cmap": drawing.SIGNED}
+    ax.imshow(values, vmin=-top, vmax=top, **style)
+    _tokens_below(ax, lens, values.shape[1])
+    ax.set_yticks(*drawing.few(lens.layers))
+    ax.set_ylabel("layer")
+    drawing.plain(ax)
+    drawing.scale_bar(figure, ax, top, name, low=-top, cmap=drawing.SIGNED)
+    return figure
+
+
 def target_ranks(
     lens: BackwardLens, matrix: str = "W_out", ax: Axes | None = None, width: float = COLUMN
 ) -> Figure:
@@ -165,8 +189,8 @@ def spectrum(
     return figure
 
 
-def _tokens_below(ax: Axes, lens: BackwardLens) -> None:
-    labels = [drawing.label(visible(token)) for token in lens.tokens]
+def _tokens_below(ax: Axes, lens: BackwardLens, n_pos: int | None = None) -> None:
+    labels = [drawing.label(visible(token)) for token in lens.tokens[:n_pos]]
     long = sum(map(len, labels)) > 42 or len(labels) > 8
     ax.set_xticks(
         range(len(labels)), labels, rotation=60 if long else 0, ha="right" if long else "center"

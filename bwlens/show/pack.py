@@ -46,9 +46,9 @@ def pack(
     """What the table's script reads, in flat lists by cell (layer index times width plus column).
 
     `words` are those that occur, after "" for none; `ids` are places among them, k to a cell.
-    Scores are in hundredths, as shown, norms have five digits; `top` has the deepest shade. Ranks are -1 without gradient,
-    `faint` the percents of a doubtful vector that the norm's epsilon leaves, -1 without doubt. What
-    two matrices or two readings share (W_in and W_gate have one x) is in `readings` once.
+    Scores are in hundredths, as shown, norms have five digits; `top` has the deepest shade.
+    Ranks are -1 without gradient, `faint` the percents of a doubtful vector that the norm's epsilon
+    leaves, -1 without doubt. What two matrices or readings share is in `readings` once.
 
     Of the lens' `matrices`, `readings` (as in `BackwardLens.readings`) and columns (`n_pos`), None
     takes all.
@@ -70,7 +70,7 @@ def pack(
     answer = int(lens.gradients.next_logits[0].float().softmax(-1).argmax())
     vocabulary = lens.vocabulary
     used = np.unique(np.concatenate([ids for ids, _ in sides.values()]))
-    used = np.union1d(used[used >= 0], [*lens.target_ids[:1], answer])
+    used = np.union1d(used[used >= 0], [*lens.target_ids[:1], answer, *lens.follow_ids])
 
     def places(ids: Any) -> Any:
         return np.where(np.less(ids, 0), 0, 1 + np.searchsorted(used, ids)).tolist()
@@ -90,6 +90,10 @@ def pack(
             }
             if lens.target_ids:
                 entry["target"] = _flat(view.target_ranks(matrix)[:, keep]).tolist()
+            if lens.follow_ids:
+                entry["follow"] = [
+                    _flat(each[:, keep]).tolist() for each in view.followed_places(matrix).values()
+                ]
             for end in ENDS:
                 ids, scores = sides[reading, matrix, end]
                 hundredths = (100 * np.nan_to_num(scores.astype("f8")).clip(-1e12, 1e12)).round()
@@ -118,6 +122,7 @@ def pack(
         "words": ["", *(spaced(vocabulary[i]) for i in used.tolist())],
         "target": places(lens.target_ids[0]) if lens.target_ids else 0,
         "answer": places(answer),
+        "follow": places(np.array(lens.follow_ids, int)),
         "said": probability_of(lens),
         "matrices": by_matrix,
         "readings": entries,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bwlens.show import picking, trusting
-from bwlens.show.colors import STEPS, TARGET, css, ink, limit, scale
+from bwlens.show.colors import CHANGES, STEPS, TARGET, changes, css, ink, limit, scale
 from bwlens.show.pack import compressed, pack
 from bwlens.show.picking import DRAWN
 from bwlens.show.sheet import document
@@ -239,11 +239,13 @@ def _html(text: str) -> str:
 def _style() -> str:
     """The style sheet, with a rule for each shade and the ink on it, on light and dark pages."""
     rules = [f"--target:light-dark({TARGET[0]},{TARGET[1]});"]
-    for step, (light, dark) in enumerate(zip(scale(), scale(dark=True), strict=True)):
-        back, front = (
-            f"light-dark({css(a)},{css(b)})" for a, b in ((light, dark), (ink(light), ink(dark)))
-        )
-        rules.append(f".s{step}{{background-color:{back};color:{front}}}")
+    for name, shades in (("s", scale), ("d", changes)):
+        for step, (light, dark) in enumerate(zip(shades(), shades(dark=True), strict=True)):
+            back, front = (
+                f"light-dark({css(a)},{css(b)})"
+                for a, b in ((light, dark), (ink(light), ink(dark)))
+            )
+            rules.append(f".{name}{step}{{background-color:{back};color:{front}}}")
     return f"{_asset('_table.css')}:is(.bwlens, #bwlens){{{''.join(rules)}}}"
 
 
@@ -251,6 +253,7 @@ def _script() -> str:
     """The script, its parts in one scope of their own."""
     parts = "".join(map(_asset, [f"_table{name}.js" for name in _PARTS]))
     start = f'(() => {{\n"use strict";\nconst FORMAT = {FORMAT};\nconst STEPS = {STEPS};\n'
+    start += f"const CHANGES = {CHANGES};\n"
     return f"<script>{start}{parts}}})();</script>"
 
 

@@ -7,7 +7,7 @@ import re
 import unicodedata
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,7 @@ def joined(tokens: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
     ends = list(accumulate((len(_bytes(token)) for token in tokens), initial=0))
     return text, [
         (places[bisect_right(starts, low) - 1], places[bisect_left(starts, high)])
-        for low, high in zip(ends, ends[1:], strict=False)
+        for low, high in pairwise(ends)
     ]
 
 
@@ -176,7 +176,7 @@ def quoted(text: str) -> str:
 def target_words(lens: BackwardLens) -> str:
     """The target's tokens in quotation marks: `" Paris"`, or `" Stutt" "gart"`."""
     text, spans = joined(lens.target_tokens)
-    if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if any(a[1] > b[0] for a, b in pairwise(spans)):
         return quoted(text)  # tokens that share a character cannot be shown apart
     return " ".join(map(quoted, lens.target_tokens))
 

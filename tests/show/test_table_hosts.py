@@ -1,4 +1,4 @@
-"""The table where others show it: on paper, in notebooks, beside foreign styles, without scripts."""
+"""The table where others show it: on paper, beside foreign styles, without scripts."""
 
 from __future__ import annotations
 

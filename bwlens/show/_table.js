@@ -83,7 +83,7 @@ function start(root, lenses) {
   };
   scheme(root);
   widget.views = [...root.querySelectorAll(".bw-part")].map((part, at) => view(widget, part, at));
-  widget.views.forEach((each) => build(widget, each));
+  const defaults = { ...state, word: widget.word, columns: widget.columns.join(".") };
   widget.spoken = make("p", "bw-spoken");
   widget.spoken.setAttribute("aria-live", "polite");
   const hint = make("p", "bw-hint", "Arrow keys move, a click or Enter pins, Escape lets go.");
@@ -100,7 +100,12 @@ function start(root, lenses) {
     stage.before(root.querySelector(".bw-head"));
     panel.after(root.querySelector(".bw-about"));
   }
+  widget.inputs = {};
   stage.before(switches(widget, matrices, readings));
+  if (lens.width > MANY) stage.before(overview(widget, DRAWN));
+  widget.memory = remembering(widget, defaults);
+  const recalled = widget.memory.recall();
+  widget.views.forEach((each) => build(widget, each));
   stage.after(widget.spoken, widget.box);
   root.classList.toggle("bw-pair", lenses.length > 1);
   root.classList.toggle("bw-tall", lens.layers.length > 15);
@@ -112,7 +117,7 @@ function start(root, lenses) {
 
   for (const each of widget.views) listen(widget, each);
   paint(widget);
-  look(widget, opening(lens, state));
+  look(widget, recalled ?? opening(widget));
   for (const each of widget.views) enter(widget, each);
   new IntersectionObserver(([{ isIntersecting }]) => {
     widget.panelSeen = isIntersecting;
@@ -154,6 +159,7 @@ function switches(widget, matrices, readings) {
       input.name = `${widget.id}-${key}`;
       input.value = value;
       input.checked = state[key] === value;
+      (widget.inputs[key] ??= []).push(input);
       input.addEventListener("change", () => {
         state[key] = value;
         paint(widget);
@@ -164,17 +170,17 @@ function switches(widget, matrices, readings) {
     }
     bar.append(group);
   }
-  bar.append(following(widget));
+  bar.append(following(widget), taking(widget));
   return bar;
 }
 
 // The cell to begin with: the strongest that promotes the target, else the strongest.
-function opening(lens, state) {
+function opening({ lenses: [lens], state, columns }) {
   const delta = lens.delta(state);
-  const drawn = new Set(lens.columns);
+  const drawn = new Set(columns);
   const hit = (at) =>
     Boolean(lens.target && delta[at]) && lens.best(state, "promoted", at) === lens.target;
-  let best = lens.columns[0];
+  let best = columns[0];
   for (let at = 0; at < lens.size; at++) {
     if (!drawn.has(lens.posOf(at))) continue;
     if (hit(at) !== hit(best) ? hit(at) : delta[at] > delta[best]) best = at;
@@ -196,6 +202,7 @@ function look(widget, at) {
     each.detail.fill(at, widget.pinned);
   }
   widget.current = at;
+  widget.memory.keep();
 }
 
 // Makes the current cell the one that the Tab key finds.
@@ -269,6 +276,17 @@ function press(widget, lens, { key, ctrlKey }) {
   else if (key === "Enter" || key === " ") widget.pinned = !widget.pinned;
   else if (key === "Escape") widget.pinned = false;
   else return false;
+  // Past the edge of a window on a longer prompt, the window moves along.
+  const { columns } = widget;
+  const [first, last] = [columns[0], columns.at(-1)];
+  if ((pos < 0 || pos > right) && last - first === right && columns.length < lens.width) {
+    const next = pos < 0 ? first - 1 : last + 1;
+    if (next >= 0 && next < lens.width) {
+      redraw(widget, around(next, lens.width));
+      look(widget, layer * lens.width + next);
+      return true;
+    }
+  }
   const clip = (value, most) => Math.min(Math.max(value, 0), most);
   look(widget, clip(layer, top) * lens.width + widget.columns[clip(pos, right)]);
   return true;

@@ -63,7 +63,7 @@ function cellOf(widget, each, at) {
 }
 
 function numberOf(widget, each, cell) {
-  const row = cell && each.at.get(cell.parentElement);
+  const row = each.at.get(cell?.parentElement);
   if (row === undefined || cell.tagName !== "TD") return undefined;
   return row * each.lens.width + widget.columns[cell.cellIndex - 1];
 }

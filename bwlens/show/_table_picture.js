@@ -60,6 +60,7 @@ function paint(widget) {
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
   }
   fit(widget, shown);
+  widget.drawStrip?.();
   drawLegend(widget, scale, seen);
 }
 

@@ -52,7 +52,7 @@ _MARK = "#d2500f"
 FOLDED = 300
 """Letters of a prompt from which on it folds."""
 
-_PARTS = ("_data", "_grid", "_picture", "_panel", "_tools", "")
+_PARTS = ("_data", "_grid", "_picture", "_panel", "_tools", "_overview", "")
 
 # Typesetters of formulas skip elements of these classes.
 _UNTYPESET = "tex2jax_ignore mathjax_ignore"
@@ -253,7 +253,7 @@ def _script() -> str:
     """The script, its parts in one scope of their own."""
     parts = "".join(map(_asset, [f"_table{name}.js" for name in _PARTS]))
     start = f'(() => {{\n"use strict";\nconst FORMAT = {FORMAT};\nconst STEPS = {STEPS};\n'
-    start += f"const CHANGES = {CHANGES};\n"
+    start += f"const CHANGES = {CHANGES};\nconst DRAWN = {DRAWN};\n"
     return f"<script>{start}{parts}}})();</script>"
 
 

@@ -380,7 +380,7 @@ def test_nothing_overflows_and_headings_stay(show, width, n_layers, n_pos):
     view = show(page(fake_lens(900, n_layers, n_pos)), width=width, height=900)
     assert view.evaluate("document.scrollingElement.scrollWidth") <= width
     cut = """[...document.querySelectorAll('.bw-grid :is(th, td), .bw-words td, .bw-bar *')]
-        .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.innerText)"""
+        .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.outerHTML)"""
     assert view.evaluate(cut) == []
     assert (
         view.evaluate("""() => {

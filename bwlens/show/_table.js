@@ -188,20 +188,24 @@ function opening({ lenses: [lens], state, columns }) {
   return best;
 }
 
-// Shows a cell in the panel, and where it is: in paint alone, so that its cost is one cell's.
-function look(widget, at) {
+// Shows a cell in the panel, and where it is. The table is neither laid out nor painted anew: a
+// frame of its own lies over it, and headings are marked at a key or a click alone.
+function look(widget, at, passing = false) {
   for (const each of widget.views) {
-    const { table, rows, heads, lens } = each;
+    const { rows, heads, lens } = each;
     for (const [cell, on] of [[widget.current, false], [at, true]]) {
       if (cell < 0) continue;
       cellOf(widget, each, cell)?.classList.toggle("bw-at", on);
+      if (on ? passing : cell !== widget.here) continue;
       rows[lens.layerOf(cell)].cells[0].classList.toggle("bw-here", on);
       heads[widget.columns.indexOf(lens.posOf(cell))]?.classList.toggle("bw-here", on);
     }
-    table.classList.toggle("bw-pinned", widget.pinned);
+    frame(widget, each, at);
     each.detail.fill(at, widget.pinned);
   }
   widget.current = at;
+  if (!passing) widget.here = at;
+  else if (widget.here !== at) widget.here = -1;
   widget.memory.keep();
 }
 
@@ -222,7 +226,7 @@ function listen(widget, each) {
     // Keys scroll cells under a mouse that only rests there.
     const resting = event.timeStamp - widget.typed < 500 || event.pointerType === "touch";
     if (at === undefined || widget.pinned || resting) return;
-    look(widget, at);
+    look(widget, at, true);
     tip(widget, each, at);
   });
   scroll.addEventListener("pointerleave", () => widget.pinned || tip(widget, each));

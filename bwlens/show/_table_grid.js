@@ -53,7 +53,9 @@ function build(widget, each) {
   each.entry = undefined;
   each.at = new Map(each.rows.map((row, at) => [row, at]));
   each.cells = each.rows.flatMap((row) => [...row.cells].slice(1));
-  scroll.replaceChildren(table);
+  each.frame = make("div", "bw-frame");
+  each.frame.setAttribute("aria-hidden", "true");
+  scroll.replaceChildren(table, each.frame);
 }
 
 // The cell of a table, if its column is drawn.
@@ -66,6 +68,20 @@ function numberOf(widget, each, cell) {
   const row = each.at.get(cell?.parentElement);
   if (row === undefined || cell.tagName !== "TD") return undefined;
   return row * each.lens.width + widget.columns[cell.cellIndex - 1];
+}
+
+// The frame around the cell in focus.
+function frame(widget, each, at) {
+  const column = widget.columns.indexOf(each.lens.posOf(at));
+  const cell = cellOf(widget, each, at);
+  each.frame.hidden = !cell;
+  if (!cell || !each.lefts) return;
+  const row = cell.parentElement;
+  each.frame.classList.toggle("bw-pinned", widget.pinned);
+  each.frame.style.width = `${widget.widths[column + 1]}px`;
+  each.frame.style.height = `${each.height}px`;
+  const top = each.tops.get(row);
+  each.frame.style.transform = `translate(${each.lefts[column]}px, ${top}px)`;
 }
 
 // Widths that hold the words that are shown, the same in two tables side by side.
@@ -104,11 +120,28 @@ function fit(widget, shown) {
   widget.widths = [first, ...widths];
 }
 
+// Where cells are, read once all is written.
+function measure({ views, widths: [first, ...widths] }) {
+  const gap = parseFloat(getComputedStyle(views[0].table).borderSpacing) || 0;
+  for (const each of views) {
+    each.gap = gap;
+    each.lefts = [];
+    let left = 2 * gap + first;
+    for (const width of widths) {
+      each.lefts.push(left);
+      left += width + gap;
+    }
+    // Where rows are, once they are laid out; rows are alike.
+    each.tops = new Map([...each.body.rows].map((row) => [row, row.offsetTop]));
+    each.height = each.rows[0].offsetHeight;
+  }
+}
+
 // Scrolls a table, and nothing around it, to the current cell; a column is seen whole or not.
 function bringIntoView(widget, { lens, table, scroll }) {
   const column = widget.columns.indexOf(lens.posOf(widget.current));
   if (column < 0) return;
-  const gap = parseFloat(getComputedStyle(table).borderSpacing) || 0;
+  const { gap } = viewOf(widget, table);
   const ends = [0];
   for (const width of widget.widths.slice(1)) ends.push(ends.at(-1) + width + gap);
   const room = scroll.clientWidth - widget.widths[0] - 2 * gap;
@@ -116,15 +149,18 @@ function bringIntoView(widget, { lens, table, scroll }) {
   if (left || ends[column + 1] > scroll.scrollLeft + room) {
     const from = left ? ends[column] : ends.find((end) => end >= ends[column + 1] - room) ?? 0;
     const to = Math.min(from, ends[column]);
-    table.style.marginRight = `${Math.max(0, to + room - ends.at(-1))}px`;
+    const edge = `${Math.max(0, to + room - ends.at(-1))}px`;
+    if (table.style.marginRight !== edge) table.style.marginRight = edge;
     scroll.scrollLeft = to;
   }
-  const cell = cellOf(widget, { lens, cells: viewOf(widget, table).cells }, widget.current);
-  const [box, at] = [scroll.getBoundingClientRect(), cell.getBoundingClientRect()];
-  const head = table.tHead.getBoundingClientRect().height;
-  const bottom = box.top + scroll.clientHeight;
-  if (at.top < box.top + head + 2) scroll.scrollTop += at.top - box.top - head - 2;
-  else if (at.bottom > bottom - 2) scroll.scrollTop += at.bottom - bottom + 2;
+  const each = viewOf(widget, table);
+  const top = each.tops.get(cellOf(widget, each, widget.current).parentElement);
+  const head = each.tops.get(each.body.rows[0]) - gap;
+  const seen = [scroll.scrollTop, scroll.clientHeight];
+  if (top < seen[0] + head + gap) scroll.scrollTop = top - head - gap;
+  else if (top + each.height > seen[0] + seen[1]) {
+    scroll.scrollTop = top + each.height + gap - seen[1];
+  }
 }
 
 const viewOf = (widget, table) => widget.views.find((each) => each.table === table);

@@ -62,6 +62,7 @@ function paint(widget) {
   fit(widget, shown);
   widget.drawStrip?.();
   drawLegend(widget, scale, seen);
+  measure(widget);
 }
 
 // What one cell looks like and says: its marks also have names, for those who do not see them.

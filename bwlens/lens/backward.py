@@ -394,18 +394,21 @@ class BackwardLens:
             raise ValueError(f"no figure {kind!r}; there are {', '.join(kinds)}")
         return getattr(figures, kind)(self, matrix, **options)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, **options: Any) -> Path:
         """Write the lens as a page (.html), a figure of the table (.pdf, .svg, .png) or data.
 
-        Data are .json, everything the lens shows, or .csv, `to_dataframe()`.
+        Data are .json, everything the lens shows, or .csv, `to_dataframe()`. Figures take the
+        `options` of `bwlens.show.figures.table`.
 
         Raises:
-            ValueError: Another ending, or a folder that is not there; said before anything is
-                drawn.
+            ValueError: Another ending, a folder that is not there, or options for what is no
+                figure; said before anything is drawn.
         """
         path = writable(path, (".html", ".pdf", ".svg", ".png", ".json", ".csv"))
+        if options and path.suffix not in (".pdf", ".svg", ".png"):
+            raise ValueError(f"{path.suffix} takes no options, but figures do; got {[*options]}")
         if path.suffix in (".pdf", ".svg", ".png"):
-            self.figure("table").savefig(path, dpi=300)
+            self.figure("table", **options).savefig(path, dpi=300)
             return path
         if path.suffix == ".html":
             from bwlens.show.table import page

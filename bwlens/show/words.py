@@ -150,15 +150,20 @@ def prompt_pieces(lens: BackwardLens) -> list[tuple[str, bool]]:
     return pieces
 
 
+def model_name(lens: BackwardLens) -> str:
+    """What the model is called; of a local one the folder's name alone."""
+    model = str(lens.settings.get("model", ""))
+    if model.startswith(("/", "~", ".")) or "\\" in model or model[1:2] == ":":
+        return PurePosixPath(model.replace("\\", "/")).name
+    return model
+
+
 def about(lens: BackwardLens) -> list[str]:
     """The model, the reading and what else is not as usual; of a local model the folder's name."""
     settings = lens.settings
-    model = str(settings.get("model", ""))
-    if model.startswith(("/", "~", ".")) or "\\" in model or model[1:2] == ":":
-        model = PurePosixPath(model.replace("\\", "/")).name
     objective = str(settings.get("objective", ""))
     usual_loss = objective.startswith("NLL(") and objective.endswith("reduction='mean')")
-    said = [model, f"{lens.reading} reading", "" if usual_loss else objective]
+    said = [model_name(lens), f"{lens.reading} reading", "" if usual_loss else objective]
     usual = ("model", "model_class", "objective", "top_k", "prepend_bos", "reading")
     said += [f"{name} {value}" for name, value in settings.items() if name not in usual]
     return [visible(text, trim=False) for text in said if text]

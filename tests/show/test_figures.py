@@ -131,7 +131,7 @@ def test_outliers_and_scales():
         assert bar == pytest.approx((0, limit(norms)))
         assert lens.figure(kind, vmax=3.0).axes[1].get_ylim()[1] == 3
         assert lens.figure(kind, log=True).axes[1].get_yscale() == "log"
-    lines = [line for line in lens.figure("table").axes[0].get_lines()]
+    lines = lens.figure("table").axes[0].get_lines()
     assert len(lines) == int((norms > limit(norms)).sum())
 
 

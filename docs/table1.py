@@ -16,7 +16,7 @@ import pandas as pd
 
 import bwlens
 from bwlens.edit import fine_tune, forward_pass_shift, key_statistics, memit, rome, subject_shift
-from bwlens.edit.whitened import PREFIXES
+from bwlens.edit.keys import PREFIXES
 from bwlens.evaluation import Evaluation, Table1, known_records
 from bwlens.evaluation.methods import Method
 from bwlens.evaluation.presets import smallest_gradient_step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice, product
 
 import torch
@@ -67,6 +68,7 @@ def fake_lens(
     both: bool = False,
     seed: int = 0,
     silent: bool = True,
+    follow: tuple[int, ...] = (),
 ) -> BackwardLens:
     """A lens over random words; with `silent` the last layer but its last cell has no gradient.
 
@@ -78,7 +80,7 @@ def fake_lens(
     v = len(words)
     token_ids = torch.randint(v, (1, n_pos), generator=make)
     texts = tuple(tokens) if tokens else tuple(str(words[i]) for i in token_ids[0].tolist())
-    followed = [8] if target is None else [target, 8]
+    followed = [*([] if target is None else [target]), 8, *follow]
     held = {}
     for matrix in matrices:
         for layer in range(n_layers):
@@ -116,7 +118,18 @@ def fake_lens(
         settings={"model": "fake", "objective": "NextToken"},
         _readings=readings,
         _words=dict(enumerate(words)),
+        follow_ids=follow,
     )
+
+
+def with_words(lens: BackwardLens, words: dict[tuple[int, int], int]) -> BackwardLens:
+    """A copy of a lens in whose W_out these cells (layer, position) promote these ids most."""
+    read = lens.readout("W_out")
+    ids = read.bottom_ids.clone()
+    for (layer, pos), index in words.items():
+        ids[layer, pos, 0] = index
+    readings = dict(lens._readings["plain"], W_out=replace(read, bottom_ids=ids))
+    return replace(lens, _readings=dict(lens._readings, plain=readings))
 
 
 def _reading(held, matrix, n_layers, v, k, followed, normalized, make) -> Readout:

@@ -66,6 +66,8 @@ class NaiveMap:
 
     def figure(self) -> Figure:
         """Both maps, neurons sorted by the vector that is nearest to them."""
+        from matplotlib.colors import Normalize
+
         from bwlens.show.drawing import SCALE, Drawing, label, plain, scale_bar
 
         nearest = self.nearest
@@ -87,7 +89,7 @@ class NaiveMap:
                 text.set(rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
             ax.set_title(name, fontsize=7, pad=3)
             plain(ax)
-            scale_bar(figure, ax, 1.0, "", low=low, cmap=cmap)
+            scale_bar(figure, ax, Normalize(low, 1.0), "", cmap=cmap)
         axes[0].set_ylabel(f"neurons of {self.site}, by nearest vector")
         return figure
 

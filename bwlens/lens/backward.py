@@ -42,7 +42,7 @@ from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Edit, Prompts
 from bwlens.model.sites import Layers, default_matrices, resolve_layers, resolve_matrices
-from bwlens.model.tokens import subject_positions, token_texts
+from bwlens.model.tokens import first_token, subject_positions, token_texts
 from bwlens.reading.readouts import Readout
 from bwlens.reading.transported import check_jacobian
 from bwlens.reading.trust import Trust, measure_trust
@@ -79,6 +79,7 @@ class BackwardLens:
         n_layers: How many layers the model has, read or not; 0 where that is not known.
         reading: How gradients became words here; `readings` are all that it holds.
         positions: The positions read; None for all.
+        follow_ids: Ids of further words whose ranks every cell holds, beside target and answer.
     """
 
     prompt: str
@@ -103,6 +104,7 @@ class BackwardLens:
     reading: str = "plain"
     positions: tuple[int, ...] | None = None
     _trust: dict[str, dict[int, Trust]] = field(default_factory=dict, repr=False)
+    follow_ids: tuple[int, ...] = ()
 
     @property
     def trust(self) -> Trust:
@@ -304,13 +306,19 @@ class BackwardLens:
         Raises:
             ValueError: The objective has no target.
         """
-        ranks = self.target_ranks(matrix)
-        places = self.d_vocab - ranks if self.through(matrix) == "delta" else ranks + 1
-        return places.masked_fill(ranks < 0, 0)
+        return self._places(self.target_ranks(matrix), matrix)
+
+    def followed_places(self, matrix: str = "W_out") -> dict[str, Int[Tensor, "layer pos"]]:
+        """Places, as `target_places`, of the words that the lens was made to `follow`."""
+        ranks = self._ranks(matrix)[..., len(self.target_ids) + 1 :]
+        return {
+            self._words[index]: self._places(ranks[..., at], matrix)
+            for at, index in enumerate(self.follow_ids)
+        }
 
     def answer_ranks(self, matrix: str = "W_out") -> Int[Tensor, "layer pos"]:
         """Rank of the model's own answer in each cell's reading, as `target_ranks`."""
-        return self._ranks(matrix)[..., -1]
+        return self._ranks(matrix)[..., len(self.target_ids)]
 
     def gradient(
         self, matrix: str = "W_out", layer: int | None = None, expert: int | None = None
@@ -408,18 +416,21 @@ class BackwardLens:
             raise ValueError(f"no figure {kind!r}; there are {', '.join(kinds)}")
         return getattr(figures, kind)(self, matrix, **options)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, **options: Any) -> Path:
         """Write the lens as a page (.html), a figure of the table (.pdf, .svg, .png) or data.
 
-        Data are .json, everything the lens shows, or .csv, `to_dataframe()`.
+        Data are .json, everything the lens shows, or .csv, `to_dataframe()`. Figures take the
+        `options` of `bwlens.show.figures.table`.
 
         Raises:
-            ValueError: Another ending, or a folder that is not there; said before anything is
-                drawn.
+            ValueError: Another ending, a folder that is not there, or options for what is no
+                figure; said before anything is drawn.
         """
         path = writable(path, (".html", ".pdf", ".svg", ".png", ".json", ".csv"))
+        if options and path.suffix not in (".pdf", ".svg", ".png"):
+            raise ValueError(f"{path.suffix} takes no options, but figures do; got {[*options]}")
         if path.suffix in (".pdf", ".svg", ".png"):
-            self.figure("table").savefig(path, dpi=300)
+            self.figure("table", **options).savefig(path, dpi=300)
             return path
         if path.suffix == ".html":
             from bwlens.show.table import page
@@ -469,6 +480,10 @@ class BackwardLens:
             )
         return matrix
 
+    def _places(self, ranks: Tensor, matrix: str) -> Tensor:
+        places = self.d_vocab - ranks if self.through(matrix) == "delta" else ranks + 1
+        return places.masked_fill(ranks < 0, 0)
+
     def _ranks(self, matrix: str) -> Tensor:
         ranks = self.readout(matrix).ranks
         assert ranks is not None
@@ -493,6 +508,7 @@ def backward_lens(
     bias: bool = True,
     jacobian: Any = None,
     trust: bool | Positions = False,
+    follow: str | Sequence[str] = (),
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -526,6 +542,8 @@ def backward_lens(
         trust: Also measure how far the words of W_out (of W_O, where W_out is not read) say what a
             step does, as `BackwardLens.trust`, which the tables show: True at the last position
             read, or at positions named as in `positions` (`BackwardLens.trust_at`).
+        follow: Further words, as they are written, whose rank every cell is to hold, as those of
+            the target and the answer: " Madrid". Of a word of several tokens, the first one's.
 
     Raises:
         ValueError: An unknown reading, or `normalize` without the plain one; positions out of
@@ -543,6 +561,9 @@ def backward_lens(
     """
     prompt, target, subject, start = prompt_of(prompt, target, subject)
     top_k = whole_number(top_k, "top_k")
+    follow = [follow] if isinstance(follow, str) else list(follow)
+    if not all(isinstance(word, str) and word for word in follow):
+        raise ValueError(f"follow takes words as they are written, such as ' Madrid'; got {follow}")
     readings = readings_of(reading, normalize, temper, imprint)
     matrices = default_matrices(model) if matrices is None else resolve_matrices(matrices)
     wanted = resolve_layers(model, layers)
@@ -566,7 +587,8 @@ def backward_lens(
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)
     answer_id = int(probabilities.argmax())
     target_ids = grads.batch.targets[0] if grads.batch.targets else ()
-    followed = [*target_ids, answer_id]
+    follow_ids = tuple(dict.fromkeys(first_token(model, word) for word in follow))
+    followed = [*target_ids, answer_id, *follow_ids]
     last = int(grads.batch.last[0])
     chosen = resolve_positions(positions, len(ids), marked, last)
     named = None if isinstance(trust, bool) else trust
@@ -629,6 +651,7 @@ def backward_lens(
         reading=readings[0],
         positions=task.positions,
         _trust=known,
+        follow_ids=follow_ids,
     )
 
 

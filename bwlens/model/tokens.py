@@ -105,6 +105,11 @@ def text_to_ids(model: LensModel, text: str, prepend_bos: bool | None) -> list[i
     return ids
 
 
+def first_token(model: LensModel, word: str) -> int:
+    """The id of a word's first token, as it is written: " Paris" is not "Paris"."""
+    return text_to_ids(model, word, False)[0]
+
+
 def _leading(token: int, ids: Sequence[int]) -> int:
     """How often a token stands at the beginning."""
     return next((place for place, index in enumerate(ids) if index != token), len(ids))

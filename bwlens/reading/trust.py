@@ -131,11 +131,14 @@ class Trust:
         verdict, r = self.verdict(at), float(self.plausible[at])
         if verdict == "unknown":
             return f"Layer {self.layers[at]}: no effect of a step could be measured here."
+        by_chance = r <= max(float(self.random[at]), float(self.other[at]))
         controls = f"a random vector {self.random[at]:.2f}, another prompt's {self.other[at]:.2f}"
         said = {
             "good": "the words say what the step does",
             "some": "the words say something of what the step does",
-            "none": "the words say no more of what the step does than chance",
+            "none": "the words say no more of what the step does than chance"
+            if by_chance
+            else "the words say little of what the step does",
         }[verdict]
         if self.reading.startswith("effect"):
             said = "measured, not read"

@@ -1,9 +1,42 @@
-// The lens table, last part: takes over the plain tables that show/table.py wrote.
+// The lens table, last part: the switches, the mouse and the keys; takes over the plain tables that show/table.py wrote.
 //
 // Every output of a notebook carries this script. The first copy that runs is the one that mounts,
 // and every copy mounts the tables that are still plain, so that any number of copies does no harm.
 
 let mounted = 0;
+const ROOMY = 20; // layers; more of them are drawn densely, so that all are on one screen
+
+// A colour in any of the ways of writing one, as red, green, blue and opacity up to 255.
+function pixel(color) {
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.fillStyle = color;
+  pen.fillRect(0, 0, 1, 1);
+  return pen.getImageData(0, 0, 1, 1).data;
+}
+
+// A page is light or dark as what is painted behind the table says; no list of hosts is whole.
+function scheme(root) {
+  const judge = () => {
+    let box = root.parentElement ?? root.getRootNode().host;
+    let color;
+    for (; box && !(color?.[3] > 128); box = box.parentElement ?? box.getRootNode().host) {
+      color = pixel(getComputedStyle(box).backgroundColor);
+    }
+    if (!(color?.[3] > 128)) return;
+    const [red, green, blue] = [...color].map((value) => (value / 255) ** 2.2);
+    const light = 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+    root.style.colorScheme = light < 0.18 ? "dark" : "light";
+    const plain = light < 0.03 || light > 0.75; // dark ink and light are readable on it
+    const [r, g, b] = color;
+    root.style.setProperty("--page", plain ? `rgb(${r} ${g} ${b})` : "");
+  };
+  judge();
+  const watch = new MutationObserver(() => requestAnimationFrame(judge));
+  for (const element of [document.documentElement, document.body]) {
+    watch.observe(element, { attributes: true });
+  }
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", judge);
+}
 
 async function mount(root) {
   root.dataset.taken = "";
@@ -28,55 +61,93 @@ function start(root, lenses) {
     show: "words",
     scale: "linear",
     top: "last",
+    rows: lens.layers.length > ROOMY ? "dense" : "roomy",
   };
   const widget = {
     id: `${NAME}-${++mounted}`,
+    root,
     lenses,
     state,
-    who: lens.has(state, "target") ? "target" : "answer",
+    columns: lens.columns,
+    word: lens.word(lens.follow[0] ?? 0), // a word that is followed, "" for none
+    who(of) {
+      const held = (of.follow ?? []).findIndex((index) => isFollowed(widget, of.word(index)));
+      return held >= 0 ? held : of.has(state, "target") ? "target" : "answer";
+    },
     legend: make("div", "bw-legend"),
+    box: make("div", "bw-tip"),
+    panelSeen: true,
     current: -1,
     pinned: false,
     typed: -Infinity, // when the last key was pressed
   };
+  scheme(root);
   widget.views = [...root.querySelectorAll(".bw-part")].map((part, at) => view(widget, part, at));
+  const defaults = { ...state, word: widget.word, columns: widget.columns.join(".") };
   widget.spoken = make("p", "bw-spoken");
   widget.spoken.setAttribute("aria-live", "polite");
   const hint = make("p", "bw-hint", "Arrow keys move, a click or Enter pins, Escape lets go.");
   const panel = make("aside", "bw-panel", ...widget.views.map((each) => each.detail.element), hint);
   panel.setAttribute("aria-label", "The cell in focus");
+  widget.box.popover = "manual";
 
   const stage = make("div", "bw-stage");
   widget.views[0].part.before(stage);
   const parts = make("div", "bw-parts", ...widget.views.map((each) => each.part));
-  stage.append(make("div", "bw-left", parts, widget.legend), panel);
+  stage.append(make("div", "bw-left", parts), make("div", "bw-right", widget.legend, panel));
   // A single lens has its heading above the switches, two have one above each table.
-  if (lenses.length === 1) stage.before(root.querySelector(".bw-head"));
+  if (lenses.length === 1) {
+    stage.before(root.querySelector(".bw-head"));
+    panel.after(root.querySelector(".bw-about"));
+  }
+  widget.inputs = {};
   stage.before(switches(widget, matrices, readings));
-  stage.after(widget.spoken);
+  if (lens.width > MANY) stage.before(overview(widget, DRAWN));
+  widget.memory = remembering(widget, defaults);
+  const recalled = widget.memory.recall();
+  widget.views.forEach((each) => build(widget, each));
+  stage.after(widget.spoken, widget.box);
   root.classList.toggle("bw-pair", lenses.length > 1);
   root.classList.toggle("bw-tall", lens.layers.length > 15);
-  // JupyterLab: keys pressed in here are ours, not the notebook's.
-  root.setAttribute("data-lm-suppress-shortcuts", "true");
+  // JupyterLab and Notebook look at the element that has the focus, and then outwards: keys that
+  // are pressed in here are ours, not the notebook's.
+  root.addEventListener("focusin", ({ target }) => {
+    target.setAttribute("data-lm-suppress-shortcuts", "true");
+  });
 
   for (const each of widget.views) listen(widget, each);
   paint(widget);
-  look(widget, opening(lens, state));
+  look(widget, recalled ?? opening(widget));
   for (const each of widget.views) enter(widget, each);
+  new IntersectionObserver(([{ isIntersecting }]) => {
+    widget.panelSeen = isIntersecting;
+  }, { threshold: 0.5 }).observe(widget.views[0].detail.element.querySelector(".bw-cell"));
+  const paper = matchMedia("print");
+  paper.addEventListener("change", () => printing(widget, paper.matches));
+  window.addEventListener("beforeprint", () => printing(widget, true));
+  window.addEventListener("afterprint", () => printing(widget, false));
   requestAnimationFrame(() => widget.views.forEach((each) => bringIntoView(widget, each)));
 }
 
 function switches(widget, matrices, readings) {
-  const { state } = widget;
+  const { state, lenses } = widget;
   const named = (...texts) => texts.map((text) => [text, text]);
-  const shown = [["words", "words"], ["rank", `${widget.who} rank`], ...named("norm", "shade")];
+  const who = widget.who(lenses[0]);
+  const ranked = typeof who === "number" ? bare(widget.word) : who;
+  const shown = [["words", "words"], ["rank", `${ranked} rank`], ...named("norm", "shade")];
+  if (lenses.length > 1) shown.push(...named("change of norm", "change of rank"));
+  const far = lenses.some((lens) => matrices.some((name) => {
+    const { delta, top } = lens.matrices[name];
+    return delta.some((norm) => norm > 1.0001 * top);
+  }));
   const groups = [
     ["matrix", "Matrix", named(...matrices)],
     ["end", "Words", named("promoted", "suppressed", "both")],
     ["reading", "Reading", named(...readings)],
     ["show", "Cells", shown],
-    ["scale", "Scale", named("linear", "log")],
+    ["scale", "Scale", named("linear", ...(far ? ["whole"] : []), "log")],
     ["top", "On top", [["last", "last layer"], ["first", "first layer"]]],
+    ["rows", "Rows", lenses[0].layers.length > ROOMY ? named("dense", "roomy") : []],
   ];
   const bar = make("div", "bw-bar");
   for (const [key, title, options] of groups) {
@@ -88,6 +159,7 @@ function switches(widget, matrices, readings) {
       input.name = `${widget.id}-${key}`;
       input.value = value;
       input.checked = state[key] === value;
+      (widget.inputs[key] ??= []).push(input);
       input.addEventListener("change", () => {
         state[key] = value;
         paint(widget);
@@ -98,113 +170,89 @@ function switches(widget, matrices, readings) {
     }
     bar.append(group);
   }
+  bar.append(following(widget), taking(widget));
   return bar;
 }
 
-// Takes one plain table over: its rows by layer, its cells by number.
-function view(widget, part, which) {
-  const lens = widget.lenses[which];
-  const table = part.querySelector("table");
-  const body = table.tBodies[0];
-  const rows = [...body.rows].reverse(); // the plain table has the last layer on top
-  const cells = rows.flatMap((row) => [...row.cells].slice(1));
-  const heads = [...table.tHead.rows[0].cells].slice(1);
-  // What was written for viewers without styles gives way to the style sheet.
-  for (const element of body.querySelectorAll("[style]")) element.removeAttribute("style");
-  part.querySelector(".bw-note").remove();
-  heads.forEach((head, pos) => {
-    head.title = `position ${pos}: ${exact(lens.tokens[pos])}`;
-    if (pos >= lens.given) head.classList.add("bw-forced");
-  });
-  const caption = part.querySelector(".bw-caption");
-  caption.id = `${widget.id}-caption-${which}`;
-  table.className = "bw-grid";
-  table.setAttribute("role", "grid");
-  table.setAttribute("aria-readonly", "true");
-  table.setAttribute("aria-labelledby", caption.id);
-  const scroll = make("div", "bw-scroll");
-  table.before(scroll);
-  scroll.append(table);
-  const places = new Map(cells.map((cell, at) => [cell, at]));
-  const shown = detail(widget, lens);
-  return { part, lens, table, body, rows, cells, heads, places, caption, scroll, detail: shown };
-}
-
 // The cell to begin with: the strongest that promotes the target, else the strongest.
-function opening(lens, state) {
+function opening({ lenses: [lens], state, columns }) {
   const delta = lens.delta(state);
+  const drawn = new Set(columns);
   const hit = (at) =>
     Boolean(lens.target && delta[at]) && lens.best(state, "promoted", at) === lens.target;
-  let best = 0;
-  for (let at = 1; at < lens.size; at++) {
+  let best = columns[0];
+  for (let at = 0; at < lens.size; at++) {
+    if (!drawn.has(lens.posOf(at))) continue;
     if (hit(at) !== hit(best) ? hit(at) : delta[at] > delta[best]) best = at;
   }
   return best;
 }
 
-// Shows a cell in the panel, and where it is.
-function look(widget, at) {
-  for (const { table, rows, cells, heads, lens, detail } of widget.views) {
+// Shows a cell in the panel, and where it is. The table is neither laid out nor painted anew: a
+// frame of its own lies over it, and headings are marked at a key or a click alone.
+function look(widget, at, passing = false) {
+  for (const each of widget.views) {
+    const { rows, heads, lens } = each;
     for (const [cell, on] of [[widget.current, false], [at, true]]) {
       if (cell < 0) continue;
-      cells[cell].classList.toggle("bw-at", on);
+      cellOf(widget, each, cell)?.classList.toggle("bw-at", on);
+      if (on ? passing : cell !== widget.here) continue;
       rows[lens.layerOf(cell)].cells[0].classList.toggle("bw-here", on);
-      heads[lens.posOf(cell)].classList.toggle("bw-here", on);
+      heads[widget.columns.indexOf(lens.posOf(cell))]?.classList.toggle("bw-here", on);
     }
-    table.classList.toggle("bw-pinned", widget.pinned);
-    detail.fill(at, widget.pinned);
+    frame(widget, each, at);
+    each.detail.fill(at, widget.pinned);
   }
   widget.current = at;
+  if (!passing) widget.here = at;
+  else if (widget.here !== at) widget.here = -1;
+  widget.memory.keep();
 }
 
 // Makes the current cell the one that the Tab key finds.
 function enter(widget, each) {
-  each.cells[each.entry ?? widget.current].removeAttribute("tabindex");
-  each.entry = widget.current;
-  each.cells[each.entry].tabIndex = 0;
-}
-
-// Scrolls a table, and nothing around it, to the current cell; headings cover its edges.
-function bringIntoView(widget, { table, scroll, cells }) {
-  const cell = cells[widget.current].getBoundingClientRect();
-  const corner = table.tHead.rows[0].cells[0].getBoundingClientRect();
-  const box = scroll.getBoundingClientRect();
-  const by = (low, high, first, last) =>
-    low < first + 4 ? low - first - 4 : high > last - 4 ? high - last + 4 : 0;
-  const [right, bottom] = [box.left + scroll.clientWidth, box.top + scroll.clientHeight];
-  scroll.scrollLeft += by(cell.left, cell.right, box.left + corner.width, right);
-  scroll.scrollTop += by(cell.top, cell.bottom, box.top + corner.height, bottom);
+  const cell = cellOf(widget, each, widget.current);
+  if (each.entry === cell || !cell) return;
+  each.entry?.removeAttribute("tabindex");
+  each.entry = cell;
+  cell.tabIndex = 0;
 }
 
 function listen(widget, each) {
-  const { table, scroll, places, cells } = each;
-  const under = (event) => places.get(event.target.closest?.("td"));
-  table.addEventListener("pointerover", (event) => {
+  const { scroll } = each;
+  const under = (event) => numberOf(widget, each, event.target.closest?.("td"));
+  scroll.addEventListener("pointerover", (event) => {
     const at = under(event);
     // Keys scroll cells under a mouse that only rests there.
     const resting = event.timeStamp - widget.typed < 500 || event.pointerType === "touch";
-    if (at !== undefined && !widget.pinned && !resting) look(widget, at);
+    if (at === undefined || widget.pinned || resting) return;
+    look(widget, at, true);
+    tip(widget, each, at);
   });
-  table.addEventListener("click", (event) => {
+  scroll.addEventListener("pointerleave", () => widget.pinned || tip(widget, each));
+  scroll.addEventListener("click", (event) => {
     const at = under(event);
     if (at === undefined) return;
     widget.pinned = !(widget.pinned && at === widget.current);
     look(widget, at);
     enter(widget, each);
-    cells[at].focus({ preventScroll: true });
+    each.entry.focus({ preventScroll: true });
+    tip(widget, each, widget.pinned || event.pointerType !== "touch" ? at : undefined);
   });
-  table.addEventListener("focusin", (event) => {
+  scroll.addEventListener("focusin", (event) => {
     const at = under(event);
     if (at !== undefined && at !== widget.current) look(widget, at);
   });
-  table.addEventListener("keydown", (event) => {
+  scroll.addEventListener("focusout", () => tip(widget, each));
+  scroll.addEventListener("keydown", (event) => {
     if (event.altKey || event.metaKey || !press(widget, each.lens, event)) return;
     event.preventDefault();
     event.stopPropagation();
     widget.typed = event.timeStamp;
     bringIntoView(widget, each);
     enter(widget, each);
-    cells[widget.current].focus();
+    each.entry.focus({ preventScroll: true });
+    tip(widget, each, event.key === "Escape" ? undefined : widget.current);
     widget.spoken.textContent = spokenOf(each.lens, widget.state, widget.current);
   });
   // Two tables side by side scroll as one.
@@ -217,10 +265,10 @@ function listen(widget, each) {
 
 // Moves or pins as a key says; whether the key says anything.
 function press(widget, lens, { key, ctrlKey }) {
-  const [top, right] = [lens.layers.length - 1, lens.width - 1];
+  const [top, right] = [lens.layers.length - 1, widget.columns.length - 1];
   const up = widget.state.top === "last" ? 1 : -1;
   let layer = lens.layerOf(widget.current);
-  let pos = lens.posOf(widget.current);
+  let pos = widget.columns.indexOf(lens.posOf(widget.current));
   if (key === "ArrowLeft") pos -= 1;
   else if (key === "ArrowRight") pos += 1;
   else if (key === "ArrowUp") layer += up;
@@ -232,8 +280,19 @@ function press(widget, lens, { key, ctrlKey }) {
   else if (key === "Enter" || key === " ") widget.pinned = !widget.pinned;
   else if (key === "Escape") widget.pinned = false;
   else return false;
+  // Past the edge of a window on a longer prompt, the window moves along.
+  const { columns } = widget;
+  const [first, last] = [columns[0], columns.at(-1)];
+  if ((pos < 0 || pos > right) && last - first === right && columns.length < lens.width) {
+    const next = pos < 0 ? first - 1 : last + 1;
+    if (next >= 0 && next < lens.width) {
+      redraw(widget, around(next, lens.width));
+      look(widget, layer * lens.width + next);
+      return true;
+    }
+  }
   const clip = (value, most) => Math.min(Math.max(value, 0), most);
-  look(widget, clip(layer, top) * lens.width + clip(pos, right));
+  look(widget, clip(layer, top) * lens.width + widget.columns[clip(pos, right)]);
   return true;
 }
 

@@ -15,12 +15,12 @@ function say(element, text) {
   if (/[$\\]/.test(text)) {
     element.replaceChildren(...text.split(/([$\\])/).map((piece) => make("span", "", piece)));
   } else if (element.firstChild?.data !== text || element.childNodes.length > 1) {
-    element.textContent = text; // most cells of the plain table say the right thing already
+    element.textContent = text;
   }
   return element;
 }
 
-// One leading space belongs to a word; it is shown only where there is room to be exact.
+// One leading space belongs to a word: a sign before it, in cells by the style sheet.
 const bare = (word) => word.replace(/^ /, "");
 const exact = (word) => word.replace(/^ /, "\u2423");
 
@@ -35,8 +35,25 @@ const signed = (value) => value.toFixed(Math.abs(value) < 1000 ? 2 : 0).replace(
 
 function short(value) {
   if (value === 0) return "0";
-  if (value < 1e-3 || value >= 1e5) return value.toExponential(1).replace("e+", "e");
-  return value >= 1000 ? value.toFixed(0) : value.toPrecision(3);
+  if (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5) return value.toExponential(1).replace("e+", "e");
+  return Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(3);
+}
+
+// What a word of bytes that are no whole character belongs to, as its first byte says.
+function partOf(word) {
+  const bytes = /\u27e8x([0-9A-F]{2})\u27e9?(?:\u27e8x)?([0-9A-F]{2})?/.exec(word);
+  if (!bytes) return "";
+  const first = parseInt(bytes[1], 16);
+  if (first < 0xc2) return "the end of a character";
+  const size = first < 0xe0 ? 2 : first < 0xf0 ? 3 : 4;
+  const second = bytes[2] === undefined ? undefined : parseInt(bytes[2], 16);
+  const at = (fill) => {
+    let code = first & (0x7f >> size);
+    code = (code << 6) | (second === undefined ? fill : second & 0x3f);
+    for (let more = 2; more < size; more++) code = (code << 6) | fill;
+    return code.toString(16).toUpperCase().padStart(4, "0");
+  };
+  return `the beginning of a character (U+${at(0)} to U+${at(0x3f)})`;
 }
 
 // What show/pack.py packed: JSON, gzip, base64.
@@ -51,6 +68,9 @@ function decode(lens) {
   const { k, matrices, words } = lens;
   const width = lens.tokens.length;
   const reading = (state) => lens.readings[matrices[state.matrix].readings[state.reading]];
+  // A followed word, by its number, has places; target and answer have ranks.
+  const ranks = (state, who) =>
+    typeof who === "number" ? reading(state).follow?.[who] : reading(state)[who];
   return {
     ...lens,
     width,
@@ -66,9 +86,17 @@ function decode(lens) {
     unit: (state) => reading(state).unit,
     delta: (state) => matrices[state.matrix].delta,
     x: (state) => matrices[state.matrix].x,
+    top: (state) => matrices[state.matrix].top,
     left: (state, cell) => reading(state).faint[cell], // -1 where there is no doubt
-    has: (state, who) => who in reading(state),
-    rank: (state, who, cell) => reading(state)[who][cell], // -1 is none
+    has: (state, who) => ranks(state, who) !== undefined,
+    // The place of a word from the promoted end, 1 the most promoted; 0 is none. A step subtracts:
+    // it promotes what is least probable in delta, but stamps x in, and an effect is, as measured.
+    place(state, who, cell) {
+      const rank = ranks(state, who)[cell];
+      if (typeof who === "number") return rank;
+      if (rank < 0) return 0;
+      return reading(state).through === "delta" ? lens.vocab - rank : rank + 1;
+    },
     best: (state, end, cell) => reading(state)[end].ids[cell * k],
     word: (index) => words[index],
     list(state, end, cell) {
@@ -76,6 +104,12 @@ function decode(lens) {
       const places = Array.from({ length: k }, (_, at) => cell * k + at);
       const entries = places.map((at) => ({ index: ids[at], score: scores[at] / 100 }));
       return entries.filter(({ index }) => index);
+    },
+    // Whether a word is among those of a cell's end.
+    holds(state, end, cell, index) {
+      const { ids } = reading(state)[end];
+      for (let at = cell * k; at < (cell + 1) * k; at++) if (ids[at] === index) return true;
+      return false;
     },
   };
 }

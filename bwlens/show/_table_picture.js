@@ -1,44 +1,49 @@
-// The lens table, second part: what a state of the switches looks like. A widget is
-// { lenses, views, state, who, legend }; `who` is whose rank is shown, the target's if any.
+// The lens table, third part: what a state of the switches looks like. `who` is whose place is
+// shown: a followed word's, else the target's if any, else the answer's.
 
 function paint(widget) {
-  const { state, views } = widget;
+  const { state, views, columns } = widget;
+  for (const { table } of views) {
+    table.dataset.show = state.show;
+    table.dataset.rows = state.rows;
+  }
   const scale = shades(widget);
   const seen = new Set();
-  for (const { lens, table, body, rows, cells, caption } of views) {
+  let count = 0;
+  if (widget.lenses.length > 1) {
+    for (let at = 0; at < widget.lenses[0].size; at++) count += differs(widget, at);
+  }
+  // Where almost every cell differs, to mark those that do says nothing.
+  widget.differing = count;
+  widget.few = count <= widget.lenses[0].size / 2;
+  const shown = columns.map(() => new Map());
+  for (const each of views) {
+    const { lens, table, body, rows, cells, caption } = each;
     const delta = lens.delta(state);
-    for (let at = 0; at < lens.size; at++) {
-      const cell = cells[at];
-      cell.removeAttribute("aria-label");
-      if (!delta[at]) {
-        seen.add("bw-nil");
-        cell.className = "bw-nil";
-        cell.setAttribute("aria-label", "no gradient");
-        say(cell, state.show === "shade" ? "" : "\u00b7");
-        continue;
-      }
-      const best = endsOf(state).map((end) => lens.best(state, end, at));
-      const marks = [`s${Math.round(scale.share(lens, at) * (STEPS - 1))}`];
-      if (lens.target && best.includes(lens.target)) marks.push("bw-hit");
-      else if (best.includes(lens.answer)) marks.push("bw-own");
-      if (lens.left(state, at) >= 0) marks.push("bw-faint");
-      if (differs(widget, at)) marks.push("bw-other");
-      for (const mark of marks) seen.add(mark);
-      cell.className = marks.join(" ");
-      if (state.show !== "norm" && state.show !== "shade" && !best.some(Boolean)) {
-        seen.add("bw-nil");
-        cell.setAttribute("aria-label", "not read");
-        say(cell, "\u00b7");
-      } else if (state.show === "rank") say(cell, whole(lens.rank(state, widget.who, at)));
-      else if (state.show === "norm") say(cell, short(delta[at]));
-      else if (state.show === "shade") say(cell, "");
-      else if (best.length === 1) say(cell, bare(lens.word(best[0])));
-      else {
-        const line = (index) => make(index === lens.target ? "b" : "div");
-        cell.replaceChildren(...best.map((index) => say(line(index), bare(lens.word(index)))));
+    const wanted = widget.word ? lens.words.flatMap((word, at) => sameWord(widget, word) ? [at] : [])
+      : [];
+    for (let layer = 0, next = 0; layer < lens.layers.length; layer++) {
+      for (let column = 0; column < columns.length; column++) {
+        const at = layer * lens.width + columns[column];
+        const { className, label, lines } = cellNow(widget, each, scale, at, delta[at], wanted);
+        const cell = cells[next++];
+        if (cell.className !== className) cell.className = className;
+        if (label) cell.setAttribute("aria-label", label);
+        else if (cell.hasAttribute("aria-label")) cell.removeAttribute("aria-label");
+        if (lines.length === 1) say(cell, lines[0].text);
+        else {
+          cell.replaceChildren(...lines.map(({ text, className, tag }) =>
+            say(make(tag, className), text)));
+        }
+        for (const mark of className.split(" ")) seen.add(mark);
+        const bold = className.includes("bw-hit");
+        for (const { text, className } of lines) {
+          // The sign of a blank takes about as much room as an "i".
+          const as = className ? `i ${text}` : text;
+          if (bold || !shown[column].has(as)) shown[column].set(as, bold);
+        }
       }
     }
-    table.dataset.show = state.show;
     const trust = lens.judged(state);
     table.classList.toggle("bw-judged", Boolean(trust));
     rows.forEach((row, at) => {
@@ -54,31 +59,92 @@ function paint(widget) {
     const inOrder = state.top === "last" ? [...rows].reverse() : rows;
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
   }
+  fit(widget, shown);
+  widget.drawStrip?.();
   drawLegend(widget, scale, seen);
+  measure(widget);
+}
+
+// What one cell looks like and says: its marks also have names, for those who do not see them.
+function cellNow(widget, { lens }, scale, at, norm, wanted) {
+  const { state } = widget;
+  if (!norm) {
+    const text = state.show === "shade" ? "" : "\u00b7";
+    return { className: "bw-nil", label: "no gradient", lines: [{ text }] };
+  }
+  const best = endsOf(state).map((end) => lens.best(state, end, at));
+  const words = best.some(Boolean);
+  const marks = [scale.className(lens, at)];
+  const names = [];
+  const mark = (className, name) => {
+    marks.push(className);
+    names.push(name);
+  };
+  if (lens.target && best.includes(lens.target)) mark("bw-hit", named(lens, "target"));
+  else if (best.includes(lens.answer)) mark("bw-own", "the model\u2019s answer");
+  if (lens.left(state, at) >= 0) mark("bw-faint", "doubtful");
+  if (scale.signed) names.push(scale.say(at));
+  if (scale.beyond(lens, at)) mark("bw-beyond", `beyond the scale, norm ${short(norm)}`);
+  if (widget.few && !scale.signed && differs(widget, at)) mark("bw-other", "not the same in the other table");
+  for (const end of ENDS) {
+    if (wanted.some((index) => lens.holds(state, end, at, index))) {
+      mark(`bw-${end === "promoted" ? "up" : "down"}`, `${end}: ${exact(widget.word)}`);
+    }
+  }
+  let lines;
+  if (state.show !== "norm" && state.show !== "shade" && !words) {
+    marks.push("bw-nil");
+    names.unshift("not read");
+    marks.shift();
+    lines = [{ text: "\u00b7" }];
+  } else if (state.show === "rank") {
+    lines = [{ text: `#${whole(lens.place(state, widget.who(lens), at))}` }];
+  } else if (state.show === "norm") lines = [{ text: short(norm) }];
+  else if (state.show === "shade") lines = [{ text: "" }];
+  else {
+    lines = best.map((index) => ({
+      text: bare(lens.word(index)),
+      className: lens.word(index)[0] === " " ? "bw-word" : "",
+      tag: index === lens.target ? "b" : "div",
+    }));
+    if (lines.length === 1 && lines[0].className) marks.push("bw-word");
+    const part = partOf(lens.word(best[0]));
+    if (part) names.push(part);
+  }
+  const text = lines.map((line) => line.text).filter((line) => line !== "\u00b7").join(", ");
+  const label = names.length ? [text, ...names].filter(Boolean).join(", ") : "";
+  return { className: marks.join(" "), label, lines };
 }
 
 // Of a target of several tokens, marks and ranks are the first one's.
 const several = (lens) => (lens.said ?? "the target") !== "the target";
+const whose = (widget, lens) => {
+  const who = widget.who(lens);
+  return typeof who === "number" ? `"${lens.word(lens.follow[who])}"` : named(lens, who);
+};
 const named = (lens, who) => (who === "target" ? lens.said : undefined) ?? `the ${who}`;
 
 const endsOf = (state) => (state.end === "both" ? ENDS : [state.end]);
 
-// How deep a cell is shaded, from 0 to 1, and what the scale's ends are called.
-function shades({ lenses, state, who }) {
+// How a cell is shaded, and what the scale's ends are called.
+function shades(widget) {
+  const { lenses, state } = widget;
   const log = state.scale === "log";
+  const step = (share) => `s${Math.round(Math.min(Math.max(share, 0), 1) * (STEPS - 1))}`;
   if (state.show === "rank") {
     const places = Math.max(2, lenses[0].vocab);
     const far = log ? Math.log(places) : places - 1;
-    const end = state.end === "suppressed" ? "suppressed" : "promoted";
     return {
-      share(lens, at) {
-        const place = fromEnd(lens, state, lens.rank(state, who, at), end);
-        return 1 - (log ? Math.log(1 + place) : place) / far;
+      className(lens, at) {
+        const place = Math.max(1, lens.place(state, widget.who(lens), at));
+        return step(1 - (log ? Math.log(place) : place - 1) / far);
       },
-      title: `place of ${named(lenses[0], who)} from the ${end} end`,
+      beyond: () => false,
+      title: `place of ${whose(widget, lenses[0])} from the promoted end`,
       ticks: [places, Math.round(log ? Math.sqrt(places) : places / 2), 1].map(whole),
     };
   }
+  if (state.show.startsWith("change")) return change(widget);
   let high = 0;
   let low = Infinity;
   for (const lens of lenses) {
@@ -92,76 +158,133 @@ function shades({ lenses, state, who }) {
     low = Math.max(low, high / 1e4);
     const far = Math.log(high / low);
     return {
-      share: (lens, at) => Math.max(0, Math.log(lens.delta(state)[at] / low) / far),
+      className: (lens, at) => step(Math.log(lens.delta(state)[at] / low) / far),
+      beyond: () => false,
       title,
       ticks: [low, Math.sqrt(low * high), high].map(short),
     };
   }
+  // A few norms far beyond the rest do not turn the rest white: the scale ends before them.
+  const top = state.scale === "whole" ? high : Math.max(...lenses.map((lens) => lens.top(state)));
   return {
-    share: (lens, at) => lens.delta(state)[at] / high,
+    className: (lens, at) => step(lens.delta(state)[at] / top),
+    beyond: (lens, at) => lens.delta(state)[at] > 1.0001 * top,
     title,
-    ticks: [0, high / 2, high].map(short),
+    ticks: [0, top / 2, top].map(short),
+    high,
   };
 }
 
-// A step subtracts: it promotes what is least probable in delta, but stamps x in as it is, and an
-// effect is measured as it is.
-function fromEnd(lens, state, rank, end) {
-  const fromTop = (lens.through(state) !== "delta") === (end === "promoted");
-  return fromTop ? rank : lens.vocab - 1 - rank;
+// How a cell changed from the first lens to the second: its norm, or how many times nearer to the
+// promoted end a word has come. 0 where one of the two has no gradient.
+function changed({ lenses: [a, b], state, who }, at) {
+  if (state.show === "change of norm") {
+    const [one, other] = [a, b].map((lens) => lens.delta(state)[at]);
+    return one && other ? other - one : 0;
+  }
+  const [one, other] = [a, b].map((lens) => lens.place(state, who(lens), at));
+  return one && other ? Math.log(one / other) : 0;
+}
+
+function change(widget) {
+  const { state, lenses: [lens] } = widget;
+  const all = Array.from({ length: lens.size }, (_, at) => Math.abs(changed(widget, at)));
+  const most = all.reduce((one, other) => Math.max(one, other), 0) || 1;
+  const norm = state.show === "change of norm";
+  const middle = (CHANGES - 1) / 2;
+  const say = norm ? (value) => (value > 0 ? "+" : "") + short(value).replace("-", "\u2212")
+    : (value) => (value < 0 ? `${times(-value)} further` : `${times(value)} nearer`);
+  const times = (value) => `${short(Math.exp(value))}\u00d7`;
+  return {
+    className: (_, at) => `d${Math.round(middle + (middle * changed(widget, at)) / most)}`,
+    beyond: () => false,
+    title: norm ? `change of the norm of \u03b4, ${state.matrix}`
+      : `place of ${whose(widget, lens)}: how many times nearer to #1`,
+    ticks: [-most, 0, most].map((value) => (value ? say(value) : norm ? "0" : "as before")),
+    signed: true,
+    say: (at) => say(changed(widget, at)),
+    most: all.map((_, at) => at).filter((at) => all[at]).sort((a, b) => all[b] - all[a]).slice(0, 10),
+  };
 }
 
 // Whether what a cell shows is not the same in both of two lenses.
-function differs({ lenses, state, who }, at) {
+function differs(widget, at) {
+  const { lenses, state } = widget;
   if (lenses.length < 2) return false;
   const [a, b] = lenses;
   const [norm, other] = [a.delta(state)[at], b.delta(state)[at]];
   if (!norm || !other) return Boolean(norm || other);
   if (state.show === "norm") return Math.abs(norm - other) > 0.05 * Math.max(norm, other);
-  if (state.show === "rank") return a.rank(state, who, at) !== b.rank(state, who, at);
+  if (state.show === "rank") {
+    return a.place(state, widget.who(a), at) !== b.place(state, widget.who(b), at);
+  }
   const word = (lens, end) => lens.word(lens.best(state, end, at));
   return endsOf(state).some((end) => word(a, end) !== word(b, end));
 }
 
-function sentence({ state, who }, lens) {
-  const { matrix, end, show } = state;
-  if (lens.through(state) === "effect" && (show === "rank" || show === "words")) {
-    const step = `one gradient step on ${matrix}`;
-    if (show === "rank") {
-      return `Rank of ${named(lens, who)} among ${whole(lens.vocab)} words by what ${step} does,`
-        + " measured: 0 is raised most.";
-    }
-    const does = { promoted: "raises", suppressed: "lowers" }[end];
-    return does
-      ? `The word whose log-probability ${step} ${does} most, measured.`
-      : `The words that ${step} raises (above) and lowers (below) most, measured.`;
-  }
-  const delta = lens.through(state) === "delta";
-  const read = delta ? "\u03b4" : "x";
+function sentence(widget, lens) {
+  const { matrix, end, show } = widget.state;
   const step = `one gradient step on ${matrix}`;
-  const pole = delta ? "least" : "most";
+  const some = lens.columns.length < lens.width || widget.columns.length < lens.width
+    ? ` ${widget.columns.length} of ${lens.width} tokens.` : "";
+  const effect = lens.through(widget.state) === "effect";
+  const delta = lens.through(widget.state) === "delta";
   if (show === "rank") {
-    return `Rank of ${named(lens, who)} among ${whole(lens.vocab)} words in the reading of ${read}: 0 is`
-      + ` the most probable; a step on ${matrix} promotes the ${pole} probable.`;
+    const most = effect ? "raises most, measured" : delta ? "promotes most" : "stamps in most";
+    return `Place of ${whose(widget, lens)} among ${whole(lens.vocab)} words: #1 is what ${step}`
+      + ` ${most}.${some}`;
   }
-  if (show !== "words") return `Norm of \u03b4, the gradient that comes back to ${matrix}.`;
+  if (show === "change of norm") {
+    return `Shade: how the norm of \u03b4 of ${matrix} changed from the first lens to the second.${some}`;
+  }
+  if (show === "change of rank") {
+    return `Shade: how the place of ${whose(widget, lens)} changed from the first to the second.${some}`;
+  }
+  if (show !== "words") return `Norm of \u03b4, the gradient that comes back to ${matrix}.${some}`;
+  if (effect) {
+    const does = { promoted: "raises", suppressed: "lowers" }[end];
+    return (does
+      ? `The word whose log-probability ${step} ${does} most, measured.`
+      : `The words that ${step} raises (above) and lowers (below) most, measured.`) + some;
+  }
+  const [read, pole] = delta ? ["\u03b4", "least"] : ["x", "most"];
   const promotes = delta ? "promotes" : "stamps in";
   if (end === "both") {
-    return `The words that ${step} ${promotes} most (above) and suppresses most (below).`;
+    return `The words that ${step} ${promotes} most (above) and suppresses most (below).${some}`;
   }
   if (end === "promoted") {
-    return `The word that ${step} ${promotes} most: ${read}\u2019s ${pole} probable.`;
+    return `The word that ${step} ${promotes} most: ${read}\u2019s ${pole} probable.${some}`;
   }
-  return delta
+  return (delta
     ? `The word that ${step} suppresses most: \u03b4\u2019s most probable.`
-    : `The word least like what ${step} stamps in: x\u2019s least probable.`;
+    : `The word least like what ${step} stamps in: x\u2019s least probable.`) + some;
+}
+
+// The cells that changed most, in order, to go to.
+function largest(widget, scale) {
+  const [lens] = widget.lenses;
+  const buttons = scale.most.map((at) => {
+    const token = exact(lens.tokens[lens.posOf(at)]);
+    const button = make("button", "", `layer ${lens.layers[lens.layerOf(at)]}, ${token}: ${scale.say(at)}`);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      widget.pinned = true;
+      look(widget, at);
+      for (const each of widget.views) bringIntoView(widget, each);
+    });
+    return make("li", "", button);
+  });
+  return make("div", "bw-most", "changed most:", make("ol", "", ...buttons));
 }
 
 function drawLegend(widget, scale, seen) {
-  const { lenses, state, views, legend } = widget;
+  const { lenses, state, legend } = widget;
   const [lens] = lenses;
   const ramp = make("span", "bw-ramp");
-  for (let step = 0; step < STEPS; step++) ramp.append(make("i", `s${step}`));
+  const steps = scale.signed ? CHANGES : STEPS;
+  for (let step = 0; step < steps; step++) {
+    ramp.append(make("i", `${scale.signed ? "d" : "s"}${step}`));
+  }
   const ticks = scale.ticks.map((tick) => make("span", "", tick));
   const title = make("span", "bw-title", scale.title);
   const bar = make("div", "bw-scale", title, ramp, make("span", "bw-ticks", ...ticks));
@@ -177,8 +300,9 @@ function drawLegend(widget, scale, seen) {
   };
   key("bw-hit", several(lens) ? "the target\u2019s first token" : "the target", ...name("target"));
   key("bw-own", "the model\u2019s own answer", ...name("answer"));
+  if (seen.has("bw-beyond")) key("bw-beyond", `beyond the scale: up to ${short(scale.high)}`);
   if (lenses.length > 1) {
-    const count = views[0].cells.filter((_, at) => differs(widget, at)).length;
+    const count = widget.differing;
     const what = { norm: "norms more than 5 % apart", rank: "another rank" }[state.show];
     seen.add("bw-other");
     key("bw-other", `${what ?? "another word"} (${count} of ${lens.size} cells)`);
@@ -187,80 +311,14 @@ function drawLegend(widget, scale, seen) {
     ? "steps of different sizes disagree"
     : "vector so short that the final norm\u2019s epsilon outweighs it");
   key("bw-nil", "no gradient, or not read");
+  if (widget.word) {
+    key("bw-up", "promotes ", make("b", "", exact(widget.word)));
+    key("bw-down", "suppresses ", make("b", "", exact(widget.word)));
+  }
+  key("bw-word", "a blank before the word");
   const trust = lenses.map((each) => each.judged(state)).find(Boolean);
   key("bw-trust", trust?.key);
   key("bw-chance", trust?.why);
   legend.replaceChildren(bar, keys);
-}
-
-// What is known of one cell: { element, fill(cell, pinned) }.
-function detail({ state }, lens) {
-  const title = make("p", "bw-cell");
-  const facts = make("dl", "bw-facts");
-  const note = make("p", "bw-doubt");
-  const heads = ["#", "promoted", "", "suppressed", ""].map((text) => {
-    const head = make("th", "", text);
-    head.scope = "col";
-    return head;
-  });
-  const rows = Array.from({ length: lens.k }, (_, place) =>
-    make("tr", "", make("td", "", String(place + 1)), ...[1, 2, 3, 4].map(() => make("td"))));
-  const head = make("thead", "", make("tr", "", ...heads));
-  const list = make("table", "bw-words", head, make("tbody", "", ...rows));
-
-  function fact(name, value, more = "") {
-    const value_ = make("dd", "", value, more && make("small", "", more));
-    facts.append(make("dt", "", name), value_);
-  }
-
-  function fill(at, pinned) {
-    const pos = lens.posOf(at);
-    const where = `layer ${lens.layers[lens.layerOf(at)]} \u00b7 position ${pos}`;
-    title.replaceChildren(sayExactly(make("b"), lens.tokens[pos]), make("span", "", where));
-    if (pinned) title.append(make("em", "", "pinned"));
-    const norm = lens.delta(state)[at];
-    facts.replaceChildren();
-    fact("norm of \u03b4", short(norm));
-    fact("norm of x", short(lens.x(state)[at]));
-    for (const who of ["target", "answer"]) {
-      if (!lens.has(state, who)) continue;
-      const rank = lens.rank(state, who, at);
-      const place = `promoted #${whole(1 + fromEnd(lens, state, rank, "promoted"))}`;
-      const title = who === "target" && several(lens) ? "first token\u2019s rank" : `${who} rank`;
-      fact(title, rank < 0 ? "none" : whole(rank), rank < 0 ? "" : place);
-    }
-    const trust = lens.judged(state);
-    if (trust) fact("trust", trust.says[lens.layerOf(at)].replace(/^Layer \d+: /, ""));
-    ENDS.forEach((end, which) => {
-      const found = norm ? lens.list(state, end, at) : [];
-      rows.forEach((row, place) => {
-        const [cell, score] = [...row.cells].slice(1 + 2 * which);
-        const entry = found[place];
-        const index = entry?.index ?? 0;
-        sayExactly(cell, lens.word(index));
-        const mark = index === lens.target ? "bw-hit" : index === lens.answer ? "bw-own" : "";
-        cell.className = index ? mark : "";
-        score.textContent = entry ? signed(entry.score) : "";
-      });
-    });
-    for (const at of [2, 4]) heads[at].textContent = lens.unit(state);
-    note.textContent = doubt(lens, state, at);
-  }
-
-  return { element: make("div", "bw-detail", make("div", "", title, facts), list, note), fill };
-}
-
-function doubt(lens, state, at) {
-  if (!lens.delta(state)[at]) return "No gradient reaches this cell: a step writes nothing here.";
-  const left = lens.left(state, at);
-  if (left < 0) return "";
-  if (lens.through(state) === "effect") {
-    return "Steps of different sizes disagree, or the loss falls otherwise than predicted: these"
-      + " words are not to be relied on.";
-  }
-  const advice = "normalised" in lens.matrices[state.matrix].readings
-    ? "the normalised lens reads it at unit length" : "a normalised lens would not shrink it";
-  return "A very short vector: the final norm\u2019s epsilon leaves"
-    + ` ${left} % of its length, so these words may be the`
-    + ` norm\u2019s bias; ${advice}.`;
+  if (scale.signed) legend.append(largest(widget, scale));
 }

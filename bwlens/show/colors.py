@@ -5,6 +5,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 STEPS = 32
 """How many shades a page tells apart; more cannot be seen."""
 
@@ -14,15 +18,52 @@ TARGET = ("#c9400a", "#ffa94d")
 _LIGHT = ((247, 251, 255), (198, 219, 239), (107, 174, 214), (33, 113, 181), (8, 48, 107))
 _DARK = ((27, 36, 48), (22, 62, 107), (33, 113, 181), (107, 174, 214), (214, 234, 250))
 
+CHANGES = 15
+"""Shades of a signed change; the middle one is none."""
+
+_SIGNED = ((84, 48, 5), (191, 129, 45), (245, 245, 245), (53, 151, 143), (0, 60, 48))
+_SIGNED_DARK = ((246, 200, 120), (140, 81, 10), (32, 38, 46), (1, 102, 94), (128, 225, 213))
+
 
 def shade(value: float, dark: bool = False) -> tuple[int, int, int]:
     """The colour of a value in [0, 1]; values outside are clipped."""
-    stops = _DARK if dark else _LIGHT
+    return _between(_DARK if dark else _LIGHT, value)
+
+
+def signed(value: float, dark: bool = False) -> tuple[int, int, int]:
+    """The colour of a change in [-1, 1]: brown is less, teal is more (ColorBrewer's BrBG)."""
+    return _between(_SIGNED_DARK if dark else _SIGNED, (value + 1) / 2)
+
+
+def changes(dark: bool = False) -> list[tuple[int, int, int]]:
+    """The shades of change that a page tells apart, from the largest loss to the largest gain."""
+    return [signed(2 * step / (CHANGES - 1) - 1, dark) for step in range(CHANGES)]
+
+
+def _between(stops: tuple[tuple[int, int, int], ...], value: float) -> tuple[int, int, int]:
     place = min(max(value, 0.0), 1.0) * (len(stops) - 1)
     low = min(int(place), len(stops) - 2)
     pairs = zip(stops[low], stops[low + 1], strict=True)
     red, green, blue = (round(a + (place - low) * (b - a)) for a, b in pairs)
     return red, green, blue
+
+
+def limit(norms: Any) -> float:
+    """The norm [layer, pos] that has the deepest shade: the largest, unless it dwarfs the rest.
+
+    With Q1 and Q3 the quartiles of the norms at all tokens but the strongest (often a BOS), norms
+    above f = Q3 + 3 (Q3 - Q1) lie far out (Tukey). Where the largest exceeds 3.5 f, the scale ends
+    at the largest norm up to f, and those beyond it are marked. 1 where all are 0.
+    """
+    values = np.asarray(norms, dtype=float)
+    high = float(values.max(initial=0.0))
+    rest = np.delete(values, values.max(0).argmax(), 1) if values.shape[1] > 2 else values
+    rest = rest[rest > 0]
+    if not len(rest):
+        return high or 1.0
+    low, up = np.quantile(rest, (0.25, 0.75))
+    fence = float(up + 3 * (up - low))
+    return high if high <= 3.5 * fence else float(values[values <= fence].max())
 
 
 def scale(dark: bool = False) -> list[tuple[int, int, int]]:

@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from bwlens.lens.backward import BackwardLens
 from bwlens.runs.paths import writable
+from bwlens.show.colors import limit
 from bwlens.show.pack import pack
 from bwlens.show.table import assets, element, first_matrix, part, tables, titled
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,9 +43,7 @@ class Comparison:
 
         A cell that is without gradient in one of the two only differs as well.
         """
-        matrix = matrix or first_matrix(self.matrices)
-        if matrix not in self.matrices:
-            raise ValueError(f"{matrix!r} is not compared; there are {', '.join(self.matrices)}")
+        matrix = self._known(matrix)
         a, b = (lens.words("promoted", matrix) for lens in self._views())
         return [
             (layer, pos)
@@ -45,6 +51,69 @@ class Comparison:
             for pos in range(self.n_pos)
             if a[at][pos][:1] != b[at][pos][:1]
         ]
+
+    def changes(self, matrix: str | None = None, of: str = "norm") -> DataFrame:
+        """How much each cell changed from the first lens to the second, the largest change first.
+
+        Columns: layer, pos, token, before, after, change (after - before). `of` is the "norm" of
+        delta, or the "place" of the target's first token from the promoted end (a word that the
+        first lens follows may be named instead); cells without gradient in either are left out.
+
+        Raises:
+            ValueError: A matrix that is not compared, or lenses without that word.
+        """
+        import pandas as pd
+
+        matrix = self._known(matrix)
+        a, b = (self._values(lens, matrix, of) for lens in self._views())
+        lens = self.lenses[0]
+        rows = [
+            (layer, pos, lens.tokens[pos], one, other, other - one)
+            for layer, ones, others in zip(lens.layers, a, b, strict=True)
+            for pos, (one, other) in enumerate(zip(ones, others, strict=True))
+            if one and other
+        ]
+        columns = ["layer", "pos", "token", "before", "after", "change"]
+        return pd.DataFrame(rows, columns=columns).sort_values(
+            "change", key=abs, ascending=False, ignore_index=True, kind="stable"
+        )
+
+    def figure(self, matrix: str | None = None, of: str = "norm", **options: Any) -> Figure:
+        """A heat map of the changes, layers by tokens: brown is less, teal is more.
+
+        Of places, positive is up: the logarithm of how many times nearer to #1 a word has come.
+        """
+        from bwlens.show import figures
+
+        matrix = self._known(matrix)
+        a, b = (np.array(self._values(lens, matrix, of), float) for lens in self._views())
+        if of == "norm":
+            change, name = b - a, f"change of the norm of $\\delta$, {matrix}"
+        else:
+            both = (a > 0) & (b > 0)
+            change = np.where(both, np.log(np.maximum(a, 1) / np.maximum(b, 1)), np.nan)
+            name = "log of how many times nearer to #1"
+        return figures.change(self.lenses[0], change, f"{name}: {self.names[1]}", **options)
+
+    def _values(self, lens: BackwardLens, matrix: str, of: str) -> list[list[Any]]:
+        if of == "norm":
+            values = lens.norms(matrix)
+        elif of == "place":
+            values = lens.target_places(matrix)
+        elif of in (known := lens.followed_places(matrix)):
+            values = known[of]
+        else:
+            raise ValueError(
+                f"of={of!r} is neither 'norm' nor 'place' nor a word that both lenses follow; make"
+                f" them with backward_lens(..., follow=[{of!r}])"
+            )
+        return values[:, : self.n_pos].tolist()
+
+    def _known(self, matrix: str | None) -> str:
+        matrix = matrix or first_matrix(self.matrices)
+        if matrix not in self.matrices:
+            raise ValueError(f"{matrix!r} is not compared; there are {', '.join(self.matrices)}")
+        return matrix
 
     def save(self, path: str | Path) -> Path:
         """Write the comparison as a page (.html).
@@ -75,7 +144,9 @@ class Comparison:
     def _element(self) -> str:
         matrix, layers = first_matrix(self.matrices), self.lenses[0].layers
         marked = frozenset((layers.index(layer), pos) for layer, pos in self.differing(matrix))
-        top = max(float(lens.norms(matrix)[:, : self.n_pos].max()) for lens in self.lenses)
+        if len(marked) > len(layers) * self.n_pos / 2:
+            marked = frozenset()  # where almost every cell differs, to mark those says nothing
+        top = max(limit(lens.norms(matrix)[:, : self.n_pos]) for lens in self.lenses)
         parts = [
             part(lens, name, matrix, self.n_pos, top, marked)
             for lens, name in zip(self._views(), self.names, strict=True)

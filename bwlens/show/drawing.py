@@ -7,7 +7,10 @@ rather than as empty boxes.
 from __future__ import annotations
 
 import io
+import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
@@ -16,10 +19,10 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
 from matplotlib.ticker import MaxNLocator
 
-from bwlens.show.colors import shade
+from bwlens.show.colors import shade, signed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,6 +35,11 @@ SCALE = LinearSegmentedColormap.from_list(
 )
 """The sequential colours of every picture of bwlens."""
 
+SIGNED = LinearSegmentedColormap.from_list(
+    "bwlens_signed", np.array([signed(step / 32 - 1) for step in range(65)]) / 255
+)
+"""The colours of signed changes."""
+
 LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
 """Colours of the Okabe-Ito set, which colour-blind readers can tell apart."""
 
@@ -42,19 +50,64 @@ STYLES = ("-", "--", "-.", ":")
 """Line styles, for more lines than there are colours."""
 
 
+@cache
+def _charmap(family: str) -> dict[int, int]:
+    return get_font(findfont(FontProperties(family=[family]))).get_charmap()
+
+
+@cache
+def _font_with(character: str) -> str | None:
+    """An installed font that has a character; one warning for each kind of letter that none has."""
+    for entry in fontManager.ttflist:
+        try:
+            if "last resort" in entry.name.lower():  # which has a box for every character
+                continue
+            if ord(character) in get_font(entry.fname).get_charmap():
+                return entry.name
+        except (OSError, RuntimeError, ValueError):
+            continue
+    kind = unicodedata.name(character, "UNKNOWN").split(" ")[0]
+    _warn_of(kind)
+    return None
+
+
+@cache
+def _warn_of(kind: str) -> None:
+    warnings.warn(
+        f"no installed font has the characters of {kind}: figures write them by their codes;"
+        " install one (such as Noto) and make the figure again",
+        stacklevel=2,
+    )
+
+
+def families(text: str) -> list[str]:
+    """The fonts to draw a text with: those set, then installed ones that have what those lack."""
+    usual = list(mpl.rcParams["font.family"])
+    lacking = {c for c in text if not any(ord(c) in _charmap(name) for name in usual)}
+    return [*usual, *sorted({font for c in lacking if (font := _font_with(c))})]
+
+
 def drawable(text: str) -> str:
-    """The text, with characters that the figure's fonts lack written by their code, as <65E5>."""
-    charmaps = [
-        get_font(findfont(FontProperties(family=[family]))).get_charmap()
-        for family in mpl.rcParams["font.family"]
-    ]
+    """The text, with characters that no installed font has written by their code, as <65E5>."""
+    charmaps = [_charmap(family) for family in families(text)]
     return "".join(
         c if any(ord(c) in charmap for charmap in charmaps) else f"<{ord(c):X}>" for c in text
     )
 
 
+def points(size: float) -> float:
+    """A size of type, of 10 in ordinary text, beside what rcParams say of that."""
+    return size * mpl.rcParams["font.size"] / 10
+
+
 class Drawing(Figure):
     """A figure that shows itself in a notebook, whether or not pyplot was ever imported."""
+
+    def savefig(self, *args: Any, **options: Any) -> None:
+        """As matplotlib's, with text as text: TrueType in PDF, letters in SVG."""
+        text = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
+        with mpl.rc_context(text):
+            super().savefig(*args, **options)
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         png = io.BytesIO()
@@ -81,22 +134,18 @@ def label(text: str, longest: int = 16) -> str:
 
 def plain(ax: Axes) -> None:
     """Small type and thin lines, as a column of a paper wants them."""
-    ax.tick_params(labelsize=6, length=2, width=0.5, pad=2)
+    ax.tick_params(labelsize=points(6.0), length=2, width=0.5, pad=2)
     for name in (ax.xaxis.label, ax.yaxis.label):
-        name.set_fontsize(7)
+        name.set_fontsize(points(7.0))
     for side in ax.spines.values():
         side.set_linewidth(0.5)
 
 
-def scale_bar(
-    figure: Figure, ax: Axes, top: float, name: str, low: float = 0.0, cmap: Any = SCALE
-) -> None:
-    """The colours' scale beside the axes, from `low` to `top`."""
-    bar = figure.colorbar(
-        ScalarMappable(Normalize(low, top), cmap), ax=ax, fraction=0.05, pad=0.02, aspect=24
-    )
-    bar.ax.tick_params(labelsize=5, length=1.5, width=0.4, pad=1)
-    bar.set_label(name, fontsize=6)
+def scale_bar(figure: Figure, ax: Axes, norm: Normalize, name: str, cmap: Any = SCALE) -> None:
+    """The colours' scale beside the axes."""
+    bar = figure.colorbar(ScalarMappable(norm, cmap), ax=ax, fraction=0.05, pad=0.02, aspect=24)
+    bar.ax.tick_params(labelsize=points(5.0), length=1.5, width=0.4, pad=1)
+    bar.set_label(name, fontsize=points(6.0))
     for side in bar.ax.spines.values():
         side.set_linewidth(0.4)
 
@@ -104,7 +153,7 @@ def scale_bar(
 def legend(ax: Axes, title: str | None = None) -> None:
     """The lines' names, at the right of the axes."""
     names = ax.legend(
-        title=title, fontsize=5, title_fontsize=5, frameon=False,
+        title=title, fontsize=points(5.0), title_fontsize=points(5.0), frameon=False,
         ncols=1 + (len(ax.get_lines()) > 8),
         loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4, columnspacing=0.8,
     )  # fmt: skip
@@ -185,7 +234,7 @@ def panels(
 
 def line_color(number: int, name: str = "") -> str:
     """The colour of the n-th line; the last prompt token is black in every figure."""
-    return "black" if name == "last" else LINES[number % len(LINES)]
+    return mpl.rcParams["text.color"] if name == "last" else LINES[number % len(LINES)]
 
 
 def line_style(number: int, name: str = "") -> str:
@@ -206,5 +255,5 @@ def cosine_maps(maps: Mapping[str, tuple[Sequence[int], Any]]) -> Figure:
         ax.set(xlabel="layer", ylabel="layer")
         ax.set_title(title, fontsize=7, pad=3)
         plain(ax)
-    scale_bar(figure, grid[-1], 1.0, "mean cosine", low=-1.0, cmap="RdBu")
+    scale_bar(figure, grid[-1], Normalize(-1.0, 1.0), "mean cosine", cmap="RdBu")
     return figure

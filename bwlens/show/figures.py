@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from bwlens.show import drawing
-from bwlens.show.colors import css, ink, shade
+from bwlens.show import drawing, picking
+from bwlens.show.colors import css, ink, limit, shade
 from bwlens.show.drawing import COLUMN, LINES, SCALE, STYLES, TARGET, drawable
-from bwlens.show.words import quoted, target_words, visible
+from bwlens.show.words import headings, quoted, target_words, visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -25,49 +28,81 @@ def table(
     which: Literal["promoted", "suppressed"] = "promoted",
     ax: Axes | None = None,
     width: float = COLUMN,
+    *,
+    positions: Any = None,
+    layers: Any = None,
+    cmap: Any = SCALE,
+    title: str | None = None,
+    log: bool = False,
+    vmax: float | None = None,
 ) -> Figure:
     """The paper's table: layers by tokens, the first word of each cell, delta's norm as shade.
 
     Cells that say the target (the first of its tokens) have a frame; cells without gradient are
     left empty. The target stands above, in quotation marks: `" Paris"` and `"Paris"` differ.
 
+    Args:
+        lens: The lens.
+        matrix: Which matrix.
+        which: The words promoted or suppressed.
+        ax: Axes to draw into; a new figure otherwise.
+        width: In inches.
+        positions: As for `backward_lens`; None for all or, where their words would not fit, for
+            those of the subject, the first, the last and the strongest: the axis says so.
+        layers: One, several or a slice; None for all.
+        cmap: Colours of matplotlib.
+        title: Stands above in place of the target.
+        log: Shade by the logarithm.
+        vmax: The norm of the deepest shade; by default the largest, or where that dwarfs the rest
+            the largest of the rest (`colors.limit`): norms beyond it are underlined.
+
     Source: Backward Lens, figures 4 and 11-15.
     """
+    rows, columns = _chosen(lens, matrix, positions, layers, max(6, int((width - 0.7) / 0.34)))
+    values = lens.norms(matrix).double().numpy()
+    norm, beyond = _norm(values, log, vmax)
     words = lens.words(which, matrix)
-    norms = lens.norms(matrix).double().numpy()
-    n_layers, n_pos = norms.shape
-    figure, ax = drawing.axes(ax, (width, max(1.0, 0.17 * n_layers + 0.75)))
-    top = norms.max() or 1.0
+    figure, ax = drawing.axes(ax, (width, max(1.0, 0.17 * len(rows) + 0.75)))
+    colors = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
     target = lens.target_tokens[0] if lens.target_tokens else None
     texts = []
-    for at in range(n_layers):
-        for pos in range(n_pos):
+    for y, at in enumerate(rows):
+        for x, pos in enumerate(columns):
             if not words[at][pos]:
                 continue
-            back = shade(norms[at, pos] / top)
-            ax.add_patch(Rectangle((pos - 0.5, at - 0.5), 1, 1, color=css(back), lw=0))
-            word = drawable(visible(words[at][pos][0]))
+            back = colors(float(norm(max(values[at, pos], norm.vmin))))[:3]
+            ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=back, lw=0))
+            red, green, blue = (round(255 * part) for part in back)
             style: dict[str, Any] = {
-                "color": css(ink(back)),
+                "color": css(ink((red, green, blue))),
                 "ha": "center",
                 "va": "center_baseline",
             }
-            text = ax.text(pos, at, word, fontsize=6, parse_math=False, clip_on=True, **style)
+            word = drawable(visible(words[at][pos][0]))
+            size = drawing.points(6.0)
+            text = ax.text(x, y, word, fontsize=size, parse_math=False, clip_on=True, **style)
+            text.set_fontfamily(drawing.families(word))
             texts.append(text)
+            if values[at, pos] > norm.vmax * 1.0001:
+                ax.plot([x - 0.4, x + 0.4], [y - 0.38] * 2, color=style["color"], lw=0.8)
             if words[at][pos][0] == target:
-                box = (pos - 0.47, at - 0.45), 0.94, 0.9
+                box = (x - 0.47, y - 0.45), 0.94, 0.9
                 ax.add_patch(Rectangle(*box, fill=False, lw=1.0, edgecolor=TARGET))
-    if lens.target:
-        above = ax.set_title(drawing.label(f"→ {target_words(lens)}", 40), fontsize=7, loc="right")
-        above.set_parse_math(False)
-    ax.set(xlim=(-0.5, n_pos - 0.5), ylim=(-0.5, n_layers - 0.5), ylabel="layer")
-    _tokens_below(ax, lens)
-    ax.set_yticks(*drawing.few(lens.layers, 12))
+    if lens.target or title:
+        above = title or drawing.label(f"→ {target_words(lens)}", 40)
+        place = "center" if title else "right"
+        heading = ax.set_title(above, fontsize=drawing.points(7.0), loc=place)
+        heading.set_parse_math(False)
+        heading.set_fontfamily(drawing.families(above))
+    ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-0.5, len(rows) - 0.5), ylabel="layer")
+    _tokens_below(ax, lens, columns, dict(enumerate(columns)))
+    ax.set_yticks(*drawing.few([lens.layers[at] for at in rows], 12))
     drawing.plain(ax)
+    ax.grid(False)
     for side in ax.spines.values():
         side.set_visible(False)
-    drawing.scale_bar(figure, ax, top, f"norm of $\\delta$, {matrix}")
-    _fit(figure, ax, texts, n_pos)
+    drawing.scale_bar(figure, ax, norm, f"norm of $\\delta$, {matrix}{beyond}", cmap=cmap)
+    _fit(figure, ax, texts, len(columns))
     return figure
 
 
@@ -77,30 +112,76 @@ def norms(
     of: Literal["x", "delta"] = "delta",
     ax: Axes | None = None,
     width: float = COLUMN,
+    *,
+    positions: Any = None,
+    layers: Any = None,
+    cmap: Any = SCALE,
+    title: str | None = None,
+    log: bool = False,
+    vmax: float | None = None,
 ) -> Figure:
-    """L2 norms of delta (or x) by layer and token.
+    """L2 norms of delta (or x) by layer and token; options as for `table`.
 
     Source: Backward Lens, figures 5 and 16-17.
     """
+    rows, columns = _chosen(lens, matrix, positions, layers, len(lens.tokens))
     values = lens.norms(matrix, of).double().numpy()
+    norm, beyond = _norm(values, log, vmax)
     figure, ax = drawing.axes(ax, (width, 2.2))
-    ax.imshow(values, origin="lower", aspect="auto", cmap=SCALE, vmin=0, vmax=values.max() or 1.0)
-    _tokens_below(ax, lens)
+    shown = values[np.ix_(rows, columns)]
+    shown = np.where(shown > 0, shown, np.nan) if log else shown
+    ax.imshow(shown, origin="lower", aspect="auto", cmap=cmap, norm=norm)
+    _tokens_below(ax, lens, columns, _named(lens, columns, width))
+    ax.set_yticks(*drawing.few([lens.layers[at] for at in rows]))
+    ax.set_ylabel("layer")
+    drawing.plain(ax)
+    ax.grid(False)
+    if title:
+        ax.set_title(title, fontsize=drawing.points(7.0)).set_parse_math(False)
+    name = "\\delta" if of == "delta" else "x"
+    drawing.scale_bar(figure, ax, norm, f"norm of ${name}$, {matrix}{beyond}", cmap=cmap)
+    return figure
+
+
+def change(
+    lens: BackwardLens,
+    values: Any,
+    name: str,
+    ax: Axes | None = None,
+    width: float = COLUMN,
+) -> Figure:
+    """Signed changes [layer, pos] of a lens' cells, brown below zero and teal above.
+
+    The middle is zero; nan is left empty. `Comparison.figure` draws it.
+    """
+    values = np.asarray(values, float)
+    top = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
+    figure, ax = drawing.axes(ax, (width, 2.2))
+    style = {"origin": "lower", "aspect": "auto", "cmap": drawing.SIGNED}
+    ax.imshow(values, vmin=-top, vmax=top, **style)
+    columns = list(range(values.shape[1]))
+    _tokens_below(ax, lens, columns, _named(lens, columns, width))
     ax.set_yticks(*drawing.few(lens.layers))
     ax.set_ylabel("layer")
     drawing.plain(ax)
-    name = "\\delta" if of == "delta" else "x"
-    drawing.scale_bar(figure, ax, values.max() or 1.0, f"norm of ${name}$, {matrix}")
+    ax.grid(False)
+    drawing.scale_bar(figure, ax, Normalize(-top, top), name, cmap=drawing.SIGNED)
     return figure
 
 
 def target_ranks(
-    lens: BackwardLens, matrix: str = "W_out", ax: Axes | None = None, width: float = COLUMN
+    lens: BackwardLens,
+    matrix: str = "W_out",
+    ax: Axes | None = None,
+    width: float = COLUMN,
+    *,
+    positions: Any = None,
 ) -> Figure:
     """Rank of the target's first token in each cell's reading by layer, a line for each token.
 
     In delta of W_out a rank near the bottom means that the cell's reading promotes the target:
-    at the top of many models, not in every layer. Cells without gradient are left out.
+    at the top of many models, not in every layer. Cells without gradient are left out. Of more than
+    ten tokens, lines are drawn for those that `table` would choose, unless `positions` are named.
 
     Source: Backward Lens, figures 6 and 18.
     """
@@ -108,12 +189,14 @@ def target_ranks(
     target = quoted(lens.target_tokens[0])
     ranks = np.where(ranks < 0, np.nan, ranks)
     figure, ax = drawing.axes(ax, (width, 2.3))
-    for pos, token in enumerate(lens.tokens):
+    _, columns = _chosen(lens, matrix, positions, None, 10)
+    for pos in columns:
+        token = lens.tokens[pos]
         last = pos == lens.n_prompt - 1
         ax.plot(
             lens.layers,
             ranks[:, pos],
-            color="black" if last else LINES[pos % len(LINES)],
+            color=mpl.rcParams["text.color"] if last else LINES[pos % len(LINES)],
             linestyle="-" if last else STYLES[pos // len(LINES) % len(STYLES)],
             linewidth=1.6 if last else 0.9,
             marker="o",
@@ -121,7 +204,8 @@ def target_ranks(
             label=drawing.label(f"{pos} {visible(token)}"),
             zorder=3 if last else 2,
         )
-    ax.set(xlabel="layer", ylabel=f"rank of {drawing.label(target, 24)}, {matrix}")
+    some = "" if len(columns) == len(lens.tokens) else _some(lens, columns, positions)
+    ax.set(xlabel=f"layer{some}", ylabel=f"rank of {drawing.label(target, 24)}, {matrix}")
     ax.yaxis.label.set_parse_math(False)
     # The rank's own order: the most probable word stands at the top.
     ax.set_ylim(lens.d_vocab * 1.04, -lens.d_vocab * 0.04)
@@ -165,27 +249,86 @@ def spectrum(
     return figure
 
 
-def _tokens_below(ax: Axes, lens: BackwardLens) -> None:
-    labels = [drawing.label(visible(token)) for token in lens.tokens]
+def _chosen(
+    lens: BackwardLens, matrix: str, positions: Any, layers: Any, most: int
+) -> tuple[list[int], list[int]]:
+    """Places of the layers and positions to draw."""
+    from bwlens.lens.reading import resolve_positions
+
+    rows = [lens.layers.index(layer) for layer in lens.resolve_layers(layers)]
+    n_pos = len(lens.tokens)
+    columns = resolve_positions(positions, n_pos, lens.subject, lens.n_prompt - 1)
+    if columns is None:
+        columns = range(n_pos) if n_pos <= most else picking.columns(lens, matrix, most)
+    return rows, list(columns)
+
+
+def _named(lens: BackwardLens, columns: Sequence[int], width: float) -> dict[int, int]:
+    """Which columns have a name, place to position: all, or of many those that say most."""
+    room = int(width / 0.12)
+    if len(columns) <= room:
+        return dict(enumerate(columns))
+    apart, named = len(columns) / room, dict[int, int]()
+    wanted = {*picking.columns(lens, lens.matrices[-1], room // 2)}
+    for place, pos in reversed(list(enumerate(columns))):
+        if pos in wanted and all(other - place >= apart for other in named):
+            named[place] = pos
+    return dict(reversed(named.items()))
+
+
+def _some(lens: BackwardLens, columns: Sequence[int], positions: Any) -> str:
+    which = "" if positions is not None else ": subject, first, last, strongest"
+    return f"\n{len(columns)} of {len(lens.tokens)} tokens{which}"
+
+
+def _norm(values: Any, log: bool, vmax: float | None) -> tuple[Normalize, str]:
+    """The scale of norms, and what is said of norms beyond it."""
+    high = float(values.max())
+    top = vmax or (high if log else limit(values)) or 1.0
+    alive = values[values > 0]
+    beyond = "" if high <= top * 1.0001 else f" (up to {high:.3g})"
+    if log and len(alive):
+        return LogNorm(max(float(alive.min()), top / 1e4), top, clip=True), beyond
+    return Normalize(0.0, top, clip=True), beyond
+
+
+def _tokens_below(
+    ax: Axes, lens: BackwardLens, columns: Sequence[int], named: dict[int, int]
+) -> None:
+    """Names of the columns at `named`, place to position; how many are drawn, if not all."""
+    tokens = headings(lens)
+    labels = [drawing.label(visible(tokens[pos])) for pos in named.values()]
     long = sum(map(len, labels)) > 42 or len(labels) > 8
-    ax.set_xticks(
-        range(len(labels)), labels, rotation=60 if long else 0, ha="right" if long else "center"
-    )
-    for pos, label in enumerate(ax.get_xticklabels()):
+    places = {"rotation": 60 if long else 0, "ha": "right" if long else "center"}
+    ax.set_xticks(list(named), labels, **places)
+    for pos, label in zip(named.values(), ax.get_xticklabels(), strict=True):
         label.set_parse_math(False)
+        label.set_fontfamily(drawing.families(label.get_text()))
         if long:
             label.set_rotation_mode("anchor")
         if pos in lens.subject:
             label.set_fontweight("bold")
+    if len(columns) < len(lens.tokens):
+        ax.set_xlabel(_some(lens, columns, None).strip(), fontsize=drawing.points(6.0))
 
 
 def _fit(figure: Figure, ax: Axes, texts: list[Any], n_pos: int) -> None:
     """Shrink each word to its cell (to 4 pt), then shorten what is still too wide."""
     figure.draw_without_rendering()
     room = ax.get_window_extent().width / n_pos * 0.92
+    fitted: dict[str, tuple[float, str]] = {}  # few words are many cells
     for text in texts:
-        taken = text.get_window_extent().width
-        if taken > room:
-            text.set_fontsize(max(4.0, 6.0 * room / taken))
-        while text.get_window_extent().width > room and len(text.get_text()) > 2:
-            text.set_text(text.get_text().rstrip("…")[:-1] + "…")
+        word = text.get_text()
+        if word not in fitted:
+            taken = text.get_window_extent().width
+            if taken > room:
+                text.set_fontsize(max(4.0, text.get_fontsize() * room / taken))
+            if (taken := text.get_window_extent().width) > room:
+                keep = max(1, int(len(word) * room / taken))
+                text.set_text(word[:keep] + "…")
+                while text.get_window_extent().width > room and keep > 1:
+                    keep -= 1
+                    text.set_text(word[:keep] + "…")
+            fitted[word] = text.get_fontsize(), text.get_text()
+        text.set_fontsize(fitted[word][0])
+        text.set_text(fitted[word][1])

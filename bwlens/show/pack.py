@@ -15,13 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from bwlens.show import trusting
-from bwlens.show.words import probability_of, spaced
+from bwlens.show import picking, trusting
+from bwlens.show.colors import limit
+from bwlens.show.words import about, headings, probability_of, spaced
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
 ENDS = ("promoted", "suppressed")
+
+WORDS = 1_000_000
+"""How many words a page holds at most; of a larger lens each cell has fewer."""
 
 
 def compressed(data: Any) -> str:
@@ -42,9 +46,9 @@ def pack(
     """What the table's script reads, in flat lists by cell (layer index times width plus column).
 
     `words` are those that occur, after "" for none; `ids` are places among them, k to a cell.
-    Scores are in hundredths, as shown, norms have five digits. Ranks are -1 without gradient,
-    `faint` the percents of a doubtful vector that the norm's epsilon leaves, -1 without doubt. What
-    two matrices or two readings share (W_in and W_gate have one x) is in `readings` once.
+    Scores are in hundredths, as shown, norms have five digits; `top` has the deepest shade.
+    Ranks are -1 without gradient, `faint` the percents of a doubtful vector that the norm's epsilon
+    leaves, -1 without doubt. What two matrices or readings share is in `readings` once.
 
     Of the lens' `matrices`, `readings` (as in `BackwardLens.readings`) and columns (`n_pos`), None
     takes all.
@@ -52,8 +56,12 @@ def pack(
     matrices = lens.matrices if matrices is None else matrices
     views = {n: lens.as_reading(n) for n in (lens.readings if readings is None else readings)}
     keep = slice(n_pos)
+    width = len(lens.tokens[keep])
+    cells = len(lens.layers) * width * len(matrices) * len(views)
+    has = lens.side("promoted", matrices[0])[0].shape[-1]
+    k = min(has, max(1, WORDS // (2 * cells)))
     sides = {
-        (reading, matrix, end): [_flat(part[:, keep]) for part in view.side(end, matrix)]
+        (reading, matrix, end): [_flat(part[:, keep, :k]) for part in view.side(end, matrix)]
         for reading, view in views.items()
         for matrix in matrices
         for end in ENDS
@@ -62,7 +70,7 @@ def pack(
     answer = int(lens.gradients.next_logits[0].float().softmax(-1).argmax())
     vocabulary = lens.vocabulary
     used = np.unique(np.concatenate([ids for ids, _ in sides.values()]))
-    used = np.union1d(used[used >= 0], [*lens.target_ids[:1], answer])
+    used = np.union1d(used[used >= 0], [*lens.target_ids[:1], answer, *lens.follow_ids])
 
     def places(ids: Any) -> Any:
         return np.where(np.less(ids, 0), 0, 1 + np.searchsorted(used, ids)).tolist()
@@ -82,6 +90,10 @@ def pack(
             }
             if lens.target_ids:
                 entry["target"] = _flat(view.target_ranks(matrix)[:, keep]).tolist()
+            if lens.follow_ids:
+                entry["follow"] = [
+                    _flat(each[:, keep]).tolist() for each in view.followed_places(matrix).values()
+                ]
             for end in ENDS:
                 ids, scores = sides[reading, matrix, end]
                 hundredths = (100 * np.nan_to_num(scores.astype("f8")).clip(-1e12, 1e12)).round()
@@ -92,17 +104,25 @@ def pack(
         by_matrix[matrix] = {
             "delta": _digits(lens.norms(matrix, "delta")[:, keep]),
             "x": _digits(lens.norms(matrix, "x")[:, keep]),
+            "top": limit(lens.norms(matrix)[:, keep]),
             "readings": at,
         }
+    many = width > picking.DRAWN
+    chosen = picking.columns(lens, matrices[-1]) if many else range(width)
     return {
-        "k": lens.side("promoted", matrices[0])[0].shape[-1],
+        "k": k,
+        "of": has,
+        "about": about(lens),
+        "columns": [pos for pos in chosen if pos < width],
+        "subject": list(lens.subject),
         "vocab": lens.d_vocab,
         "layers": list(lens.layers),
-        "tokens": [spaced(token) for token in lens.tokens[keep]],
+        "tokens": headings(lens)[keep],
         "given": lens.n_prompt,
         "words": ["", *(spaced(vocabulary[i]) for i in used.tolist())],
         "target": places(lens.target_ids[0]) if lens.target_ids else 0,
         "answer": places(answer),
+        "follow": places(np.array(lens.follow_ids, int)),
         "said": probability_of(lens),
         "matrices": by_matrix,
         "readings": entries,

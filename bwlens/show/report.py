@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from bwlens.show import circuits
 from bwlens.show.sheet import definitions, document, svg
 from bwlens.show.table import first_matrix, table, titled
 from bwlens.show.trusting import section
-from bwlens.show.words import visible
+from bwlens.show.words import model_name, visible
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
@@ -51,30 +51,51 @@ _FIGURES: tuple[tuple[Literal["norms", "target_ranks", "spectrum"], str], ...] =
 )
 
 
-def report(lens: BackwardLens, cells: int = 2) -> str:
-    """The whole page, with details (circuitsvis) of so many of the strongest cells."""
+def report(lens: BackwardLens) -> str:
+    """The whole page."""
     matrix = first_matrix(lens.matrices)
     settings = [(name, str(value)) for name, value in lens.settings.items()]
+    settings = [(name, model_name(lens) if name == "model" else value) for name, value in settings]
     return document(
         titled(lens),
         "<h1>What one gradient step would write</h1>"
         f"{table(lens)}{section(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
-        f"<h2>The strongest cells of {matrix}</h2>{_details(lens, matrix, cells)}"
+        f"<h2>Parts of the prompt, {matrix}</h2>{_segments(lens, matrix)}"
+        '<h3>Norm of delta over the prompt</h3><div class="sheet">'
+        f"{circuits.together([circuits.token_norms(lens, matrix)])}</div>"
         f"<h2>To make this again</h2>{definitions(settings, 'small', code=True)}",
     )
 
 
-def _details(lens: BackwardLens, matrix: str, cells: int) -> str:
-    """circuitsvis' widgets for the strongest cells, on a light sheet as they know no dark."""
-    pieces: list[Any] = []
-    for layer, pos in circuits.strongest_cells(lens, matrix, top_k=cells):
-        token = escape(visible(lens.tokens[pos]))
-        pieces.append(f"<h3>Layer {layer}, “{token}”: promoted in blue, suppressed in red</h3>")
-        pieces.append(circuits.top_words(lens, layer, pos, matrix=matrix))
-    pieces += ["<h3>Norm of delta over the prompt</h3>", circuits.token_norms(lens, matrix)]
-    return f'<div class="sheet">{circuits.together(pieces)}</div>'
+def _segments(lens: BackwardLens, matrix: str) -> str:
+    """How strong each part of the prompt is: the subject, its neighbours, the last token."""
+    norms = lens.norms(matrix)
+    first, last = min(lens.subject, default=0), lens.n_prompt - 1
+    parts = {
+        "before the subject": [p for p in range(first) if lens.subject],
+        "the subject": [*lens.subject],
+        "after the subject": [p for p in range(last) if p > first and p not in lens.subject],
+        "the last token": [last],
+        "the target's own tokens": [*range(lens.n_prompt, len(lens.tokens))],
+    }
+    rows = []
+    for name, where in parts.items():
+        if not where:
+            continue
+        part = norms[:, where]
+        layer, pos = divmod(int(part.argmax()), len(where))
+        token = escape(visible(lens.tokens[where[pos]]))
+        cells = (
+            name, len(where), f"{part.mean():.3g}", f"{part.max():.3g}",
+            f"layer {lens.layers[layer]}, “{token}”",
+        )  # fmt: skip
+        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    heads = "".join(f"<th>{h}</th>" for h in ("part", "tokens", "mean norm", "largest", "where"))
+    return (
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>{"".join(rows)}</table></div>'
+    )
 
 
 def _figures(lens: BackwardLens, matrix: str) -> str:

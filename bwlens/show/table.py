@@ -11,20 +11,28 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from html import escape
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bwlens.show import trusting
-from bwlens.show.colors import STEPS, TARGET, css, ink, scale
+from bwlens.show import picking, trusting
+from bwlens.show.colors import CHANGES, STEPS, TARGET, changes, css, ink, limit, scale
 from bwlens.show.pack import compressed, pack
+from bwlens.show.picking import DRAWN
 from bwlens.show.sheet import document
-from bwlens.show.words import probability_of, quoted, spaced, target_words, visible
+from bwlens.show.words import (
+    about,
+    exact,
+    headings,
+    probability_of,
+    prompt_pieces,
+    quoted,
+    target_words,
+)
 
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-FORMAT = 3
+FORMAT = 4
 """Of the data that the script reads; a page may hold outputs of several versions."""
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search
@@ -33,6 +41,18 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 # Read on white and on black with a contrast of 4.5.
 _PLAIN = "color:#767676"
+
+_ROOM = "padding-inline:6px"
+
+_INK = {(0, 0, 0): "#000", (255, 255, 255): "#fff"}
+
+# The target's name where no style sheet holds: on white and on black.
+_MARK = "#d2500f"
+
+FOLDED = 300
+"""Letters of a prompt from which on it folds."""
+
+_PARTS = ("_data", "_grid", "_picture", "_panel", "_tools", "_overview", "")
 
 # Typesetters of formulas skip elements of these classes.
 _UNTYPESET = "tex2jax_ignore mathjax_ignore"
@@ -60,9 +80,10 @@ def page(*lenses: BackwardLens) -> str:
 
 
 def titled(lens: BackwardLens) -> str:
-    """A page's title: the prompt and the target."""
-    prompt = visible(lens.prompt, trim=False)
-    return prompt + (f" → {target_words(lens)}" if lens.target else "")
+    """A page's title: the prompt, the target, the model and the reading."""
+    prompt = "".join(text for text, _ in prompt_pieces(lens))
+    target = f" → {target_words(lens)}" if lens.target else ""
+    return " · ".join((prompt + target, *about(lens)[:2]))
 
 
 def tables(title: str, widgets: str) -> str:
@@ -80,7 +101,7 @@ def tables(title: str, widgets: str) -> str:
 def element(parts: Sequence[str], *packed: dict[str, Any]) -> str:
     """The element that the script takes over: static parts and the data of their lenses."""
     return (
-        f'<div class="bwlens {_UNTYPESET}" data-format="{FORMAT}">{"".join(parts)}'
+        f'<div class="bwlens {_UNTYPESET}" dir="ltr" data-format="{FORMAT}">{"".join(parts)}'
         f'<script type="application/gzip">{compressed(packed)}</script></div>'
     )
 
@@ -104,85 +125,94 @@ def part(
     norm `top` of the deepest shade in common.
     """
     matrix = matrix or first_matrix(lens.matrices)
-    norms = lens.norms(matrix)[:, :n_pos].tolist()
-    top = top or max(map(max, norms)) or 1.0
-    ids, _ = lens.side("promoted", matrix)
-    ids = ids[..., 0].tolist()
-    faint = lens.readout(matrix).eps_regime.tolist()
-    styles = [
-        f"background:{css(c)}" + (";color:#fff" if ink(c) == (255, 255, 255) else "")
-        for c in scale()
-    ]
-    say = {i: _html(visible(lens.vocabulary[i])) for i in {i for row in ids for i in row} if i >= 0}
+    norms = lens.norms(matrix)[:, :n_pos]
+    columns = list(range(norms.shape[1]))
+    if len(columns) > DRAWN:
+        columns = [pos for pos in picking.columns(lens, matrix) if pos < len(columns)]
+    top = top or limit(norms)
+    ids = lens.side("promoted", matrix)[0][..., 0].tolist()
+    doubtful = lens.readout(matrix).eps_regime.tolist()
+    styles = [f"background:{css(c)};color:{_INK[ink(c)]};{_ROOM}" for c in scale()]
+    say = {i: _html(exact(lens.vocabulary[i])) for i in {i for row in ids for i in row} if i >= 0}
     target = lens.target_ids[0] if lens.target_ids else None
     trust = trusting.trust_of(lens, matrix)
     strips = f" Strip: {trusting.key(lens)}. Pale: {trusting.PALE}." if trust else ""
     rows = []
-    for at in reversed(range(len(lens.layers))):
+    for at, row in reversed(list(enumerate(norms.tolist()))):
         cells = []
-        for pos, norm in enumerate(norms[at]):
-            found = ids[at][pos]
-            if found < 0:
-                cells.append(f"<td style={_PLAIN}>·")
+        for pos in columns:
+            best, norm = ids[at][pos], row[pos]
+            if best < 0:
+                cells.append(f'<td style="{_PLAIN};{_ROOM}">·')
                 continue
-            style, word = styles[round(min(norm / top, 1.0) * (STEPS - 1))], say[found]
-            if faint[at][pos]:
-                word = f"<i>{word}</i>"
-            if found == target:
-                style, word = f"{style};border:2px solid {TARGET[0]}", f"<b>{word}</b>"
+            style, named = styles[round(min(norm / top, 1.0) * (STEPS - 1))], ""
+            if norm > top:
+                style += ";text-decoration:overline"
+            if doubtful[at][pos]:
+                style += ";font-style:italic"
+            if best == target:
+                style += f";border:2px solid {TARGET[0]};font-weight:700"
+                named = f' aria-label="{say[best]}, the target"'
             if (at, pos) in marked:
                 style += ";border-left:4px solid #d6336c"
-            if " " in style:
-                style = f'"{style}"'
             # Thousands of cells: quotes and end tags that HTML does not need are left out.
-            cells.append(f"<td style={style}>{word}")
-        # The ink of pale cells is the row's; what has no shade is legible on any page.
+            style = f'"{style}"' if " " in style else style
+            cells.append(f"<td style={style}{named}>{say[best]}")
         strip = trusting.strip(lens, matrix, at)
         rows.append(
-            f'<tr style="color:#000{";opacity:.6" if trusting.pale(trust, at) else ""}">'
-            f'<th scope="row" style="{_PLAIN}">{lens.layers[at]}{strip}</th>'
+            f"<tr{' style=opacity:.6' if trusting.pale(trust, at) else ''}>"
+            f'<th scope="row" style="{_PLAIN};{_ROOM}">{lens.layers[at]}{strip}</th>'
             f"{''.join(cells)}</tr>"
         )
+    beyond = "; beyond it overlined" if bool((norms > top).any()) else ""
+    some = "" if len(columns) == norms.shape[1] else f" {len(columns)} of {norms.shape[1]} tokens."
+    # Hosts that strip the style sheet keep what is written here: room between words, a scroll.
     return (
         f'<section class="bw-part">{_heading(lens, name)}'
-        f'<p class="bw-caption">{_caption(lens, matrix)}</p>'
-        f'<table><thead><tr><th scope="col">layer</th>{_tokens(lens, n_pos)}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table>"
-        f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}. Framed:'
+        f'<p class="bw-caption">{_caption(lens, matrix)}{some}</p>'
+        '<div style="overflow-x:auto"><table dir="ltr" style="border-collapse:separate;'
+        'border-spacing:2px;white-space:nowrap;width:auto"><thead><tr><th scope="col">layer</th>'
+        f"{_tokens(lens, columns)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f'<p class="bw-note">Shade: norm of delta, from 0 to {top:.3g}{beyond}. Framed:'
         f" {_html(probability_of(lens)) if lens.target else 'the target'}."
-        " · no gradient here, or not read. Slanted: a vector so short that the final norm's"
-        f" epsilon outweighs it.{_html(strips)}</p></section>"
+        " · no gradient here, or not read. ␣ begins a word. Slanted: a vector so short that the"
+        f" final norm's epsilon outweighs it.{_html(strips)}</p>"
+        f'<p class="bw-about">{" · ".join(map(_html, about(lens)))}</p></section>'
     )
 
 
 def _heading(lens: BackwardLens, name: str) -> str:
-    tokens, prompt = lens.tokens[: lens.n_prompt], ""
-    # Neighbours of the subject share one line under them.
-    for inside, places in groupby(range(len(tokens)), lens.subject.__contains__):
-        text = _html("".join(spaced(tokens[at]) for at in places))
-        line = f"{' ' * text.startswith(' ')}<u>{text.strip()}</u>"
-        prompt += line if inside else text
-    prompt = prompt.lstrip()
-    size = " bw-long" if len("".join(tokens)) > 160 else ""
+    pieces = prompt_pieces(lens)
+    prompt = "".join(f"<u>{_html(text)}</u>" if own else _html(text) for text, own in pieces)
+    size = sum(len(text) for text, _ in pieces)
     says = f"The model says <b>{_html(quoted(lens.answer))}</b>"
     facts = [f"{says}, p = {_number(lens.answer_probability)}"]
+    target = ""
     if lens.target:
-        prompt = f'<bdi>{prompt}</bdi> → <b class="bw-target">{_html(target_words(lens))}</b>'
+        words = _html(target_words(lens))
+        target = f' → <b class="bw-target" style="color:{_MARK}">{words}</b>'
     if lens.target_probability is not None:
         facts.append(f"{_html(probability_of(lens))} has p = {_number(lens.target_probability)}")
     facts.append(f"{lens.loss_is} {_number(lens.loss)}")
     title = f'<p class="bw-name">{_html(name)}</p>' if name else ""
+    line = f"<bdi>{prompt}</bdi>{target}"
+    if size > FOLDED:  # a long prompt folds to its ends
+        text = "".join(text for text, _ in pieces)
+        ends = f"<bdi>{_html(text[:80])}</bdi> … <bdi>{_html(text[-160:])}</bdi>{target}"
+        line = f"<details><summary>{ends}</summary>{line}</details>"
+    long = " bw-long" if size > 160 else ""
     return (
-        f'<div class="bw-head">{title}<p class="bw-prompt{size}">{prompt}</p>'
+        f'<div class="bw-head">{title}<div class="bw-prompt{long}">{line}</div>'
         f'<p class="bw-facts">{"; ".join(facts)}.</p></div>'
     )
 
 
-def _tokens(lens: BackwardLens, n_pos: int | None) -> str:
-    heads = []
-    for pos, token in enumerate(lens.tokens[:n_pos]):
-        text = _html(visible(token))
-        heads.append(f'<th scope="col">{f"<u>{text}</u>" if pos in lens.subject else text}</th>')
+def _tokens(lens: BackwardLens, columns: Sequence[int]) -> str:
+    heads, names = [], headings(lens)
+    for pos in columns:
+        text = _html(names[pos].lstrip(" "))
+        text = f"<u>{text}</u>" if pos in lens.subject else text
+        heads.append(f'<th scope="col" style="{_ROOM}">{text}</th>')
     return "".join(heads)
 
 
@@ -209,18 +239,21 @@ def _html(text: str) -> str:
 def _style() -> str:
     """The style sheet, with a rule for each shade and the ink on it, on light and dark pages."""
     rules = [f"--target:light-dark({TARGET[0]},{TARGET[1]});"]
-    for step, (light, dark) in enumerate(zip(scale(), scale(dark=True), strict=True)):
-        back, front = (
-            f"light-dark({css(a)},{css(b)})" for a, b in ((light, dark), (ink(light), ink(dark)))
-        )
-        rules.append(f".s{step}{{background-color:{back};color:{front}}}")
+    for name, shades in (("s", scale), ("d", changes)):
+        for step, (light, dark) in enumerate(zip(shades(), shades(dark=True), strict=True)):
+            back, front = (
+                f"light-dark({css(a)},{css(b)})"
+                for a, b in ((light, dark), (ink(light), ink(dark)))
+            )
+            rules.append(f".{name}{step}{{background-color:{back};color:{front}}}")
     return f"{_asset('_table.css')}:is(.bwlens, #bwlens){{{''.join(rules)}}}"
 
 
 def _script() -> str:
-    """The script, its three parts in one scope of their own."""
-    parts = "".join(map(_asset, ("_table_data.js", "_table_picture.js", "_table.js")))
+    """The script, its parts in one scope of their own."""
+    parts = "".join(map(_asset, [f"_table{name}.js" for name in _PARTS]))
     start = f'(() => {{\n"use strict";\nconst FORMAT = {FORMAT};\nconst STEPS = {STEPS};\n'
+    start += f"const CHANGES = {CHANGES};\nconst DRAWN = {DRAWN};\n"
     return f"<script>{start}{parts}}})();</script>"
 
 

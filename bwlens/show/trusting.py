@@ -1,7 +1,7 @@
 """The trust of each layer beside its row: a narrow strip, a sentence on it, pale words below.
 
 The strip's shade is r with the measured effect over likely words, none at 0 and full at 1. Norms
-are exact in every layer; it is words that are pale where they say no more than chance.
+are exact in every layer; it is words that are pale where they say little.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bwlens.show.words import quoted
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-PALE = f"words of a layer whose r is below {FLOOR} or a control's: no more than chance"
+PALE = f"words of a layer that say little: r below {FLOOR}, or not above a control's"
 
 
 def key(lens: BackwardLens) -> str:
@@ -54,7 +54,7 @@ def share(trust: Trust, at: int) -> float:
 
 
 def pale(trust: Trust | None, at: int) -> bool:
-    """Whether the words of a layer say no more than chance."""
+    """Whether the words of a layer say little, or nobody knows."""
     return trust is not None and trust.verdict(at) in ("none", "unknown")
 
 

@@ -144,10 +144,11 @@ def test_frames_and_files(lens, tmp_path):
 def test_text_shows_layers_tokens_and_words(lens):
     lines = repr(lens).splitlines()
     assert any(line.split()[:1] == ["layer"] and "t41" in line for line in lines)
+    lines = [re.sub("[▁▂▃▄▅▆▇█]", "", line) for line in lines]  # the norms
     rows = [line.split() for line in lines if line.split()[:1] in (["0"], ["1"], ["2"])]
     assert [row[0] for row in rows] == ["2", "1", "0"]  # last layer on top
-    assert rows[0][1:] == ["·", "·", "·", "·", "t17", "#1"]
-    assert rows[2][1::2] == [cell[0] for cell in lens.words()[0]]
+    assert rows[0][1:] == ["·", "·", "·", "·", "*t17", "#1"]
+    assert [word.lstrip("*") for word in rows[2][1::2]] == [cell[0] for cell in lens.words()[0]]
     # The place from the promoted end: delta's least probable is the first.
     places = [f"#{tiny.VOCAB - rank}" for rank in lens.target_ranks()[0].tolist()]
     assert rows[2][2::2] == places
@@ -168,13 +169,14 @@ def test_text_marks_what_is_doubtful_and_says_what_marks_mean():
     assert max(map(len, lines)) <= 80
     words, doubtful = lens.words(), lens.readout().eps_regime
     assert doubtful.any()
+    lines = [re.sub("[▁▂▃▄▅▆▇█]", "", line) for line in lines]
     cells = [line.split()[1::2] for line in lines if line.split()[:1] == ["0"]]
     marked = [word.startswith("~") for row in cells for word in row]
     assert marked == doubtful[0].tolist()
-    assert [word.lstrip("~") for row in cells for word in row] == [
+    assert [word.lstrip("~*") for row in cells for word in row] == [
         visible(cell[0]) for cell in words[0]
     ]
-    legend = repr(lens)[repr(lens).index("Shade:") :]
+    legend = repr(lens)[repr(lens).index("Bars:") :]
     for mark in ("· no gradient", "#n place of the target", "~ vector so short"):
         assert mark in legend
     plain = repr(fake_lens(target=None, both=True).as_reading("normalised"))

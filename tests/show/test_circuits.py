@@ -1,6 +1,8 @@
 """circuitsvis' widgets of a lens: right values, one script, silent and inert in a browser."""
 
 import re
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from circuitsvis.utils import render
 from bwlens.show import circuits
 from bwlens.show.report import report
 from bwlens.show.words import visible
-from tests.fake_lens import HOSTILE, fake_lens
+from tests.fake_lens import HOSTILE, fake_lens, words_alike
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +130,10 @@ def test_report_is_whole_and_silent(chromium, lens, scheme, tmp_path):
     html = lens.report(path).read_text(encoding="utf-8")
     assert len(html.encode()) <= 3e6
     page, said, asked = opened(chromium, html, scheme)
-    page.wait_for_selector("text=Samples per page")
+    page.wait_for_selector("text=Norm of delta over the prompt")
     page.wait_for_selector(".bw-grid")
+    for part in ("the subject", "the last token", "mean norm"):
+        assert part in page.inner_text("table:not([class])")
     assert page.locator("figure svg").count() == 3
     for part in ("How to read it", "imprint", "shift", "To make this again", "NextToken"):
         assert part in page.inner_text("body")
@@ -144,7 +148,7 @@ def test_report_is_whole_and_silent(chromium, lens, scheme, tmp_path):
 def test_report_of_hostile_tokens(chromium):
     lens = fake_lens(HOSTILE, 3, len(HOSTILE), tokens=HOSTILE, target=2)
     page, said, _ = opened(chromium, report(lens))
-    page.wait_for_selector("text=Samples per page")
+    page.wait_for_selector(".bw-grid")
     assert page.evaluate("window.hacked") is None
     assert said == []
     page.close()
@@ -157,3 +161,13 @@ def test_numbers_are_plain(lens):
     assert values is not None
     found = torch.tensor(eval(values[1]))
     torch.testing.assert_close(found, lens.norms().T, rtol=1e-5, atol=1e-6)
+
+
+def test_reports_of_long_prompts_are_quick_and_whole():
+    lens = fake_lens(words_alike(900), 30, 121, silent=False, target=7)
+    start = time.process_time()
+    text = report(lens)
+    assert time.process_time() - start < 5
+    assert text.count('scope="col"') == 1 + 121
+    model = replace(lens, settings={"model": "/home/me/secret/Llama-3"})
+    assert "secret" not in report(model)

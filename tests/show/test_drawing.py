@@ -1,5 +1,8 @@
 """What static figures share: text that fonts lack, panels of lines, one legend for all."""
 
+import io
+
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,6 +12,7 @@ from bwlens.show.drawing import (
     axes,
     cosine_maps,
     drawable,
+    families,
     label,
     line_color,
     line_style,
@@ -24,11 +28,34 @@ def summary(line, values, **columns):
     ).assign(**columns)
 
 
+@pytest.mark.filterwarnings("ignore:no installed font")
 def test_characters_that_fonts_lack_are_named():
     assert drawable("Messi δ") == "Messi δ"
     assert drawable("日") == "<65E5>"
     assert label("a" * 20) == "a" * 15 + "…"
     assert label("日本の町の名前") == label(drawable("日本の町の名前"))
+
+
+def test_installed_fonts_are_looked_for_and_what_none_has_is_said_once():
+    with mpl.rc_context({"font.family": ["cmr10"]}):  # which has no é
+        assert drawable("é") == "é"
+        assert len(families("é")) == 2
+        assert families("e") == ["cmr10"]
+    with pytest.warns(UserWarning, match="no installed font has the characters of SYLOTI"):
+        drawable("ꠀ")
+    assert drawable("ꠁ") == "<A801>"  # and no more warnings
+
+
+def test_text_stays_text():
+    figure, ax = axes(None, (2.0, 1.0))
+    ax.set_title("words")
+    files = {}
+    for kind in ("svg", "pdf"):
+        files[kind] = io.BytesIO()
+        figure.savefig(files[kind], format=kind)
+    assert b">words</text>" in files["svg"].getvalue()
+    assert b"/Type3" not in files["pdf"].getvalue()
+    assert mpl.rcParams["pdf.fonttype"] == 3  # as the user has it
 
 
 def test_panels_draw_the_numbers():

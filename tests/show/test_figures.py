@@ -1,14 +1,18 @@
 """Static figures: every kind draws, in every format, whatever the tokens are."""
 
 import io
+import time
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
 from matplotlib.figure import Figure
 
 import bwlens
-from bwlens.show import figures
+from bwlens.show import figures, picking
+from bwlens.show.colors import limit
 from tests import tiny
+from tests.fake_lens import fake_lens, words_alike
 
 KINDS = ("table", "norms", "target_ranks", "spectrum")
 
@@ -67,6 +71,7 @@ def test_ranks_leave_out_what_has_no_gradient(lens):
     assert drawn == [False, False, False, True]  # the last layer: only the last token
 
 
+@pytest.mark.filterwarnings("ignore:no installed font")
 def test_characters_without_a_glyph_are_named():
     assert figures.drawable("café") == "café"
     assert figures.drawable("日") == "<65E5>"
@@ -77,3 +82,63 @@ def test_characters_without_a_glyph_are_named():
 def test_unknown_kind(lens):
     with pytest.raises(ValueError, match="no figure 'pie'; there are table"):
         lens.figure("pie")
+
+
+def test_long_prompts_are_drawn_in_part_and_say_so():
+    lens = fake_lens(words_alike(900), 30, 500, ("W_out",), silent=False)
+    start = time.perf_counter()
+    for kind in ("table", "norms", "target_ranks"):
+        ax = lens.figure(kind).axes[0]
+        labels = [label for label in ax.get_xticklabels() if label.get_text()]
+        assert len(labels) <= 30
+        if kind != "norms":
+            assert "of 500 tokens" in ax.get_xlabel()
+    assert time.perf_counter() - start < 60
+    ax = lens.figure("table").axes[0]
+    words = lens.words()
+    chosen = picking.columns(lens, "W_out", 7)
+    texts = [text.get_text().rstrip("…") for text in ax.texts]
+    expected = [words[at][pos][0].strip() for at in range(30) for pos in chosen]
+    assert all(whole.startswith(part) for part, whole in zip(texts, expected, strict=True))
+    assert sum(len(text) for text in texts) > 3 * len(texts)
+
+
+def test_options_of_figures_and_of_save(lens, tmp_path):
+    figure = lens.figure(
+        "table", positions=[1, 3], layers=-1, title="mine", cmap="viridis", log=True, width=5.0
+    )
+    ax = figure.axes[0]
+    assert texts_in(ax) == [lens.words()[-1][pos][0] for pos in (1, 3) if lens.words()[-1][pos]]
+    assert ax.get_title() == "mine"
+    assert figure.get_figwidth() == 5
+    path = lens.save(tmp_path / "x.svg", positions="last", title="only the last")
+    text = path.read_text(encoding="utf-8")
+    assert "only the last" in text
+    assert "t41" in text
+    with pytest.raises(ValueError, match="takes no options"):
+        lens.save(tmp_path / "x.html", log=True)
+
+
+def test_outliers_and_scales():
+    lens = fake_lens(words_alike(900), 6, 8, ("W_out",), silent=False)
+    for gradient in lens.gradients.values():
+        gradient.delta[0] *= 100
+    norms = lens.norms().double()
+    for kind in ("table", "norms"):
+        figure = lens.figure(kind)
+        assert "(up to" in figure.axes[1].get_ylabel()
+        bar = figure.axes[1].get_ylim()
+        assert bar == pytest.approx((0, limit(norms)))
+        assert lens.figure(kind, vmax=3.0).axes[1].get_ylim()[1] == 3
+        assert lens.figure(kind, log=True).axes[1].get_yscale() == "log"
+    lines = lens.figure("table").axes[0].get_lines()
+    assert len(lines) == int((norms > limit(norms)).sum())
+
+
+def test_settings_of_matplotlib_are_kept(lens):
+    with mpl.rc_context({"font.size": 20.0, "axes.grid": True, "text.color": "#eeeeee"}):
+        for kind in ("table", "norms"):
+            ax = lens.figure(kind).axes[0]
+            assert not any(line.get_visible() for line in ax.get_xgridlines())
+        assert lens.figure("norms").axes[0].yaxis.label.get_fontsize() == 14
+        assert lens.figure("target_ranks").axes[0].get_lines()[-1].get_color() == "#eeeeee"

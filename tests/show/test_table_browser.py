@@ -10,9 +10,10 @@ import pytest
 from bwlens.show import compare
 from bwlens.show.colors import STEPS, contrast, css, ink, scale
 from bwlens.show.table import assets, page, table, widget
+from bwlens.show.words import exact as exactly
 from bwlens.show.words import visible
 from tests.browser import settled
-from tests.fake_lens import HOSTILE, fake_lens
+from tests.fake_lens import HOSTILE, fake_lens, with_words
 
 LAYERS, TOKENS = 4, 5
 
@@ -56,6 +57,12 @@ def exact(word):
     return visible(word, trim=False) if word[:1] == " " and word.strip(" ") else visible(word)
 
 
+def places_of(lens, matrix, ranks):
+    """Places from the promoted end, 1 the most promoted, 0 for none."""
+    places = lens.d_vocab - ranks if lens.through(matrix) == "delta" else ranks + 1
+    return places.masked_fill(ranks < 0, 0)
+
+
 def check_panel(view, lens, matrix, layer, pos):
     """The panel shows position, norms, ranks and both lists of this cell, as the lens has them."""
     seen = view.evaluate(PANEL)
@@ -65,13 +72,12 @@ def check_panel(view, lens, matrix, layer, pos):
     assert float(seen["facts"]["norm of δ"]) == pytest.approx(norm, rel=5e-3)
     norm_x = float(lens.norms(matrix, "x")[layer, pos])
     assert float(seen["facts"]["norm of x"]) == pytest.approx(norm_x, rel=5e-3)
-    for name, ranks in (
-        ("target", lens.target_ranks(matrix)),
-        ("answer", lens.answer_ranks(matrix)),
+    for name, places in (
+        ("target", lens.target_places(matrix)),
+        ("answer", places_of(lens, matrix, lens.answer_ranks(matrix))),
     ):
-        shown = seen["facts"][f"{name} rank"].split("promoted")[0].strip()
-        rank = int(ranks[layer, pos])
-        assert shown == ("none" if rank < 0 else f"{rank:,}")
+        place = int(places[layer, pos])
+        assert seen["facts"][name].split()[0] == (f"#{place:,}" if place else "none")
     for end, column in (("promoted", 1), ("suppressed", 3)):
         words = lens.words(end, matrix)[layer][pos]
         scores = lens.side(end, matrix)[1][layer, pos].tolist()
@@ -154,7 +160,7 @@ def test_every_switch_shows_what_the_lens_holds(show, lens, matrix, reading):
     spoken = lens.as_reading(reading)
     choose(view, matrix, reading)
     words = {end: spoken.words(end, matrix) for end in ("promoted", "suppressed")}
-    norms, ranks = lens.norms(matrix), spoken.target_ranks(matrix)
+    norms, places = lens.norms(matrix), spoken.target_places(matrix)
     faint = spoken.readout(matrix).eps_regime
     first = {
         end: [[visible(at[0]) if at else "·" for at in row] for row in words[end]] for end in words
@@ -176,7 +182,7 @@ def test_every_switch_shows_what_the_lens_holds(show, lens, matrix, reading):
             assert at["text"].split("\n") == (pair if words["promoted"][layer][pos] else ["·"])
     choose(view, "target rank")
     shown = [[at["text"].replace(",", "") for at in row] for row in grid(view)]
-    assert shown == [["·" if r < 0 else str(r) for r in row] for row in ranks.tolist()]
+    assert shown == [[f"#{place}" if place else "·" for place in row] for row in places.tolist()]
     choose(view, "norm")
     for row, expected in zip(grid(view), norms.tolist(), strict=True):
         for at, norm in zip(row, expected, strict=True):
@@ -192,7 +198,7 @@ def rgb(text):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_shades_are_norms_on_either_scale(show, lens, scheme):
-    view = show(table(lens), scheme)
+    view = show(page(lens), scheme)
     norms = lens.norms("W_out").double()
     alive = norms[norms > 0]
     low, high = alive.min().log(), alive.max().log()
@@ -336,7 +342,7 @@ def test_without_scripts_or_styles_the_plain_table_remains(show, lens):
                 if not words[layer][pos]:
                     assert at.inner_text() == "·"
                     continue
-                assert at.inner_text() == visible(words[layer][pos][0])
+                assert at.inner_text() == exactly(words[layer][pos][0])
                 front, back = at.evaluate(
                     "e => [getComputedStyle(e).color, getComputedStyle(e).backgroundColor]"
                 )
@@ -353,7 +359,7 @@ def test_a_browser_that_cannot_unpack_says_so_and_keeps_the_plain_table(chromium
     view.set_content(page(lens))
     settled(view)
     assert "DecompressionStream is not defined" in view.locator(".bw-doubt").inner_text()
-    words = [visible(cell[0]) for row in lens.words()[::-1] for cell in row if cell]
+    words = [exactly(cell[0]) for row in lens.words()[::-1] for cell in row if cell]
     cells = view.locator("tbody td").all()
     assert [at.inner_text() for at in cells if at.inner_text() != "·"] == words
     assert view.get_by_text("Shade: norm of delta").is_visible()
@@ -363,9 +369,9 @@ def test_a_browser_that_cannot_unpack_says_so_and_keeps_the_plain_table(chromium
 def test_switches_that_have_nothing_to_switch_are_absent(show):
     view = show(table(fake_lens(40, 3, 4, ("W_in",), target=None)))
     titles = view.locator(".bw-bar legend").all_inner_texts()
-    assert titles == ["Words", "Cells", "Scale", "On top"]
+    assert titles == ["Words", "Cells", "Scale", "On top", "Follow"]
     choose(view, "answer rank")
-    assert "Rank of the answer" in view.locator(".bw-caption").inner_text()
+    assert "Place of the answer" in view.locator(".bw-caption").inner_text()
 
 
 @pytest.mark.parametrize("width", [800, 1400])
@@ -374,7 +380,7 @@ def test_nothing_overflows_and_headings_stay(show, width, n_layers, n_pos):
     view = show(page(fake_lens(900, n_layers, n_pos)), width=width, height=900)
     assert view.evaluate("document.scrollingElement.scrollWidth") <= width
     cut = """[...document.querySelectorAll('.bw-grid :is(th, td), .bw-words td, .bw-bar *')]
-        .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.innerText)"""
+        .filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.outerHTML)"""
     assert view.evaluate(cut) == []
     assert (
         view.evaluate("""() => {
@@ -397,7 +403,8 @@ def test_nothing_overflows_and_headings_stay(show, width, n_layers, n_pos):
 
 def test_two_lenses_side_by_side(show):
     names = list("abcde")
-    a, b = (fake_lens(200, seed=seed, tokens=names, both=True) for seed in (0, 1))
+    a = fake_lens(200, tokens=names, both=True)
+    b = with_words(fake_lens(200, tokens=names, both=True), {(1, 2): 55, (2, 0): 56})
     found = compare(a, b, ("before", "after"))
     view = show(found._repr_html_())
     assert view.locator(".bw-grid").count() == 2

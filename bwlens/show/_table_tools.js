@@ -1,0 +1,270 @@
+// The lens table, fifth part: words to follow, the overview of a long prompt.
+
+// A word as it is typed: with its leading blank it is that token alone, without it either.
+function sameWord({ word }, token) {
+  return word[0] === " " ? token === word : bare(token) === word;
+}
+
+const isFollowed = (widget, token) => Boolean(widget.word) && sameWord(widget, token);
+
+function follow(widget, word) {
+  widget.word = word === widget.word ? "" : word;
+  if (widget.input) widget.input.value = widget.word;
+  paint(widget);
+  look(widget, widget.current);
+}
+
+function following(widget) {
+  const input = make("input");
+  input.type = "search";
+  input.placeholder = "a word";
+  input.size = 9;
+  input.setAttribute("aria-label", "Follow a word: mark every cell that promotes or suppresses it");
+  input.addEventListener("input", () => {
+    widget.word = input.value;
+    paint(widget);
+    look(widget, widget.current);
+  });
+  input.value = widget.word;
+  const options = [...new Set(widget.lenses.flatMap((each) =>
+    [...each.follow, each.target, each.answer].map((index) => each.word(index))))].filter(Boolean);
+  const list = make("datalist", "", ...options.map((word) => {
+    const option = make("option");
+    option.value = word;
+    return option;
+  }));
+  list.id = `${widget.id}-words`;
+  input.setAttribute("list", list.id);
+  widget.input = input;
+  return make("fieldset", "bw-follow", make("legend", "", "Follow"), input, list);
+}
+
+// The view as a grid of texts, rows as they are shown.
+function gridOf(widget, each) {
+  const heads = widget.columns.map((pos) => exact(each.lens.tokens[pos]));
+  const rows = [...each.body.rows].map((row) => {
+    const [name, ...cells] = [...row.cells];
+    const texts = cells.map((cell) => {
+      const lines = [...cell.querySelectorAll("div, b")];
+      const parts = (lines.length ? lines : [cell]).map((line) =>
+        (line.classList.contains("bw-word") ? "\u2423" : "") + line.textContent);
+      return { text: parts.join(" / "), hit: cell.classList.contains("bw-hit") };
+    });
+    return { name: name.textContent, texts };
+  });
+  return { heads, rows };
+}
+
+const asText = {
+  text: ({ heads, rows }) => [["layer", ...heads], ...rows.map(({ name, texts }) =>
+    [name, ...texts.map(({ text }) => text)])].map((row) => row.join("\t")).join("\n"),
+  Markdown({ heads, rows }) {
+    const plain = (text) => text.replace(/[\\`*_{}[\]<>()#|~$&]/g, "\\$&");
+    const line = (cells) => `| ${cells.join(" | ")} |`;
+    return [
+      line(["layer", ...heads.map(plain)]),
+      line(["---:", ...heads.map(() => "---")]),
+      ...rows.map(({ name, texts }) => line([name, ...texts.map(({ text, hit }) =>
+        hit ? `**${plain(text)}**` : plain(text))])),
+    ].join("\n");
+  },
+  LaTeX({ heads, rows }) {
+    const names = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}",
+      "\u2423": "\\textvisiblespace{}", "<": "\\textless{}", ">": "\\textgreater{}",
+      "\u00b7": "$\\cdot$", "\u2212": "$-$" };
+    const plain = (text) =>
+      text.replace(/[\\~^\u2423<>\u00b7\u2212]|[#$%&_{}]/g, (sign) => names[sign] ?? `\\${sign}`);
+    const line = (cells) => `${cells.join(" & ")} \\\\`;
+    return [
+      `\\begin{tabular}{r${"l".repeat(heads.length)}}`,
+      "\\toprule",
+      line(["layer", ...heads.map(plain)]),
+      "\\midrule",
+      ...rows.map(({ name, texts }) => line([name, ...texts.map(({ text, hit }) =>
+        hit ? `\\textbf{${plain(text)}}` : plain(text))])),
+      "\\bottomrule",
+      "\\end{tabular}",
+    ].join("\n");
+  },
+};
+
+function cellText(widget, { lens }) {
+  const { state, current: at } = widget;
+  const norm = lens.delta(state)[at];
+  const words = (end) => (norm ? lens.list(state, end, at) : [])
+    .map(({ index, score }) => `${exact(lens.word(index))} ${signed(score)}`).join(", ");
+  const where = `layer ${lens.layers[lens.layerOf(at)]}, ${exact(lens.tokens[lens.posOf(at)])}`;
+  return [`${where}, ${state.matrix}: norm ${short(norm)}`,
+    ...ENDS.map((end) => `${end}: ${words(end)}`)].join("\n");
+}
+
+// The tables as they are shown, as a picture that needs nothing else.
+function asSvg(widget) {
+  const quote = (text) => text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
+  const looks = new Map();
+  const lookOf = (cell) => {
+    const key = cell.tagName + cell.className + cell.parentElement.className;
+    if (!looks.has(key)) {
+      const style = getComputedStyle(cell);
+      looks.set(key, { back: style.backgroundColor, ink: style.webkitTextFillColor,
+        size: parseFloat(style.fontSize), weight: style.fontWeight,
+        frame: cell.classList.contains("bw-hit") ? getComputedStyle(widget.root)
+          .getPropertyValue("--target-now") || "#c9400a" : "" });
+    }
+    return looks.get(key);
+  };
+  const gap = 1;
+  const out = [];
+  let [left, bottom] = [8, 0];
+  for (const each of widget.views) {
+    let top = 8;
+    const title = each.part.querySelector(".bw-name")?.textContent ?? "";
+    const caption = [title, each.caption.textContent].filter(Boolean).join(": ");
+    const { ink } = lookOf(each.rows[0].cells[0]);
+    out.push(`<text x="${left}" y="${top + 12}" font-size="12" fill="${ink}">${quote(caption)}</text>`);
+    top += 22;
+    for (const row of each.table.rows) {
+      const height = row.offsetHeight;
+      let x = left;
+      [...row.cells].forEach((cell, at) => {
+        const width = widget.widths[at];
+        const look = lookOf(cell);
+        const box = `x="${x}" y="${top}" width="${width}" height="${height}"`;
+        if (cell.tagName === "TD" && !cell.classList.contains("bw-nil")) {
+          const frame = look.frame && `stroke="${look.frame}" stroke-width="1.5"`;
+          out.push(`<rect ${box} rx="2" fill="${look.back}" ${frame}/>`);
+        }
+        const lines = [...cell.querySelectorAll("div, b")];
+        (lines.length ? lines : [cell]).forEach((line, number, all) => {
+          const sign = line.classList.contains("bw-word") ? "\u2423" : "";
+          const text = quote(sign + line.textContent);
+          if (!text) return;
+          const y = top + (height * (number + 0.5)) / all.length + look.size * 0.36;
+          out.push(`<text x="${x + width / 2}" y="${y.toFixed(1)}" text-anchor="middle" `
+            + `font-size="${look.size}" font-weight="${look.weight}" fill="${look.ink}">${text}</text>`);
+        });
+        x += width + gap;
+      });
+      top += height + gap;
+    }
+    bottom = Math.max(bottom, top);
+    left += widget.widths.reduce((sum, width) => sum + width + gap, 24);
+  }
+  const paper = getComputedStyle(widget.root).backgroundColor;
+  const family = quote(getComputedStyle(widget.root).fontFamily);
+  const size = `width="${left}" height="${bottom + 8}"`;
+  return `<svg xmlns="http://www.w3.org/2000/svg" ${size} font-family="${family}">`
+    + `<rect ${size} fill="${paper}"/>${out.join("")}</svg>`;
+}
+
+function download(name, blob) {
+  const link = make("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+async function savePng(widget) {
+  const image = new Image();
+  image.src = `data:image/svg+xml,${encodeURIComponent(asSvg(widget))}`;
+  await image.decode();
+  const canvas = make("canvas");
+  [canvas.width, canvas.height] = [2 * image.width, 2 * image.height];
+  const pen = canvas.getContext("2d");
+  pen.scale(2, 2);
+  pen.drawImage(image, 0, 0);
+  canvas.toBlob((blob) => download("bwlens.png", blob));
+}
+
+async function copy(widget, text) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = make("textarea", "bw-spoken");
+    area.value = text;
+    widget.root.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+  }
+  widget.spoken.textContent = "copied";
+}
+
+// Copies and pictures of what is shown.
+function taking(widget) {
+  const tables = (name) => widget.views.map((each) => asText[name](gridOf(widget, each))).join("\n\n");
+  const svg = () => download("bwlens.svg", new Blob([asSvg(widget)], { type: "image/svg+xml" }));
+  const jobs = {
+    "copy the cell": () => copy(widget, widget.views.map((each) => cellText(widget, each)).join("\n")),
+    ...Object.fromEntries(Object.keys(asText).map((name) =>
+      [`copy the table as ${name}`, () => copy(widget, tables(name))])),
+    "save as PNG": () => savePng(widget),
+    "save as SVG": svg,
+  };
+  const menu = make("details", "bw-menu", make("summary", "", "Take along"));
+  const list = make("div", "");
+  for (const [name, job] of Object.entries(jobs)) {
+    const button = make("button", "", name);
+    button.type = "button";
+    button.addEventListener("click", () => {
+      job();
+      menu.open = false;
+    });
+    list.append(button);
+  }
+  menu.append(list);
+  return menu;
+}
+
+// On a page of its own, the view is in the address: a link opens it as it was.
+function remembering(widget, defaults) {
+  const { root, state, lenses: [lens] } = widget;
+  if (!root.parentElement?.matches("main") || !("scripts" in document.documentElement.dataset)) {
+    return { keep() {}, recall() {} };
+  }
+  const mark = mounted > 1 ? `${mounted}.` : "";
+  const all = () => new URLSearchParams(location.hash.slice(1));
+  return {
+    keep() {
+      const parameters = all();
+      const put = (key, value, usual) =>
+        value === usual ? parameters.delete(mark + key) : parameters.set(mark + key, value);
+      for (const key of Object.keys(state)) put(key, state[key], defaults[key]);
+      put("word", widget.word, defaults.word);
+      put("columns", widget.columns.join("."), defaults.columns);
+      const at = widget.current;
+      const cell = widget.pinned ? `${lens.layers[lens.layerOf(at)]}.${lens.posOf(at)}` : "";
+      put("cell", cell, "");
+      const text = parameters.toString();
+      if (text === location.hash.slice(1)) return;
+      try {
+        history.replaceState(null, "", text ? `#${text}` : location.pathname + location.search);
+      } catch {
+        // a page without an address, as in a frame
+      }
+    },
+    // What the address says, where it is possible here.
+    recall() {
+      const parameters = all();
+      for (const key of Object.keys(state)) {
+        const value = parameters.get(mark + key);
+        const input = widget.inputs[key]?.find((each) => each.value === value);
+        if (input) {
+          state[key] = value;
+          input.checked = true;
+        }
+      }
+      widget.word = parameters.get(`${mark}word`) ?? widget.word;
+      widget.input.value = widget.word;
+      const columns = parameters.get(`${mark}columns`)?.split(".").map(Number)
+        .filter((pos) => pos >= 0 && pos < lens.width);
+      if (columns?.length) widget.columns = [...new Set(columns)].sort((a, b) => a - b);
+      const [layer, pos] = (parameters.get(`${mark}cell`) ?? "").split(".").map(Number);
+      const at = lens.layers.indexOf(layer);
+      if (at < 0 || !widget.columns.includes(pos)) return undefined;
+      widget.pinned = true;
+      return at * lens.width + pos;
+    },
+  };
+}

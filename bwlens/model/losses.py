@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from bwlens.model.locking import alone_with
 from bwlens.model.passes import Passed, in_eval_mode, run, wide

@@ -70,6 +70,7 @@ def own_of(model, edit) -> tuple[torch.Tensor, torch.Tensor]:
 def one(model, edit, means) -> dict[tuple, list[float]]:
     """The target's places by every try."""
     objective, effects, ps, deltas = NLL(edit.target_new), [], [], torch.empty(0)
+    target, far = -1, {}
     for prefix in ("", *PREFIXES):
         grads, every = captured(
             model, prefix + edit.text, objective, "W_out", list(LAYERS), replay=True
@@ -168,4 +169,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--write":
         write(sys.argv[2])
     else:
-        main(*sys.argv[1:3], *map(float, sys.argv[3:]))
+        main(sys.argv[1], sys.argv[2], float(([*sys.argv[3:], "1e9"])[0]))

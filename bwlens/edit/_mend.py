@@ -217,7 +217,8 @@ class Mend:
             )
         lines = read_prose("demo" if locality is None else locality)
         texts = beginnings(model, lines, TEXT_TOKENS, prepend_bos)
-        shapes = {site: w.shape for site, w in weights_of(model, [t.site for t in taps]).items()}
+        weights = weights_of(model, [tap.site for tap in taps])
+        shapes = {site: weight.shape for site, weight in weights.items()}
         check_first_use(model, taps)
         mark, place = fingerprint(model), None if folder is None else Path(folder)
         if place is not None:
@@ -230,7 +231,7 @@ class Mend:
             Run(place, settings, [len(train)])
         passes = Passes(model, taps)
         passes.keep([*(p for one in (*train, *kept) for p in one.prompts), *texts], place, progress)
-        editors = Editors(shapes, rank, seed)
+        editors = Editors(shapes, rank, seed).to(weights[taps[0].site].device)
         plan = Plan(steps, lr, edits_per_step, edit_weight, neighbours, check_every, patience, seed)
         training = Training(passes, editors, train, kept, texts, plan, place)
         training.run(progress)

@@ -181,12 +181,15 @@ def test_fitting_lowers_the_loss_and_leaves_the_model(kind, boot, tokenizer):
 
 def test_frozen_parameters_and_layers_counted_from_the_end(boot):
     model = boot("llama")
-    plain = Mend.fit(model, records(), steps=2, layers=[1, 2], **QUICK)
+    settings = {**QUICK, "steps": 2, "neighbours": 0.5}
+    plain = Mend.fit(model, records(), layers=[1, 2], **settings)
     frozen = boot("llama")
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)
-    again = Mend.fit(frozen, records(), steps=2, layers=[-1, -2], **QUICK)
+    again = Mend.fit(frozen, records(), layers=[-1, -2], **settings)
     assert again.history == plain.history
+    texts_alone = Mend.fit(model, records(), layers=[1, 2], **{**settings, "neighbours": 0.0})
+    assert texts_alone.history != plain.history
 
 
 def test_several_edits_and_files(boot, tmp_path):
@@ -313,6 +316,7 @@ def test_what_cannot_be_fitted_is_refused_before_work(boot, tmp_path):
     refused(records(), "rank is 0; expected", rank=0)
     refused(records(), "lr is -1; expected a number > 0", lr=-1)
     refused(records(), "steps is 1.5; expected", steps=1.5)
+    refused(records(), "neighbours is 2; expected a share from 0 to 1", neighbours=2)
     long = Record(77, Edit("{} " + "t9 " * 90, "t5", " t6"), paraphrase_prompts=("t9",))
     refused([*records(), long], "record 77: ")
     refused(records(), "mixture of experts", NotImplementedError, on=boot("mixtral"))

@@ -32,13 +32,14 @@ from bwlens.edit.keys import PREFIXES
 from bwlens.edit.known import open_edits
 from bwlens.edit.spread import spread
 from bwlens.edit.value import ValueSearch, ValueSettings
-from bwlens.evaluation import known_records
+from bwlens.evaluation import Evaluation, known_records
 from bwlens.show import drawing
 
 HERE = Path(__file__).parent
 TUNING, ASKED, PART = 60, 50, 20
 NUMBERS = (1, 10, 100, 300, 1000)
 TOKENS = 16_640
+METRICS = ("S", "ES", "PS", "NS", "efficacy", "paraphrase")
 SEARCH = ValueSearch(ValueSettings(clamp=0.75), PREFIXES, "subject", None)
 
 
@@ -63,11 +64,17 @@ def main(requests: str, text: str, folder: str, most: str) -> None:
     }
     tables = []
     for n in [n for n in NUMBERS if n <= len(edited)]:
-        some = edited[:n]
         for name, rows in solvers.items():
-            edits = [record.edit for record in some]
-            change, _ = spread(model, edits, sites, SEARCH, shifts[:n], rows)
-            tables.append(asked(model, name, n, some[:: max(1, n // ASKED)][:ASKED], change, room))
+            answers = []
+            # Of few edits several sets, so that as many records are asked.
+            for start in range(0, max(n, min(ASKED, len(edited) - n + 1)), n):
+                some = edited[start : start + n]
+                edits, here = [record.edit for record in some], shifts[start : start + n]
+                change, _ = spread(model, edits, sites, SEARCH, here, rows)
+                answers.append(asked(model, some[:: max(1, n // ASKED)][:ASKED], change))
+            result = Evaluation(pd.concat(answers, ignore_index=True), (), len(answers))
+            table = result.summary[result.summary["metric"].isin(METRICS)]
+            tables.append(table.assign(method=name, edits=n).round(2))
             write(pd.concat(tables, ignore_index=True))
 
 
@@ -99,16 +106,11 @@ def searched(model: Any, records: Sequence[Record], sites: Any, room: Path) -> T
     return torch.cat(shifts)
 
 
-def asked(
-    model: Any, name: str, n: int, records: Sequence[Record], change: WeightChange, room: Path
-) -> pd.DataFrame:
-    """The scores of some of the edited records, with the whole change applied."""
+def asked(model: Any, records: Sequence[Record], change: WeightChange) -> pd.DataFrame:
+    """The answers to some of the edited records, with the whole change applied."""
     settings: dict[str, Any] = {"greedy_tokens": 0, "generation_every": 0, "perplexity_every": 0}
     with change.applied(model):
-        result = bwlens.evaluate(model, "none", records, progress=False, **settings)
-    table = result.summary
-    table = table[table["metric"].isin(["S", "ES", "PS", "NS", "efficacy", "paraphrase"])]
-    return table.assign(method=name, edits=n).round(2)
+        return bwlens.evaluate(model, "none", records, progress=False, **settings).rows
 
 
 def write(table: pd.DataFrame) -> None:

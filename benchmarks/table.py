@@ -1,7 +1,8 @@
 """The interactive table of a large model's lens beside what it may cost.
 
-By itself: `python -m benchmarks.table`. 48 layers, 40 tokens, ten words both ways in each cell, all
-of them drawn at random from a large vocabulary: a real lens repeats its words and is smaller.
+By itself: `python -m benchmarks.table`. 30 layers, 120 tokens, three matrices, ten words both ways
+in each cell, all of them drawn at random from a vocabulary: a real lens repeats its words. A lens
+of 48 layers and 2,000 tokens has to open as well.
 """
 
 from __future__ import annotations
@@ -23,27 +24,41 @@ from bwlens.show.table import table as as_html
 from tests.browser import FLAGS
 from tests.fake_lens import fake_lens, words_alike
 
-MAY_WEIGH = 500_000  # bytes
-MAY_TAKE = 0.1  # seconds, in Python and again in a browser
+MATRICES = ("W_in", "W_gate", "W_out")
+MAY_WEIGH = 1_500_000  # bytes
+MAY_BUILD = 0.3  # seconds
+MAY_OPEN = 0.5
+MAY_SWITCH = 0.1
+MAY_HOVER = 0.008
 
 
 def table(setting: Setting) -> list[Row | Note]:
-    """Size, time to build, and time until a browser has parsed, mounted and laid out the page."""
-    shape = (4, 8) if setting.quick else (48, 40)
-    lens = fake_lens(words_alike(), *shape, matrices=("W_out",))
+    """Size, time to build, to open the page, to switch what cells show, and to pass over a cell."""
+    shape = (4, 8) if setting.quick else (30, 120)
+    lens = fake_lens(words_alike(6000), *shape, matrices=MATRICES, silent=False)
     assets()  # once a session
-    html = as_html(lens)
-    weight = len(html.encode())
+    weight = len(as_html(lens).encode())
     built = median(_built(lens) for _ in range(setting.repeats))
     found: list[Row | Note] = [
         Row("table, size", size(weight), size(MAY_WEIGH), weight / MAY_WEIGH, 1.0),
-        Row("table, build", seconds(built), seconds(MAY_TAKE), built / MAY_TAKE, 1.0),
+        _row("table, build", built, MAY_BUILD),
     ]
-    times = _ready(page(lens), setting.repeats)
+    times = _used(page(lens), setting.repeats)
     if not times:
         return [*found, Note("table: no chromium or no playwright, so no time in a browser.")]
-    ready = median(times)
-    return [*found, Row("table, ready", seconds(ready), seconds(MAY_TAKE), ready / MAY_TAKE, 1.0)]
+    for name, limit in (("open", MAY_OPEN), ("switch", MAY_SWITCH), ("hover", MAY_HOVER)):
+        found.append(_row(f"table, {name}", times[name], limit))
+    if not setting.quick:
+        long = fake_lens(words_alike(300), 48, 2000, matrices=("W_out",), silent=False)
+        found += [
+            _row(f"table of 2,000 tokens, {name}", _used(page(long), 1)[name], limit)
+            for name, limit in (("open", 4 * MAY_OPEN), ("hover", MAY_HOVER))
+        ]
+    return found
+
+
+def _row(name: str, took: float, limit: float) -> Row:
+    return Row(name, seconds(took), seconds(limit), took / limit, 1.0)
 
 
 def _built(lens: Any) -> float:
@@ -52,9 +67,21 @@ def _built(lens: Any) -> float:
     return time.perf_counter() - start
 
 
-def _ready(html: str, repeats: int) -> list[float]:
-    """Seconds from the page's first byte until its table can be used; empty without a browser."""
-    # Reading a size makes the browser lay the page out there and then.
+# Each until the browser has laid out what changed, which reading a size makes it do there and then.
+_SWITCHES = """() => ["suppressed", "norm", "words", "promoted"].map(value => {
+    const start = performance.now();
+    document.querySelector(`input[value="${value}"]`).click();
+    document.body.offsetHeight;
+    return (performance.now() - start) / 1000; })"""
+_HOVERS = """() => [...document.querySelectorAll(".bw-grid td")].slice(0, 60).map(cell => {
+    const start = performance.now();
+    cell.dispatchEvent(new PointerEvent("pointerover", { bubbles: true, pointerType: "mouse" }));
+    document.body.offsetHeight;
+    return (performance.now() - start) / 1000; })"""
+
+
+def _used(html: str, repeats: int) -> dict[str, float]:
+    """Median seconds to open a page, to switch and to hover; empty without a browser."""
     html += """<script>new MutationObserver((_, observer) => {
         if (!document.querySelector("[data-live]")) return;
         observer.disconnect();
@@ -62,19 +89,21 @@ def _ready(html: str, repeats: int) -> list[float]:
         window.ready = performance.now();
     }).observe(document.body, { attributes: true, subtree: true })</script>"""
     since = "ready - performance.getEntriesByType('navigation')[0].responseStart"
-    times = []
+    opened, switches, hovers = [], [], []
     with tempfile.TemporaryDirectory() as folder, _browser() as browser:
         if browser is None:
-            return []
+            return {}
         path = Path(folder) / "page.html"
         path.write_text(html, encoding="utf-8")
         for _ in range(repeats + 1):
             view = browser.new_page(viewport={"width": 1200, "height": 900})
             view.goto(path.as_uri())
-            view.wait_for_function("window.ready")
-            times.append(view.evaluate(since) / 1000)
+            view.wait_for_selector("[data-live]")
+            opened.append(view.evaluate(since) / 1000)
+            switches += view.evaluate(_SWITCHES)
+            hovers += view.evaluate(_HOVERS)
             view.close()
-    return times[1:]
+    return {"open": median(opened[1:]), "switch": median(switches), "hover": median(hovers)}
 
 
 @contextmanager

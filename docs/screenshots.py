@@ -29,15 +29,20 @@ def main() -> None:
         reading=["plain", "dual"],
         trust=True,
     )
+    draw({"lens": (demo, 900, 580), "smollm2": (smollm2, 1366, 768)})
+
+
+def draw(lenses: dict[str, tuple[bwlens.BackwardLens, int, int]]) -> None:
+    """Each lens' page in a window of this width and height, light and dark."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         chromium = shutil.which("chromium")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for lens, name, height in ((demo, "lens", 580), (smollm2, "smollm2", 1100)):
+        for name, (lens, width, height) in lenses.items():
             page_file = lens.save(Path(folder) / f"{name}.html")
             for dark in (False, True):
                 picture = HERE / f"{name}{'-dark' if dark else ''}.png"
                 page = browser.new_page(
-                    viewport={"width": 900, "height": height},
+                    viewport={"width": width, "height": height},
                     color_scheme="dark" if dark else "light",
                     device_scale_factor=2,
                 )

@@ -34,6 +34,7 @@ function scheme(root) {
   const watch = new MutationObserver(() => requestAnimationFrame(judge));
   for (const element of [document.documentElement, document.body]) {
     watch.observe(element, { attributes: true });
+    element.addEventListener("transitionend", ({ target }) => target === element && judge());
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", judge);
 }

@@ -34,7 +34,7 @@ function detail(widget, lens) {
     if (pinned) title.append(make("em", "", "pinned"));
     const norm = lens.delta(state)[at];
     facts.replaceChildren();
-    fact("norm of \u03b4", short(norm), norm > lens.top(state) ? "beyond the scale" : "");
+    fact("norm of \u03b4", short(norm), norm > 1.0001 * lens.top(state) ? "beyond the scale" : "");
     fact("norm of x", short(lens.x(state)[at]));
     for (const [who, name] of followed(widget, lens)) {
       const place = lens.place(state, who, at);

@@ -51,7 +51,7 @@ STYLES = ("-", "--", "-.", ":")
 
 
 @cache
-def _charmap(family: str) -> dict[int, int]:
+def _charmap(family: str) -> Mapping[Any, Any]:
     return get_font(findfont(FontProperties(family=[family]))).get_charmap()
 
 
@@ -105,7 +105,7 @@ class Drawing(Figure):
 
     def savefig(self, *args: Any, **options: Any) -> None:
         """As matplotlib's, with text as text: TrueType in PDF, letters in SVG."""
-        text = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
+        text: dict[Any, Any] = {"pdf.fonttype": 42, "ps.fonttype": 42, "svg.fonttype": "none"}
         with mpl.rc_context(text):
             super().savefig(*args, **options)
 

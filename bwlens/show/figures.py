@@ -61,6 +61,7 @@ def table(
     rows, columns = _chosen(lens, matrix, positions, layers, max(6, int((width - 0.7) / 0.34)))
     values = lens.norms(matrix).double().numpy()
     norm, beyond = _norm(values, log, vmax)
+    low, top = norm.vmin or 0.0, norm.vmax or 1.0
     words = lens.words(which, matrix)
     figure, ax = drawing.axes(ax, (width, max(1.0, 0.17 * len(rows) + 0.75)))
     colors = mpl.colormaps[cmap] if isinstance(cmap, str) else cmap
@@ -70,7 +71,7 @@ def table(
         for x, pos in enumerate(columns):
             if not words[at][pos]:
                 continue
-            back = colors(float(norm(max(values[at, pos], norm.vmin))))[:3]
+            back = colors(float(norm(max(values[at, pos], low))))[:3]
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=back, lw=0))
             red, green, blue = (round(255 * part) for part in back)
             style: dict[str, Any] = {
@@ -83,7 +84,7 @@ def table(
             text = ax.text(x, y, word, fontsize=size, parse_math=False, clip_on=True, **style)
             text.set_fontfamily(drawing.families(word))
             texts.append(text)
-            if values[at, pos] > norm.vmax * 1.0001:
+            if values[at, pos] > top * 1.0001:
                 ax.plot([x - 0.4, x + 0.4], [y - 0.38] * 2, color=style["color"], lw=0.8)
             if words[at][pos][0] == target:
                 box = (x - 0.47, y - 0.45), 0.94, 0.9

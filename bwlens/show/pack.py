@@ -72,8 +72,11 @@ def pack(
     used = np.unique(np.concatenate([ids for ids, _ in sides.values()]))
     used = np.union1d(used[used >= 0], [*lens.target_ids[:1], answer, *lens.follow_ids])
 
+    place = np.zeros(int(used[-1]) + 2, int)  # of each id among the words; -1 is the last, 0
+    place[used] = 1 + np.arange(len(used))
+
     def places(ids: Any) -> Any:
-        return np.where(np.less(ids, 0), 0, 1 + np.searchsorted(used, ids)).tolist()
+        return place[ids].tolist()
 
     entries: list[dict[str, Any]] = []
     by_matrix: dict[str, Any] = {}

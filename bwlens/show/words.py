@@ -20,9 +20,14 @@ _PLAIN = re.compile(" ?[!-~]+").fullmatch  # shows as it is; most words do
 
 # A byte of a token that holds part of a character, as `bwlens.model.tokens.token_texts` writes it.
 _BYTE = re.compile(r"\\x([89a-f][0-9a-f])")
-codecs.register_error(
-    "bwlens.part", lambda e: (f"⟨x{e.object[e.start : e.end].hex().upper()}⟩", e.end)
-)
+
+
+def _part(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return f"⟨x{error.object[error.start : error.end].hex().upper()}⟩", error.end
+
+
+codecs.register_error("bwlens.part", _part)
 
 # Letters and marks that draw nothing: fillers, the blank braille cell, the grapheme joiner.
 _BLANK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")

@@ -52,6 +52,15 @@ def test_an_outlier_does_not_turn_the_rest_white(show):
     assert plain.count("text-decoration:overline") == int((norms > top).sum())
 
 
+def test_the_largest_norm_is_not_beyond_its_own_scale(show):
+    lens = fake_lens(n_layers=8, silent=False)
+    view = show(page(lens))
+    layer, pos = divmod(int(lens.norms().argmax()), 5)
+    view.locator(".bw-grid tbody tr").nth(7 - layer).locator("td").nth(pos).hover()
+    assert f"layer {layer} · position {pos}" in view.inner_text(".bw-cell")
+    assert "beyond" not in view.inner_text(".bw-detail")
+
+
 def test_no_outlier_no_change():
     for seed in range(4):
         norms = fake_lens(n_layers=8, n_pos=7, seed=seed).norms()

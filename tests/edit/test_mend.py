@@ -1,6 +1,7 @@
 """MEND: the editor by hand, its edits against materialised weights, training that carries on."""
 
 import json
+from typing import Any, cast
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_the_editor_by_hand():
     for i in range(6):
         row = torch.cat([x[i], delta[i]])
         z = (row - mean) / spread
-        first, second = editor.layers
+        first, second = (cast(Any, layer) for layer in editor.layers)
         h = z + torch.relu(
             first.scale[1] * (first.U.T @ (first.V.T @ z) + first.b) + first.shift[1]
         )

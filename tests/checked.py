@@ -13,6 +13,7 @@ from inspect import isclass, isfunction
 from typing import Any, get_args
 
 import jaxtyping
+from beartype import BeartypeConf, beartype
 
 _jaxtyped = jaxtyping.jaxtyped
 
@@ -32,7 +33,7 @@ def _decorator(*, typechecker: Callable) -> Callable:
         hints = {name: _meaning(text, thing) for name, text in thing.__annotations__.items()}
         if any(map(_has_shape, hints.values())):
             return _jaxtyped(thing, typechecker=typechecker)
-        return _plain(thing, hints, typechecker)
+        return _plain(thing, hints)
 
     return decorate
 
@@ -49,9 +50,10 @@ def _has_shape(hint: Any) -> bool:
     return array or any(map(_has_shape, get_args(hint)))
 
 
-def _plain(function: Callable, hints: dict[str, Any], typechecker: Callable) -> Callable:
+def _plain(function: Callable, hints: dict[str, Any]) -> Callable:
     function.__annotations__ = hints
-    checked = typechecker(function)
+    # As jaxtyping's own: a TypeError, which is what a wrong type would raise without any checks.
+    checked = beartype(conf=BeartypeConf(violation_type=TypeError))(function)
 
     @wraps(function)
     def either(*args: Any, **kwargs: Any) -> Any:

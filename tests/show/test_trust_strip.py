@@ -26,7 +26,7 @@ def judged(r=R, **options):
         "plain", "W_out", 4, lens.layers, values / 2, values, values, none, none + 1,
         none + 0.04, none, none - 0.02, none,
     )  # fmt: skip
-    return replace(lens, _trust={"plain": trust})
+    return replace(lens, _trust={"plain": {4: trust}})
 
 
 def test_the_verdicts():
@@ -107,7 +107,7 @@ def test_a_switch_between_readings(show):
     """Words, units and trust are those of the reading that is chosen."""
     lens = judged(silent=False, both=True)
     other = replace(lens.trust, plausible=torch.tensor(R).flip(0))
-    lens = replace(lens, _trust=dict(lens._trust, normalised=other))
+    lens = replace(lens, _trust=dict(lens._trust, normalised={4: other}))
     view = show(page(lens))
     words = "rows => rows.map(row => [...row.cells].slice(1).map(cell => cell.innerText))"
     for name, r in (("plain", R), ("normalised", R[::-1])):

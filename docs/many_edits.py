@@ -37,7 +37,7 @@ from bwlens.show import drawing
 
 HERE = Path(__file__).parent
 TUNING, ASKED, PART = 60, 50, 20
-NUMBERS = (1, 10, 100, 300, 1000)
+NUMBERS = (1000, 300, 100, 10, 1)
 TOKENS = 16_640
 METRICS = ("S", "ES", "PS", "NS", "efficacy", "paraphrase")
 SEARCH = ValueSearch(ValueSettings(clamp=0.75), PREFIXES, "subject", None)
@@ -81,7 +81,7 @@ def main(requests: str, text: str, folder: str, most: str) -> None:
 def chosen(model: Any, requests: str, room: Path, most: int) -> list[Record]:
     """The first known records of a seeded sample, of a subject one."""
     made = bwlens.make_records(requests, neighbours=5, attributes=0)
-    made = made.sample(700 if most <= 350 else 2 * most, seed=0)
+    made = made.sample(700 if most <= 180 else 4 * most, seed=0)
     path = room / f"known-{len(made)}.json"
     if not path.exists():
         known = known_records(model, made)
@@ -115,6 +115,7 @@ def asked(model: Any, records: Sequence[Record], change: WeightChange) -> pd.Dat
 
 def write(table: pd.DataFrame) -> None:
     """The table and its picture."""
+    table = table.sort_values(["method", "edits"], kind="stable")
     table.to_csv(HERE / "many_edits-smollm2.csv", index=False)
     print(table[table["metric"] == "S"].to_string(), flush=True)
     figure, axes = drawing.axes(None, (drawing.COLUMN, 2.4))

@@ -28,7 +28,8 @@ from bwlens.cli.shared import (
 from bwlens.runs.paths import writable, writable_folder
 
 METHODS = (
-    "alpha_edit, fine_tune, forward_pass_shift, gradient_step, memit, mend, rome, subject_shift"
+    "alpha_edit, fine_tune, forward_pass_shift, gradient_step, mapped_shift, memit, mend, rome,"
+    " subject_shift"
 )
 """The editing methods there are, for `--help`, which waits for no library."""
 

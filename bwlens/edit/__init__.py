@@ -3,6 +3,8 @@
 from bwlens.changes.change import WeightChange as WeightChange
 from bwlens.edit._alpha_edit import alpha_edit as alpha_edit
 from bwlens.edit._fine_tune import fine_tune as fine_tune
+from bwlens.edit._mapped_shift import ValueMap as ValueMap
+from bwlens.edit._mapped_shift import mapped_shift as mapped_shift
 from bwlens.edit._memit import memit as memit
 from bwlens.edit._mend import Mend as Mend
 from bwlens.edit._mend import mend as mend

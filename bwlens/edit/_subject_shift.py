@@ -23,7 +23,7 @@ from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
 
-_DEPTH = 5 / 29  # Layer 5 of SmolLM2's 0 to 29, chosen on tuning records.
+DEPTH = 5 / 29  # Layer 5 of SmolLM2's 0 to 29, chosen on tuning records.
 _AT_ONCE = 8  # Edits whose values are searched in one batch.
 
 
@@ -87,7 +87,7 @@ def subject_shift(
     if not number(clamp, "clamp") > 0:
         raise ValueError(f"clamp is {clamp}; expected a number of norms > 0")
     prefixes = texts_of(prefixes, "prefixes")
-    default = layer_for(model, position, round(_DEPTH * (len(model.blocks) - 1)))
+    default = layer_for(model, position, round(DEPTH * (len(model.blocks) - 1)))
     site = Site("W_out", default if layer is None else resolve_layer(model, layer))
     whitener = statistics_for(model, [site], statistics)[site]
     details = {"method": "subject_shift", "layer": site.layer, "log_odds": []}
@@ -99,7 +99,7 @@ def subject_shift(
         several = listed[start : start + _AT_ONCE]
         contexts = contexts_of(model, several, prefixes, position, prepend_bos)
         aims = Aims(model, contexts, site)
-        written, history = _values(aims, steps, log_odds, clamp)
+        written, history = values_of(aims, steps, log_odds, clamp)
         keys.append(aims.keys.mean(1))
         values.append(written)
         details["log_odds"] += history
@@ -108,7 +108,7 @@ def subject_shift(
     return WeightChange({site: LowRankMatrix(x.to(delta), delta)}, note, details)
 
 
-def _values(
+def values_of(
     aims: Aims, steps: int, goal: float, clamp: float
 ) -> tuple[Float[Tensor, "edit d_out"], list[list[float]]]:
     """The value of each edit, and its log-odds before each step and after the last."""

@@ -61,7 +61,7 @@ def table1_methods(model: Any, fitted: Any = None) -> tuple[Method, ...]:
         Method(f"fine-tuning, MLP {layer}", fine_tune, {"layers": [layer]}) for layer in layers
     ]
     own = {**held, "gradient_step": smallest_gradient_step, "mend": partial(mend, fitted=fitted)}
-    left_out = ("fine_tune", "mend") if fitted is None else ("fine_tune",)
+    left_out = {"fine_tune", "mapped_shift", *(("mend",) if fitted is None else ())}
     rest = [name for name in held if name not in _ORDER]
     names = [name for name in (*_ORDER, *rest) if name in held and name not in left_out]
     return (

@@ -121,6 +121,6 @@ def test_refusals(boot):
         mapped_shift(other, NEW, fitted=fit(model), statistics=statistics)
     with pytest.raises(ValueError, match="3 edits to fit a map to"):
         fit(model, EDITS[:3])
-    with pytest.raises(ValueError, match="ridge is 0.0"):
+    with pytest.raises(ValueError, match=r"ridge is 0\.0"):
         fit(model, ridge=0.0)
     assert "W_out of layer 1" in str(Site("W_out", 1))

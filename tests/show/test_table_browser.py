@@ -46,6 +46,7 @@ def grid(view, at=0):
 def choose(view, *names):
     for name in names:
         view.get_by_role("radio", name=name, exact=True).first.check(force=True)
+    settled(view)
 
 
 def cell(view, layer, pos, at=0):

@@ -32,7 +32,7 @@ from bwlens.show.words import (
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-FORMAT = 4
+FORMAT = 5
 """Of the data that the script reads; a page may hold outputs of several versions."""
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search

@@ -35,6 +35,7 @@ const signed = (value) => value.toFixed(Math.abs(value) < 1000 ? 2 : 0).replace(
 
 function short(value) {
   if (value === 0) return "0";
+  if (value < 0) return `\u2212${short(-value)}`;
   if (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5) return value.toExponential(1).replace("e+", "e");
   return Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(3);
 }
@@ -97,6 +98,7 @@ function decode(lens) {
     unit: (state) => reading(state).unit,
     delta: (state) => matrices[state.matrix].delta,
     x: (state) => matrices[state.matrix].x,
+    neurons: (state) => matrices[state.matrix].neurons, // [name, value, word] of each cell's
     top: (state) => matrices[state.matrix].top,
     left: (state, cell) => reading(state).faint[cell], // -1 where there is no doubt
     has: (state, who) => ranks(state, who) !== undefined,

@@ -40,6 +40,16 @@ function detail(widget, lens) {
       const place = lens.place(state, who, at);
       fact(name, place ? `#${whole(place)}` : "none", place ? `of ${whole(lens.vocab)}` : "");
     }
+    const neurons = lens.neurons(state)?.[at];
+    if (neurons) {
+      fact("moves neurons", neurons.length ? "" : "none");
+      const what = state.matrix === "W_out" ? "activation" : "\u03b4";
+      for (const [name, value, word] of neurons) {
+        const line = make("span", "bw-neuron", `${name} `, make("small", "", `${what} ${short(value)}`));
+        if (word) line.append(" ", sayExactly(make("b"), lens.word(word)));
+        facts.lastChild.append(line);
+      }
+    }
     const trust = lens.judged(state);
     if (trust) fact("trust", trust.says[lens.layerOf(at)].replace(/^Layer \d+: /, ""));
     ENDS.forEach((end, which) => {

@@ -232,7 +232,7 @@ function change(widget) {
   const most = all.reduce((one, other) => Math.max(one, other), 0) || 1;
   const norm = state.show === "change of norm";
   const middle = (CHANGES - 1) / 2;
-  const say = norm ? (value) => (value > 0 ? "+" : "") + short(value).replace("-", "\u2212")
+  const say = norm ? (value) => (value > 0 ? "+" : "") + short(value)
     : (value) => (value < 0 ? `${times(-value)} further` : `${times(value)} nearer`);
   const times = (value) => `${short(Math.exp(value))}\u00d7`;
   return {

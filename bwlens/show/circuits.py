@@ -23,6 +23,7 @@ from circuitsvis import activations, attention, topk_samples
 from circuitsvis.tokens import colored_tokens
 from circuitsvis.utils.render import RenderedHTML
 
+from bwlens.lens.neurons import check_matrix
 from bwlens.show.colors import limit
 from bwlens.show.sheet import document
 from bwlens.show.words import visible
@@ -265,8 +266,7 @@ def moved_neurons(
     Raises:
         ValueError: A matrix without neurons (attention), or one that was not read.
     """
-    if matrix not in ("W_in", "W_gate", "W_out"):
-        raise ValueError(f"{matrix!r} has no neurons; take W_in, W_gate or W_out")
+    check_matrix(matrix)
     lens.readout(matrix)  # says so if it was not read
     columns, labels = [], []
     for layer in lens.layers if layers is None else map(lens.resolve_layer, layers):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from bwlens.lens.neurons import WITH_NEURONS, Moved
 from bwlens.show import picking, trusting
 from bwlens.show.colors import limit
 from bwlens.show.words import about, headings, probability_of, spaced
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
 ENDS = ("promoted", "suppressed")
+
+NEURONS, NEURON_CELLS = 3, 2_000
+"""Neurons of a cell in a page, and up to how many cells they are shown where none was read."""
 
 WORDS = 1_000_000
 """How many words a page holds at most; of a larger lens each cell has fewer."""
@@ -87,7 +91,11 @@ def pack(
     answer = int(lens.gradients.next_logits[0].float().softmax(-1).argmax())
     vocabulary = lens.vocabulary
     used = np.unique(np.concatenate([ids for ids, _ in sides.values()]))
-    used = np.union1d(used[used >= 0], [*lens.target_ids[:1], answer, *lens.follow_ids])
+    more = [*lens.target_ids[:1], answer, *lens.follow_ids]
+    moved = _moved(lens, matrices, width) if lens.has_neurons or cells <= NEURON_CELLS else {}
+    more += [lens.neuron_id(each) for part in moved.values() for cell in part for each in cell]
+    used = np.union1d(used, more)
+    used = used[used >= 0]
 
     place = np.zeros(int(used[-1]) + 2, int)  # of each id among the words; -1 is the last, 0
     place[used] = 1 + np.arange(len(used))
@@ -128,6 +136,12 @@ def pack(
             "top": limit(lens.norms(matrix)[:, keep]),
             "readings": at,
         }
+        if matrix in moved:
+            by_matrix[matrix]["neurons"] = [
+                [[each.name, float(f"{each.value:.3g}"), int(places(lens.neuron_id(each)))]
+                 for each in cell]
+                for cell in moved[matrix]
+            ]  # fmt: skip
     many = width > picking.DRAWN
     chosen = picking.columns(lens, matrices[-1]) if many else range(width)
     return {
@@ -150,6 +164,19 @@ def pack(
         "trust": {n: trusting.packed(view) for n, view in views.items()}
         if lens.has_trust
         else None,
+    }
+
+
+def _moved(lens: BackwardLens, matrices: Sequence[str], width: int) -> dict[str, list[list[Moved]]]:
+    """The neurons moved most, by matrix and cell."""
+    return {
+        matrix: [
+            cell
+            for layer in lens.layers
+            for cell in lens.moved_neurons(matrix, layer, NEURONS)[:width]
+        ]
+        for matrix in matrices
+        if matrix in WITH_NEURONS
     }
 
 

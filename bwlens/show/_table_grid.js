@@ -27,7 +27,7 @@ function build(widget, each) {
   each.heads = columns.map((pos) => {
     const head = make("th", pos >= lens.given ? "bw-forced" : "");
     head.scope = "col";
-    head.title = `position ${pos}: ${exact(lens.tokens[pos])}`;
+    head.title = `position ${lens.at[pos]}: ${exact(lens.tokens[pos])}`;
     const text = bare(lens.tokens[pos]);
     if (lens.subject.includes(pos)) head.append(say(make("u"), text));
     else say(head, text);

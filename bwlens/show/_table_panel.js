@@ -29,7 +29,7 @@ function detail(widget, lens) {
 
   function fill(at, pinned) {
     const pos = lens.posOf(at);
-    const where = `layer ${lens.layers[lens.layerOf(at)]} \u00b7 position ${pos}`;
+    const where = `layer ${lens.layers[lens.layerOf(at)]} \u00b7 position ${lens.at[pos]}`;
     title.replaceChildren(sayExactly(make("b"), lens.tokens[pos]), make("span", "", where));
     if (pinned) title.append(make("em", "", "pinned"));
     const norm = lens.delta(state)[at];

@@ -61,23 +61,23 @@ def pack(
     lens: BackwardLens,
     matrices: Sequence[str] | None = None,
     readings: Sequence[str] | None = None,
-    n_pos: int | None = None,
+    positions: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """What the table's script reads, in flat lists by cell (layer index times width plus column).
 
-    `words` are those that occur, after "" for none; `ids` are places among them, k to a cell.
+    `at` are the columns' positions; `words` are those that occur, after "" for none; `ids` are places among them, k to a cell.
     Scores are in hundredths, as shown, each less the one before it in its cell; norms have five
     digits; `top` has the deepest shade.
     Ranks are -1 without gradient, `faint` the percents of a doubtful vector that the norm's epsilon
     leaves, -1 without doubt. What two matrices or readings share is in `readings` once.
 
-    Of the lens' `matrices`, `readings` (as in `BackwardLens.readings`) and columns (`n_pos`), None
+    Of the lens' `matrices`, `readings` (as in `BackwardLens.readings`) and `positions`, None
     takes all.
     """
     matrices = lens.matrices if matrices is None else matrices
     views = {n: lens.as_reading(n) for n in (lens.readings if readings is None else readings)}
-    keep = slice(n_pos)
-    width = len(lens.tokens[keep])
+    keep = list(range(len(lens.tokens)) if positions is None else positions)
+    width = len(keep)
     cells = len(lens.layers) * width * len(matrices) * len(views)
     has = lens.side("promoted", matrices[0])[0].shape[-1]
     k = min(has, max(1, WORDS // (2 * cells)))
@@ -92,7 +92,7 @@ def pack(
     vocabulary = lens.vocabulary
     used = np.unique(np.concatenate([ids for ids, _ in sides.values()]))
     more = [*lens.target_ids[:1], answer, *lens.follow_ids]
-    moved = _moved(lens, matrices, width) if lens.has_neurons or cells <= NEURON_CELLS else {}
+    moved = _moved(lens, matrices, keep) if lens.has_neurons or cells <= NEURON_CELLS else {}
     more += [lens.neuron_id(each) for part in moved.values() for cell in part for each in cell]
     used = np.union1d(used, more)
     used = used[used >= 0]
@@ -143,17 +143,18 @@ def pack(
                 for cell in moved[matrix]
             ]  # fmt: skip
     many = width > picking.DRAWN
-    chosen = picking.columns(lens, matrices[-1]) if many else range(width)
+    names, chosen = headings(lens), picking.columns(lens, matrices[-1]) if many else keep
     return {
         "k": k,
         "of": has,
         "about": about(lens),
-        "columns": [pos for pos in chosen if pos < width],
-        "subject": list(lens.subject),
+        "columns": [at for at, pos in enumerate(keep) if pos in chosen],
+        "at": keep,
+        "subject": [at for at, pos in enumerate(keep) if pos in lens.subject],
         "vocab": lens.d_vocab,
         "layers": list(lens.layers),
-        "tokens": headings(lens)[keep],
-        "given": lens.n_prompt,
+        "tokens": [names[pos] for pos in keep],
+        "given": sum(pos < lens.n_prompt for pos in keep),
         "words": ["", *(spaced(vocabulary[i]) for i in used.tolist())],
         "target": int(places(lens.target_ids[0])) if lens.target_ids else 0,
         "answer": int(places(answer)),
@@ -167,13 +168,15 @@ def pack(
     }
 
 
-def _moved(lens: BackwardLens, matrices: Sequence[str], width: int) -> dict[str, list[list[Moved]]]:
+def _moved(
+    lens: BackwardLens, matrices: Sequence[str], keep: Sequence[int]
+) -> dict[str, list[list[Moved]]]:
     """The neurons moved most, by matrix and cell."""
     return {
         matrix: [
-            cell
-            for layer in lens.layers
-            for cell in lens.moved_neurons(matrix, layer, NEURONS)[:width]
+            cells[pos]
+            for cells in (lens.moved_neurons(matrix, layer, NEURONS) for layer in lens.layers)
+            for pos in keep
         ]
         for matrix in matrices
         if matrix in WITH_NEURONS

@@ -273,9 +273,9 @@ def test_comparisons_say_what_cannot_be_compared(tmp_path):
     with pytest.raises(ValueError, match="other layers: 0 to 3 and 0 to 2"):
         compare(lens, fake_lens(n_layers=3))
     with pytest.raises(ValueError, match="at position 2, 'c' and 'x'"):
-        compare(lens, fake_lens(tokens=["a", "b", "x", "d", "e"]))
+        compare(lens, fake_lens(tokens=["a", "b", "x", "d", "e"], subject=()))
     with pytest.raises(ValueError, match="5 and 3 of them"):
-        compare(lens, fake_lens(n_pos=3, tokens=["a", "b", "c"]))
+        compare(lens, fake_lens(n_pos=3, tokens=["a", "b", "c"], subject=()))
     with pytest.raises(ValueError, match="no matrix was read in both: W_in in one, W_out"):
         compare(fake_lens(matrices=("W_in",)), fake_lens(matrices=("W_out",)))
     normalized = fake_lens(both=True).as_reading("normalised")

@@ -38,7 +38,7 @@ from bwlens.lens import neurons as neurons_
 from bwlens.lens.asking import prompt_of, readings_of, whole_number
 from bwlens.lens.reading import Positions, Reading, resolve_positions
 from bwlens.lens.rows import READ_THROUGH as READ_THROUGH
-from bwlens.lens.rows import by_expert, neuron_norms, stream_rows
+from bwlens.lens.rows import Expert, by_expert, neuron_norms, stream_rows
 from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Edit, Prompts
@@ -343,7 +343,7 @@ class BackwardLens:
         except KeyError as error:
             raise ValueError(error.args[0]) from None
 
-    def gradients_of(self, matrix: str, layer: int) -> dict[int | str | None, LowRankGradient]:
+    def gradients_of(self, matrix: str, layer: int) -> dict[Expert, LowRankGradient]:
         """The gradient of a matrix of a layer by expert; under None where there are no experts.
 
         Raises:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.lens.rows import Expert
 from bwlens.model.sites import Site
 from bwlens.model.weights import weights_of
 from bwlens.reading.readouts import readout
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 WITH_NEURONS = ("W_in", "W_gate", "W_out")
 
-Key = tuple[int, int | str | None, int]
+Key = tuple[int, Expert, int]
 """A neuron: layer, expert (None where there are none), index."""
 
 
@@ -50,7 +51,7 @@ class Moved:
 
 
 def moved(
-    parts: Mapping[int | str | None, LowRankGradient], matrix: str, layer: int, n_pos: int, k: int
+    parts: Mapping[Expert, LowRankGradient], matrix: str, layer: int, n_pos: int, k: int
 ) -> list[list[Moved]]:
     """The k neurons moved most at each position, the one moved most first; none without gradient.
 

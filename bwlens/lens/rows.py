@@ -34,6 +34,9 @@ READ_THROUGH: dict[str, Literal["x", "delta"]] = {
 }
 """The factor of each matrix' gradient that is as wide as the residual stream."""
 
+Expert = int | Literal["shared"] | None
+"""An expert of a mixture; None where there is none."""
+
 _ONE_WAY = 0.99
 """Share of the experts' lengths that their sum must keep for them to be one vector, scaled."""
 

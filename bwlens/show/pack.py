@@ -65,9 +65,9 @@ def pack(
 ) -> dict[str, Any]:
     """What the table's script reads, in flat lists by cell (layer index times width plus column).
 
-    `at` are the columns' positions; `words` are those that occur, after "" for none; `ids` are places among them, k to a cell.
-    Scores are in hundredths, as shown, each less the one before it in its cell; norms have five
-    digits; `top` has the deepest shade.
+    `at` are the columns' positions; `words` are those that occur, after "" for none; `ids` are
+    places among them, k to a cell. Scores are in hundredths, as shown, each less the one before it
+    in its cell; norms have five digits; `top` has the deepest shade.
     Ranks are -1 without gradient, `faint` the percents of a doubtful vector that the norm's epsilon
     leaves, -1 without doubt. What two matrices or readings share is in `readings` once.
 

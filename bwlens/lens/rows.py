@@ -46,7 +46,7 @@ def parts_of(grads: Gradients, matrix: str, layer: int) -> dict[Site, LowRankGra
     return {s: grads[s] for s in grads if (s.matrix, s.layer) == (matrix, layer)}
 
 
-def by_expert(grads: Gradients, matrix: str, layer: int) -> dict[int | str | None, LowRankGradient]:
+def by_expert(grads: Gradients, matrix: str, layer: int) -> dict[Expert, LowRankGradient]:
     """The same parts by expert; under None where there are no experts."""
     return {site.expert: part for site, part in parts_of(grads, matrix, layer).items()}
 

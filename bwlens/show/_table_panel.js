@@ -42,11 +42,12 @@ function detail(widget, lens) {
     }
     const neurons = lens.neurons(state)?.[at];
     if (neurons) {
-      fact("moves neurons", neurons.length ? "" : "none");
-      const what = state.matrix === "W_out" ? "activation" : "\u03b4";
+      const value = state.matrix === "W_out" ? "activation" : "\u03b4";
+      const read = neurons.some(([, , word]) => word) ? `index, ${value}, word` : `index, ${value}`;
+      fact("moves neurons", neurons.length ? "" : "none", neurons.length ? read : "");
       for (const [name, value, word] of neurons) {
-        const line = make("span", "bw-neuron", `${name} `, make("small", "", `${what} ${short(value)}`));
-        if (word) line.append(" ", sayExactly(make("b"), lens.word(word)));
+        const line = make("span", "bw-neuron", `${name} `, make("small", "", short(value)), " ");
+        if (word) line.append(sayExactly(make("b"), lens.word(word)));
         facts.lastChild.append(line);
       }
     }

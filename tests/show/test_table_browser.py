@@ -165,7 +165,7 @@ def test_a_cell_says_which_neurons_the_step_moves_most_there(show, lens):
         moved = lens.moved_neurons("W_out", layer, 3)[pos]
         assert [text.split()[0] for text in said] == [each.name for each in moved]
         for text, each in zip(said, moved, strict=True):
-            value = float(text.split()[2].replace("−", "-"))
+            value = float(text.split()[1].replace("−", "-"))
             assert value == pytest.approx(each.value, rel=6e-3)
             assert text.endswith(" ␣w5") == (layer == 1)
     large = fake_lens(words_alike(900), 30, 80, ("W_out",), silent=False)

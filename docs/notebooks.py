@@ -54,8 +54,19 @@ def executed(path: Path) -> Any:
             client.execute_cell(cell, at)
             cell.metadata.pop("execution", None)
             if cell.cell_type == "code":
-                cell.outputs = [kept for kept in map(slim, cell.outputs) if kept]
+                cell.outputs = [*filter(None, map(slim, joined(cell.outputs)))]
     return notebook
+
+
+def joined(outputs: list[Any]) -> list[Any]:
+    """Outputs with a stream in one piece, however it arrived."""
+    kept: list[Any] = []
+    for output in outputs:
+        if kept and output.get("name") and output.get("name") == kept[-1].get("name"):
+            kept[-1]["text"] += output["text"]
+        else:
+            kept.append(output)
+    return kept
 
 
 def slim(output: Any) -> Any:

@@ -44,7 +44,7 @@ function detail(widget, lens) {
     if (neurons) {
       const value = state.matrix === "W_out" ? "activation" : "\u03b4";
       const read = neurons.some(([, , word]) => word) ? `index, ${value}, word` : `index, ${value}`;
-      fact("moves neurons", neurons.length ? "" : "none", neurons.length ? read : "");
+      fact("neurons", neurons.length ? "" : "none", neurons.length ? read : "");
       for (const [name, value, word] of neurons) {
         const line = make("span", "bw-neuron", `${name} `, make("small", "", short(value)), " ");
         if (word) line.append(sayExactly(make("b"), lens.word(word)));

@@ -34,8 +34,8 @@ def chromium() -> Iterator[Any]:
 
 
 def settled(page: Any) -> None:
-    """Wait until every table that a script has taken over is ready: it is unpacked in between."""
-    page.wait_for_function("!document.querySelector('[data-taken]:not([data-live])')")
+    """Wait until every table that a script has taken over is unpacked and written to its ends."""
+    page.wait_for_selector("[data-taken]:not([data-live]), table[aria-busy=true]", state="detached")
 
 
 @pytest.fixture

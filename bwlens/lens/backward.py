@@ -21,7 +21,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,10 +34,11 @@ from bwlens.gradient.capturing import Gradients, captured
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL, as_objective
 from bwlens.lens import frames
+from bwlens.lens import neurons as neurons_
 from bwlens.lens.asking import prompt_of, readings_of, whole_number
 from bwlens.lens.reading import Positions, Reading, resolve_positions
 from bwlens.lens.rows import READ_THROUGH as READ_THROUGH
-from bwlens.lens.rows import neuron_norms, parts_of, stream_rows
+from bwlens.lens.rows import Expert, by_expert, neuron_norms, stream_rows
 from bwlens.model.head import head_of
 from bwlens.model.identity import model_label
 from bwlens.model.prompts import Edit, Prompts
@@ -105,6 +106,7 @@ class BackwardLens:
     positions: tuple[int, ...] | None = None
     _trust: dict[str, dict[int, Trust]] = field(default_factory=dict, repr=False)
     follow_ids: tuple[int, ...] = ()
+    _neurons: dict[neurons_.Key, int] = field(default_factory=dict, repr=False)
 
     @property
     def trust(self) -> Trust:
@@ -341,14 +343,51 @@ class BackwardLens:
         except KeyError as error:
             raise ValueError(error.args[0]) from None
 
-    def gradients_of(self, matrix: str, layer: int) -> dict[int | str | None, LowRankGradient]:
+    def gradients_of(self, matrix: str, layer: int) -> dict[Expert, LowRankGradient]:
         """The gradient of a matrix of a layer by expert; under None where there are no experts.
 
         Raises:
             ValueError: A matrix or layer that was not read.
         """
-        parts = parts_of(self.gradients, self._known(matrix), self.resolve_layer(layer))
-        return {site.expert: part for site, part in parts.items()}
+        return by_expert(self.gradients, self._known(matrix), self.resolve_layer(layer))
+
+    def neurons(
+        self,
+        matrix: str = "W_out",
+        *,
+        layers: Layers = None,
+        positions: Positions = None,
+        top_k: int = 5,
+    ) -> pd.DataFrame:
+        """The neurons that each token's own step moves most, `bwlens.lens.neurons`.
+
+        Columns: layer, pos, token, neuron, its activation (W_out) or delta (W_in, W_gate), how far
+        it moved, and the word that its row of W_out promotes most, where the lens was made with
+        `neurons=`.
+
+        Raises:
+            ValueError: A matrix without neurons or one that was not read; a layer or positions that
+                are not there.
+        """
+        last = self.n_prompt - 1
+        chosen = resolve_positions(positions, len(self.tokens), self.subject, last)
+        where = range(len(self.tokens)) if chosen is None else chosen
+        return neurons_.frame(self, matrix, self.resolve_layers(layers), where, top_k)
+
+    def moved_neurons(self, matrix: str, layer: int, top_k: int) -> list[list[neurons_.Moved]]:
+        """The neurons moved most at each position, as `neurons` has them."""
+        neurons_.check_matrix(matrix)
+        parts = self.gradients_of(matrix, layer)
+        return neurons_.moved(parts, matrix, layer, len(self.tokens), top_k)
+
+    def neuron_id(self, neuron: neurons_.Moved) -> int:
+        """The token that a neuron's row of W_out promotes most; -1 where that was not read."""
+        return self._neurons.get(neuron.key, -1)
+
+    @property
+    def has_neurons(self) -> bool:
+        """Whether the words of the neurons moved most were read."""
+        return bool(self._neurons)
 
     def resolve_layer(self, layer: int) -> int:
         """The number from 0 of a layer that was read; negative ones count from the model's end.
@@ -509,6 +548,7 @@ def backward_lens(
     jacobian: Any = None,
     trust: bool | Positions = False,
     follow: str | Sequence[str] = (),
+    neurons: int = 0,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -544,6 +584,8 @@ def backward_lens(
             read, or at positions named as in `positions` (`BackwardLens.trust_at`).
         follow: Further words, as they are written, whose rank every cell is to hold, as those of
             the target and the answer: " Madrid". Of a word of several tokens, the first one's.
+        neurons: Of how many neurons, those that the step moves most, to read the word in each cell
+            (`BackwardLens.neurons`); that takes about as long as to read so many more vectors.
 
     Raises:
         ValueError: An unknown reading, or `normalize` without the plain one; positions out of
@@ -575,6 +617,10 @@ def backward_lens(
             f"trust is measured of delta's words, and {', '.join(matrices)} are not read through"
             f" delta; read W_out or W_O as well"
         )
+    neurons = whole_number(neurons, "neurons") if neurons else 0
+    fed = [m for m in matrices if m in neurons_.WITH_NEURONS]
+    if neurons and not fed:
+        raise ValueError(f"{', '.join(matrices)} have no neurons; read W_in, W_gate or W_out")
     if readings != ("effect",):
         head_of(model)  # refused before the work, where there is none
     if "transported" in readings:
@@ -607,8 +653,18 @@ def backward_lens(
             model, grads, objective, judged, wanted, judged_at or (task.positions or (last,))[-1:],
             readings=readings, temper=temper, bias=bias, jacobian=jacobian, every=every,
         )  # fmt: skip
+    keys = {
+        each.key
+        for matrix, layer in product(fed if neurons else (), wanted)
+        for pos, cell in enumerate(
+            neurons_.moved(by_expert(grads, matrix, layer), matrix, layer, len(ids), neurons)
+        )
+        if task.positions is None or pos in task.positions
+        for each in cell
+    }
+    of_neurons = neurons_.read_neurons(model, keys, bias) if keys else {}
     read = chain.from_iterable(each.values() for each in readouts.values())
-    words = _vocabulary(model, read, [*ids, *followed])
+    words = _vocabulary(model, read, [*ids, *followed, *of_neurons.values()])
     return BackwardLens(
         prompt=prompt if isinstance(prompt, str) else "".join(words[i] for i in ids),
         tokens=tuple(words[i] for i in ids),
@@ -652,6 +708,7 @@ def backward_lens(
         positions=task.positions,
         _trust=known,
         follow_ids=follow_ids,
+        _neurons=of_neurons,
     )
 
 

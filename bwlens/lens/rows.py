@@ -34,6 +34,9 @@ READ_THROUGH: dict[str, Literal["x", "delta"]] = {
 }
 """The factor of each matrix' gradient that is as wide as the residual stream."""
 
+Expert = int | Literal["shared"] | None
+"""An expert of a mixture; None where there is none."""
+
 _ONE_WAY = 0.99
 """Share of the experts' lengths that their sum must keep for them to be one vector, scaled."""
 
@@ -41,6 +44,11 @@ _ONE_WAY = 0.99
 def parts_of(grads: Gradients, matrix: str, layer: int) -> dict[Site, LowRankGradient]:
     """The gradient of a matrix of a layer: one part, or one for each expert that took tokens."""
     return {s: grads[s] for s in grads if (s.matrix, s.layer) == (matrix, layer)}
+
+
+def by_expert(grads: Gradients, matrix: str, layer: int) -> dict[Expert, LowRankGradient]:
+    """The same parts by expert; under None where there are no experts."""
+    return {site.expert: part for site, part in parts_of(grads, matrix, layer).items()}
 
 
 def stream_rows(

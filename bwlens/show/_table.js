@@ -258,6 +258,8 @@ function listen(widget, each) {
   });
   // Two tables side by side scroll as one.
   scroll.addEventListener("scroll", () => {
+    each.scrolled = scroll.scrollLeft;
+    if (each.stale.size) fill(widget, each, seenColumns(widget, each));
     for (const other of widget.views) {
       if (other !== each) other.scroll.scrollTo(scroll.scrollLeft, scroll.scrollTop);
     }

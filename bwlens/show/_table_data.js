@@ -35,6 +35,7 @@ const signed = (value) => value.toFixed(Math.abs(value) < 1000 ? 2 : 0).replace(
 
 function short(value) {
   if (value === 0) return "0";
+  if (value < 0) return `\u2212${short(-value)}`;
   if (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5) return value.toExponential(1).replace("e+", "e");
   return Math.abs(value) >= 1000 ? value.toFixed(0) : value.toPrecision(3);
 }
@@ -56,11 +57,22 @@ function partOf(word) {
   return `the beginning of a character (U+${at(0)} to U+${at(0x3f)})`;
 }
 
-// What show/pack.py packed: JSON, gzip, base64.
+// What show/pack.py packed: JSON, a zero, then the bytes of arrays; gzip, base64.
 async function unpack(text) {
-  const bytes = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return new Response(stream).json();
+  const packed = Uint8Array.fromBase64?.(text) ?? Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const bytes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const end = bytes.indexOf(0);
+  const numbers = ([start, length, size]) => {
+    const out = new { 1: Int8Array, 2: Int16Array, 4: Int32Array }[size](length);
+    const from = end + 1 + start;
+    for (let part = 0; part < size; part++) {
+      for (let at = 0; at < length; at++) out[at] |= bytes[from + part * length + at] << (8 * part);
+    }
+    return out;
+  };
+  return JSON.parse(new TextDecoder().decode(bytes.subarray(0, end)), (_, value) =>
+    (value?.$ ? numbers(value.$) : value));
 }
 
 // A lens that answers for its cells. A cell is a number: layer index times width, plus position.
@@ -86,6 +98,7 @@ function decode(lens) {
     unit: (state) => reading(state).unit,
     delta: (state) => matrices[state.matrix].delta,
     x: (state) => matrices[state.matrix].x,
+    neurons: (state) => matrices[state.matrix].neurons, // [name, value, word] of each cell's
     top: (state) => matrices[state.matrix].top,
     left: (state, cell) => reading(state).faint[cell], // -1 where there is no doubt
     has: (state, who) => ranks(state, who) !== undefined,
@@ -101,9 +114,13 @@ function decode(lens) {
     word: (index) => words[index],
     list(state, end, cell) {
       const { ids, scores } = reading(state)[end];
-      const places = Array.from({ length: k }, (_, at) => cell * k + at);
-      const entries = places.map((at) => ({ index: ids[at], score: scores[at] / 100 }));
-      return entries.filter(({ index }) => index);
+      const entries = [];
+      let score = 0;
+      for (let at = cell * k; at < (cell + 1) * k; at++) {
+        score += scores[at];
+        if (ids[at]) entries.push({ index: ids[at], score: score / 100 });
+      }
+      return entries;
     },
     // Whether a word is among those of a cell's end.
     holds(state, end, cell, index) {

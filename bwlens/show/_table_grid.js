@@ -27,7 +27,7 @@ function build(widget, each) {
   each.heads = columns.map((pos) => {
     const head = make("th", pos >= lens.given ? "bw-forced" : "");
     head.scope = "col";
-    head.title = `position ${pos}: ${exact(lens.tokens[pos])}`;
+    head.title = `position ${lens.at[pos]}: ${exact(lens.tokens[pos])}`;
     const text = bare(lens.tokens[pos]);
     if (lens.subject.includes(pos)) head.append(say(make("u"), text));
     else say(head, text);
@@ -75,31 +75,45 @@ function frame(widget, each, at) {
   const column = widget.columns.indexOf(each.lens.posOf(at));
   const cell = cellOf(widget, each, at);
   each.frame.hidden = !cell;
-  if (!cell || !each.lefts) return;
+  if (!cell || !each.tops) return;
   const row = cell.parentElement;
   each.frame.classList.toggle("bw-pinned", widget.pinned);
   each.frame.style.width = `${widget.widths[column + 1]}px`;
   each.frame.style.height = `${each.height}px`;
   const top = each.tops.get(row);
-  each.frame.style.transform = `translate(${each.lefts[column]}px, ${top}px)`;
+  each.frame.style.transform = `translate(${widget.lefts[column]}px, ${top}px)`;
+}
+
+// What a way to show cells sets their text in, and texts' widths in it: asked once.
+function type(widget) {
+  const { state: { show, rows }, views: [{ table, heads }] } = widget;
+  const key = show === "shade" ? show : rows;
+  widget.types ??= new Map();
+  if (!widget.types.has(key)) {
+    const style = getComputedStyle(table);
+    const known = new Map();
+    const pen = document.createElement("canvas").getContext("2d");
+    const size = parseFloat(style.fontSize);
+    const family = style.fontFamily;
+    widget.types.set(key, {
+      size,
+      heads: parseFloat(getComputedStyle(heads[0]).fontSize),
+      gap: parseFloat(style.borderSpacing) || 0,
+      wide(text, weight, px = size) {
+        const font = `${weight} ${px}px ${family}`;
+        const width = known.get(font + text) ?? ((pen.font = font), pen.measureText(text).width);
+        known.set(font + text, width);
+        return width;
+      },
+    });
+  }
+  return widget.types.get(key);
 }
 
 // Widths that hold the words that are shown, the same in two tables side by side.
 function fit(widget, shown) {
   const { state, views, columns } = widget;
-  const style = getComputedStyle(views[0].table);
-  const size = parseFloat(style.fontSize);
-  const pen = document.createElement("canvas").getContext("2d");
-  const known = new Map();
-  const wide = (text, bold, px = size) => {
-    const key = bold + text;
-    if (!known.has(key)) {
-      pen.font = `${bold} ${px}px ${style.fontFamily}`;
-      known.set(key, pen.measureText(text).width);
-    }
-    return known.get(key);
-  };
-  const heads = parseFloat(getComputedStyle(views[0].heads[0]).fontSize);
+  const { size, heads, gap, wide } = type(widget);
   const longest = 11 * Math.max(size, heads);
   const tile = state.show === "shade";
   const least = tile ? 15 : 2.6 * size;
@@ -111,27 +125,27 @@ function fit(widget, shown) {
     return most + 14;
   }).map((width) => Math.round(Math.min(Math.max(width, least), longest)));
   const first = Math.round(wide("layer", 400, heads) + 12 + 15 * views.some(({ lens }) => lens.trust));
-  for (const { table, cols } of views) {
-    [first, ...widths].forEach((width, at) => (cols[at].style.width = `${width}px`));
-    const gap = parseFloat(style.borderSpacing) || 0;
-    const all = [first, ...widths].reduce((sum, width) => sum + width + gap, gap);
-    table.style.width = `${all}px`;
-  }
   widget.widths = [first, ...widths];
+  widget.lefts = [];
+  let left = 2 * gap + first;
+  for (const width of widths) {
+    widget.lefts.push(left);
+    left += width + gap;
+  }
+  for (const { table, cols } of views) {
+    widget.widths.forEach((width, at) => {
+      const wanted = `${width}px`;
+      if (cols[at].style.width !== wanted) cols[at].style.width = wanted;
+    });
+    table.style.width = `${left}px`;
+  }
 }
 
-// Where cells are, read once all is written.
-function measure({ views, widths: [first, ...widths] }) {
-  const gap = parseFloat(getComputedStyle(views[0].table).borderSpacing) || 0;
-  for (const each of views) {
+// Where rows are, once they are laid out.
+function measure(widget) {
+  const { gap } = type(widget);
+  for (const each of widget.views) {
     each.gap = gap;
-    each.lefts = [];
-    let left = 2 * gap + first;
-    for (const width of widths) {
-      each.lefts.push(left);
-      left += width + gap;
-    }
-    // Where rows are, once they are laid out; rows are alike.
     each.tops = new Map([...each.body.rows].map((row) => [row, row.offsetTop]));
     each.height = each.rows[0].offsetHeight;
   }
@@ -167,6 +181,7 @@ const viewOf = (widget, table) => widget.views.find((each) => each.table === tab
 
 // On paper nothing scrolls: tables as wide as the page, one below the other.
 function printing(widget, on, room = 660) {
+  if (on) fillAll(widget);
   for (const { scroll, table } of widget.views) {
     scroll.parentElement.querySelector(".bw-paper")?.remove();
     if (!on || table.offsetWidth <= room) continue;

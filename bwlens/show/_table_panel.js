@@ -29,7 +29,7 @@ function detail(widget, lens) {
 
   function fill(at, pinned) {
     const pos = lens.posOf(at);
-    const where = `layer ${lens.layers[lens.layerOf(at)]} \u00b7 position ${pos}`;
+    const where = `layer ${lens.layers[lens.layerOf(at)]} \u00b7 position ${lens.at[pos]}`;
     title.replaceChildren(sayExactly(make("b"), lens.tokens[pos]), make("span", "", where));
     if (pinned) title.append(make("em", "", "pinned"));
     const norm = lens.delta(state)[at];
@@ -39,6 +39,17 @@ function detail(widget, lens) {
     for (const [who, name] of followed(widget, lens)) {
       const place = lens.place(state, who, at);
       fact(name, place ? `#${whole(place)}` : "none", place ? `of ${whole(lens.vocab)}` : "");
+    }
+    const neurons = lens.neurons(state)?.[at];
+    if (neurons) {
+      const value = state.matrix === "W_out" ? "activation" : "\u03b4";
+      const read = neurons.some(([, , word]) => word) ? `index, ${value}, word` : `index, ${value}`;
+      fact("neurons", neurons.length ? "" : "none", neurons.length ? read : "");
+      for (const [name, value, word] of neurons) {
+        const line = make("span", "bw-neuron", `${name} `, make("small", "", short(value)), " ");
+        if (word) line.append(sayExactly(make("b"), lens.word(word)));
+        facts.lastChild.append(line);
+      }
     }
     const trust = lens.judged(state);
     if (trust) fact("trust", trust.says[lens.layerOf(at)].replace(/^Layer \d+: /, ""));

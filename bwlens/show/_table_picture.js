@@ -3,12 +3,13 @@
 
 function paint(widget) {
   const { state, views, columns } = widget;
+  widget.room = widget.root.clientWidth; // read before anything is written
   for (const { table } of views) {
     table.dataset.show = state.show;
     table.dataset.rows = state.rows;
   }
   const scale = shades(widget);
-  const seen = new Set();
+  const classes = new Set();
   let count = 0;
   if (widget.lenses.length > 1) {
     for (let at = 0; at < widget.lenses[0].size; at++) count += differs(widget, at);
@@ -18,32 +19,24 @@ function paint(widget) {
   widget.few = count <= widget.lenses[0].size / 2;
   const shown = columns.map(() => new Map());
   for (const each of views) {
-    const { lens, table, body, rows, cells, caption } = each;
+    const { lens, table, body, rows, caption } = each;
     const delta = lens.delta(state);
     const wanted = widget.word ? lens.words.flatMap((word, at) => sameWord(widget, word) ? [at] : [])
       : [];
-    for (let layer = 0, next = 0; layer < lens.layers.length; layer++) {
-      for (let column = 0; column < columns.length; column++) {
-        const at = layer * lens.width + columns[column];
-        const { className, label, lines } = cellNow(widget, each, scale, at, delta[at], wanted);
-        const cell = cells[next++];
-        if (cell.className !== className) cell.className = className;
-        if (label) cell.setAttribute("aria-label", label);
-        else if (cell.hasAttribute("aria-label")) cell.removeAttribute("aria-label");
-        if (lines.length === 1) say(cell, lines[0].text);
-        else {
-          cell.replaceChildren(...lines.map(({ text, className, tag }) =>
-            say(make(tag, className), text)));
-        }
-        for (const mark of className.split(" ")) seen.add(mark);
-        const bold = className.includes("bw-hit");
-        for (const { text, className } of lines) {
-          // The sign of a blank takes about as much room as an "i".
-          const as = className ? `i ${text}` : text;
-          if (bold || !shown[column].has(as)) shown[column].set(as, bold);
-        }
+    each.looks = lens.layers.flatMap((_, layer) => columns.map((pos, column) => {
+      const at = layer * lens.width + pos;
+      const look = cellNow(widget, each, scale, at, delta[at], wanted);
+      classes.add(look.className);
+      const bold = look.className.includes("bw-hit");
+      for (const { text, className } of look.lines) {
+        // The sign of a blank takes about as much room as an "i".
+        const as = className ? `i ${text}` : text;
+        if (bold || !shown[column].has(as)) shown[column].set(as, bold);
       }
-    }
+      return look;
+    }));
+    each.stale = new Set(columns.keys());
+    table.setAttribute("aria-busy", "true");
     const trust = lens.judged(state);
     table.classList.toggle("bw-judged", Boolean(trust));
     rows.forEach((row, at) => {
@@ -54,15 +47,62 @@ function paint(widget) {
       strip.title = trust.says[at];
       strip.setAttribute("aria-label", trust.says[at]);
     });
-    if (trust) seen.add("bw-trust").add("bw-chance");
+    if (trust) classes.add("bw-trust bw-chance");
     say(caption, sentence(widget, lens));
     const inOrder = state.top === "last" ? [...rows].reverse() : rows;
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
   }
   fit(widget, shown);
+  for (const each of views) fill(widget, each, seenColumns(widget, each));
+  soon(widget);
   widget.drawStrip?.();
-  drawLegend(widget, scale, seen);
+  drawLegend(widget, scale, new Set([...classes].flatMap((each) => each.split(" "))));
   measure(widget);
+}
+
+// Columns are written when they are seen, the rest when the browser has nothing else to do: of a
+// long prompt few are.
+function fill(widget, each, some) {
+  const { columns, current } = widget;
+  for (const column of some) {
+    if (!each.stale.delete(column)) continue;
+    for (let at = column; at < each.cells.length; at += columns.length) {
+      const cell = each.cells[at];
+      const { className, label, lines } = each.looks[at];
+      if (cell.className !== className) cell.className = className;
+      if (label) cell.setAttribute("aria-label", label);
+      else if (cell.hasAttribute("aria-label")) cell.removeAttribute("aria-label");
+      if (lines.length === 1) say(cell, lines[0].text);
+      else {
+        cell.replaceChildren(...lines.map(({ text, className, tag }) =>
+          say(make(tag, className), text)));
+      }
+    }
+    if (current >= 0) cellOf(widget, each, current)?.classList.add("bw-at");
+  }
+  if (!each.stale.size) each.table.setAttribute("aria-busy", "false");
+}
+
+function seenColumns({ widths, lefts, room, columns }, { scroll, scrolled }) {
+  const from = scrolled ?? 0;
+  return [...columns.keys()].filter((column) =>
+    lefts[column] < from + room && lefts[column] + widths[column + 1] > from);
+}
+
+const fillAll = (widget) => widget.views.forEach((each) => fill(widget, each, [...each.stale]));
+
+function soon(widget) {
+  const idle = window.requestIdleCallback ?? ((job) => setTimeout(job, 50));
+  widget.waiting ??= idle(() => {
+    widget.waiting = undefined;
+    const end = performance.now() + 10;
+    for (const each of widget.views) {
+      for (const column of [...each.stale]) {
+        if (performance.now() < end) fill(widget, each, [column]);
+      }
+    }
+    if (widget.views.some(({ stale }) => stale.size)) soon(widget);
+  }, { timeout: 200 });
 }
 
 // What one cell looks like and says: its marks also have names, for those who do not see them.
@@ -192,7 +232,7 @@ function change(widget) {
   const most = all.reduce((one, other) => Math.max(one, other), 0) || 1;
   const norm = state.show === "change of norm";
   const middle = (CHANGES - 1) / 2;
-  const say = norm ? (value) => (value > 0 ? "+" : "") + short(value).replace("-", "\u2212")
+  const say = norm ? (value) => (value > 0 ? "+" : "") + short(value)
     : (value) => (value < 0 ? `${times(-value)} further` : `${times(value)} nearer`);
   const times = (value) => `${short(Math.exp(value))}\u00d7`;
   return {

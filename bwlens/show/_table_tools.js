@@ -41,6 +41,7 @@ function following(widget) {
 
 // The view as a grid of texts, rows as they are shown.
 function gridOf(widget, each) {
+  fillAll(widget);
   const heads = widget.columns.map((pos) => exact(each.lens.tokens[pos]));
   const rows = [...each.body.rows].map((row) => {
     const [name, ...cells] = [...row.cells];
@@ -100,6 +101,7 @@ function cellText(widget, { lens }) {
 
 // The tables as they are shown, as a picture that needs nothing else.
 function asSvg(widget) {
+  fillAll(widget);
   const quote = (text) => text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
   const looks = new Map();
   const lookOf = (cell) => {

@@ -22,24 +22,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Two lenses of the same tokens and layers; made by `compare`.
+    """Two lenses of the same layers, column by column; made by `compare`.
 
     Attributes:
         lenses: The two.
         names: What they are called on the page.
         matrices: The matrices that both have read.
         readings: The readings that both hold, as in `BackwardLens.readings`.
-        n_pos: The number of columns compared.
+        positions: The positions compared, of the first lens and of the second: the same, or where
+            the prompts differ those that stand for each other.
     """
 
     lenses: tuple[BackwardLens, BackwardLens]
     names: tuple[str, str]
     matrices: tuple[str, ...]
     readings: tuple[str, ...]
-    n_pos: int
+    positions: tuple[tuple[int, ...], tuple[int, ...]]
 
     def differing(self, matrix: str | None = None) -> list[tuple[int, int]]:
-        """Cells (layer, position) whose most promoted word is not the same in both.
+        """Cells (layer, position in the first) whose most promoted word is not the same in both.
 
         A cell that is without gradient in one of the two only differs as well.
         """
@@ -48,14 +49,15 @@ class Comparison:
         return [
             (layer, pos)
             for at, layer in enumerate(self.lenses[0].layers)
-            for pos in range(self.n_pos)
-            if a[at][pos][:1] != b[at][pos][:1]
+            for pos, other in zip(*self.positions, strict=True)
+            if a[at][pos][:1] != b[at][other][:1]
         ]
 
     def changes(self, matrix: str | None = None, of: str = "norm") -> DataFrame:
         """How much each cell changed from the first lens to the second, the largest change first.
 
-        Columns: layer, pos, token, before, after, change (after - before). `of` is the "norm" of
+        Columns: layer, pos and token (the first lens'), before, after, change (after - before);
+        where the prompts differ also other_pos and other_token. `of` is the "norm" of
         delta, or the "place" of the target's first token from the promoted end (a word that the
         first lens follows may be named instead); cells without gradient in either are left out.
 
@@ -65,16 +67,19 @@ class Comparison:
         import pandas as pd
 
         matrix = self._known(matrix)
-        a, b = (self._values(lens, matrix, of) for lens in self._views())
-        lens = self.lenses[0]
+        a, b = self._values(matrix, of)
+        first, second = self.lenses
         rows = [
-            (layer, pos, lens.tokens[pos], one, other, other - one)
-            for layer, ones, others in zip(lens.layers, a, b, strict=True)
-            for pos, (one, other) in enumerate(zip(ones, others, strict=True))
+            (layer, pos, first.tokens[pos], at, second.tokens[at], one, other, other - one)
+            for layer, ones, others in zip(first.layers, a, b, strict=True)
+            for pos, at, one, other in zip(*self.positions, ones, others, strict=True)
             if one and other
         ]
-        columns = ["layer", "pos", "token", "before", "after", "change"]
-        return pd.DataFrame(rows, columns=columns).sort_values(
+        names = ["layer", "pos", "token", "other_pos", "other_token", "before", "after", "change"]
+        frame = pd.DataFrame(rows, columns=names)
+        if self.positions[0] == self.positions[1]:
+            frame = frame.drop(columns=["other_pos", "other_token"])
+        return frame.sort_values(
             "change", key=abs, ascending=False, ignore_index=True, kind="stable"
         )
 
@@ -86,28 +91,34 @@ class Comparison:
         from bwlens.show import figures
 
         matrix = self._known(matrix)
-        a, b = (np.array(self._values(lens, matrix, of), float) for lens in self._views())
+        a, b = (np.array(values, float) for values in self._values(matrix, of))
         if of == "norm":
             change, name = b - a, f"change of the norm of $\\delta$, {matrix}"
         else:
             both = (a > 0) & (b > 0)
             change = np.where(both, np.log(np.maximum(a, 1) / np.maximum(b, 1)), np.nan)
             name = "log of how many times nearer to #1"
-        return figures.change(self.lenses[0], change, f"{name}: {self.names[1]}", **options)
+        lens = self.lenses[0]
+        title = f"{name}: {self.names[1]}"
+        return figures.change(lens, change, title, positions=self.positions[0], **options)
 
-    def _values(self, lens: BackwardLens, matrix: str, of: str) -> list[list[Any]]:
-        if of == "norm":
-            values = lens.norms(matrix)
-        elif of == "place":
-            values = lens.target_places(matrix)
-        elif of in (known := lens.followed_places(matrix)):
-            values = known[of]
-        else:
-            raise ValueError(
-                f"of={of!r} is neither 'norm' nor 'place' nor a word that both lenses follow; make"
-                f" them with backward_lens(..., follow=[{of!r}])"
-            )
-        return values[:, : self.n_pos].tolist()
+    def _values(self, matrix: str, of: str) -> list[list[list[Any]]]:
+        """Of each lens, values [layer][column]."""
+        both = []
+        for lens, positions in zip(self._views(), self.positions, strict=True):
+            if of == "norm":
+                values = lens.norms(matrix)
+            elif of == "place":
+                values = lens.target_places(matrix)
+            elif of in (known := lens.followed_places(matrix)):
+                values = known[of]
+            else:
+                raise ValueError(
+                    f"of={of!r} is neither 'norm' nor 'place' nor a word that both lenses follow;"
+                    f" make them with backward_lens(..., follow=[{of!r}])"
+                )
+            both.append(values[:, list(positions)].tolist())
+        return both
 
     def _known(self, matrix: str | None) -> str:
         matrix = matrix or first_matrix(self.matrices)
@@ -129,7 +140,7 @@ class Comparison:
         return path
 
     def __repr__(self) -> str:
-        n, of = len(self.differing()), len(self.lenses[0].layers) * self.n_pos
+        n, of = len(self.differing()), len(self.lenses[0].layers) * len(self.positions[0])
         return (
             f"Comparison({self.names[0]!r}, {self.names[1]!r}: the word promoted most by"
             f" {first_matrix(self.matrices)} differs in {n} of {of} cells)"
@@ -144,14 +155,17 @@ class Comparison:
     def _element(self) -> str:
         matrix, layers = first_matrix(self.matrices), self.lenses[0].layers
         marked = frozenset((layers.index(layer), pos) for layer, pos in self.differing(matrix))
-        if len(marked) > len(layers) * self.n_pos / 2:
+        if len(marked) > len(layers) * len(self.positions[0]) / 2:
             marked = frozenset()  # where almost every cell differs, to mark those says nothing
-        top = max(limit(lens.norms(matrix)[:, : self.n_pos]) for lens in self.lenses)
+        theirs = dict(zip(*self.positions, strict=True))
+        marks = (marked, frozenset((layer, theirs[pos]) for layer, pos in marked))
+        both = [*zip(self._views(), self.positions, strict=True)]
+        top = max(limit(lens.norms(matrix)[:, list(where)]) for lens, where in both)
         parts = [
-            part(lens, name, matrix, self.n_pos, top, marked)
-            for lens, name in zip(self._views(), self.names, strict=True)
+            part(lens, name, matrix, where, top, mark)
+            for (lens, where), name, mark in zip(both, self.names, marks, strict=True)
         ]
-        packed = (pack(lens, self.matrices, self.readings, self.n_pos) for lens in self.lenses)
+        packed = [pack(lens, self.matrices, self.readings, where) for lens, where in both]
         return element(parts, *packed)
 
 
@@ -160,13 +174,15 @@ def compare(
 ) -> Comparison:
     """Lay two lenses side by side, the cells that differ marked, shades on one scale.
 
-    The prompts must consist of the same tokens, and the same layers must have been read. Where
-    targets of several tokens differ, the tokens of the targets themselves are left out. `names` are
-    what the two are called, such as ("before", "after").
+    The same layers must have been read. Where targets of several tokens differ, the tokens of the
+    targets themselves are left out. Different prompts are laid side by side by their parts, where
+    both have a subject: what is before it, the subject, what follows, and the last token. Of two
+    parts the tokens nearest their ends stand for each other, and what the longer one has more is
+    left out. `names` are what the two are called, such as ("before", "after").
 
     Raises:
-        ValueError: The tokens or layers differ, or no matrix or reading is in both; the
-            message says what differs.
+        ValueError: The layers differ, the tokens differ and no subject is named, or no matrix or
+            reading is in both; the message says what differs.
 
     Example:
         >>> compare(lens, lens_after_the_edit, ("before", "after"))  # doctest: +SKIP
@@ -179,8 +195,11 @@ def compare(
             " read the same with backward_lens(..., layers=[...])"
         )
     prompts = [lens.tokens[: lens.n_prompt] for lens in (lens_a, lens_b)]
-    if prompts[0] != prompts[1]:
-        raise ValueError(f"the prompts consist of other tokens: {_first_difference(*prompts)}")
+    if prompts[0] != prompts[1] and not (lens_a.subject and lens_b.subject):
+        raise ValueError(
+            f"the prompts consist of other tokens: {_first_difference(*prompts)}; to lay them side"
+            f" by side by their parts, make both with backward_lens(..., subject=...)"
+        )
     matrices = tuple(m for m in lens_a.matrices if m in lens_b.matrices)
     if not matrices:
         raise ValueError(
@@ -193,9 +212,31 @@ def compare(
             f"no reading in both: {', '.join(lens_a.readings)} in one,"
             f" {', '.join(lens_b.readings)} in the other; make them with the same reading="
         )
-    same = lens_a.tokens == lens_b.tokens
-    n_pos = len(lens_a.tokens) if same else lens_a.n_prompt
-    return Comparison((lens_a, lens_b), (names[0], names[1]), matrices, readings, n_pos)
+    if prompts[0] == prompts[1]:
+        same = lens_a.tokens == lens_b.tokens
+        every = tuple(range(len(lens_a.tokens) if same else lens_a.n_prompt))
+        positions = every, every
+    else:
+        positions = _aligned(lens_a, lens_b)
+    return Comparison((lens_a, lens_b), (names[0], names[1]), matrices, readings, positions)
+
+
+def _aligned(a: BackwardLens, b: BackwardLens) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Positions that stand for each other, by the parts of both prompts."""
+    pairs = [
+        pair
+        for one, other in zip(_parts(a), _parts(b), strict=True)
+        for pair in zip(one[::-1], other[::-1], strict=False)
+    ]
+    return tuple(at for at, _ in sorted(pairs)), tuple(at for _, at in sorted(pairs))
+
+
+def _parts(lens: BackwardLens) -> list[list[int]]:
+    """Positions before the subject, of it, after it, and the last one, which is in no other."""
+    last, first = lens.n_prompt - 1, lens.subject[0]
+    subject = [pos for pos in lens.subject if pos < last]
+    after = [pos for pos in range(first, last) if pos not in lens.subject]
+    return [list(range(min(first, last))), subject, after, [last]]
 
 
 def _ranges(layers: Sequence[int]) -> str:

@@ -150,17 +150,20 @@ def change(
     name: str,
     ax: Axes | None = None,
     width: float = COLUMN,
+    *,
+    positions: Sequence[int] | None = None,
 ) -> Figure:
-    """Signed changes [layer, pos] of a lens' cells, brown below zero and teal above.
+    """Signed changes [layer, column] of a lens' cells, brown below zero and teal above.
 
-    The middle is zero; nan is left empty. `Comparison.figure` draws it.
+    The middle is zero; nan is left empty; columns are those of `positions`, None for the first
+    ones. `Comparison.figure` draws it.
     """
     values = np.asarray(values, float)
     top = float(np.nanmax(np.abs(values), initial=0.0)) or 1.0
     figure, ax = drawing.axes(ax, (width, 2.2))
     style = {"origin": "lower", "aspect": "auto", "cmap": drawing.SIGNED}
     ax.imshow(values, vmin=-top, vmax=top, **style)
-    columns = list(range(values.shape[1]))
+    columns = list(range(values.shape[1]) if positions is None else positions)
     _tokens_below(ax, lens, columns, _named(lens, columns, width))
     ax.set_yticks(*drawing.few(lens.layers))
     ax.set_ylabel("layer")

@@ -32,7 +32,7 @@ from bwlens.show.words import (
 if TYPE_CHECKING:
     from bwlens.lens.backward import BackwardLens
 
-FORMAT = 4
+FORMAT = 5
 """Of the data that the script reads; a page may hold outputs of several versions."""
 
 _SPECIAL = re.compile("[&<>\"'$\\\\]").search
@@ -115,21 +115,23 @@ def part(
     lens: BackwardLens,
     name: str = "",
     matrix: str | None = None,
-    n_pos: int | None = None,
+    positions: Sequence[int] | None = None,
     top: float | None = None,
     marked: frozenset[tuple[int, int]] = frozenset(),
 ) -> str:
     """Heading and plain table of one lens.
 
-    Beside another it has a `name`, `marked` cells (layer index, position), `n_pos` columns and the
-    norm `top` of the deepest shade in common.
+    Beside another it has a `name`, `marked` cells (layer index, position), the columns at
+    `positions` and the norm `top` of the deepest shade in common.
     """
     matrix = matrix or first_matrix(lens.matrices)
-    norms = lens.norms(matrix)[:, :n_pos]
-    columns = list(range(norms.shape[1]))
-    if len(columns) > DRAWN:
-        columns = [pos for pos in picking.columns(lens, matrix) if pos < len(columns)]
-    top = top or limit(norms)
+    norms = lens.norms(matrix)
+    every = list(range(norms.shape[1]) if positions is None else positions)
+    columns, norms_drawn = every, norms[:, every]
+    if len(every) > DRAWN:
+        chosen = picking.columns(lens, matrix)
+        columns = [pos for pos in every if pos in chosen]
+    top = top or limit(norms_drawn)
     ids = lens.side("promoted", matrix)[0][..., 0].tolist()
     doubtful = lens.readout(matrix).eps_regime.tolist()
     styles = [f"background:{css(c)};color:{_INK[ink(c)]};{_ROOM}" for c in scale()]
@@ -164,7 +166,7 @@ def part(
             f'<th scope="row" style="{_PLAIN};{_ROOM}">{lens.layers[at]}{strip}</th>'
             f"{''.join(cells)}</tr>"
         )
-    beyond = "; beyond it overlined" if bool((norms > top).any()) else ""
+    beyond = "; beyond it overlined" if bool((norms_drawn > top).any()) else ""
     some = "" if len(columns) == norms.shape[1] else f" {len(columns)} of {norms.shape[1]} tokens."
     # Hosts that strip the style sheet keep what is written here: room between words, a scroll.
     return (

@@ -186,7 +186,10 @@ def quoted(text: str) -> str:
 def target_words(lens: BackwardLens) -> str:
     """The target's tokens in quotation marks: `" Paris"`, or `" Stutt" "gart"`."""
     text, spans = joined(lens.target_tokens)
-    if any(a[1] > b[0] for a, b in pairwise(spans)):
+    leftward = any(
+        unicodedata.bidirectional(c) in ("R", "AL") for c in text
+    )  # whose letters join up
+    if leftward or any(a[1] > b[0] for a, b in pairwise(spans)):
         return quoted(text)  # tokens that share a character cannot be shown apart
     return " ".join(map(quoted, lens.target_tokens))
 

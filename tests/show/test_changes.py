@@ -39,6 +39,36 @@ def test_changes_are_ordered_and_leave_out_what_has_no_gradient():
     assert compare(a, a).changes()["change"].abs().max() == 0
 
 
+def test_other_prompts_stand_side_by_side_by_their_parts(show):
+    a = fake_lens(200, 6, 8, tokens=list("abSTcdeZ"), subject=(2, 3), silent=False)
+    b = fake_lens(200, 6, 7, tokens=list("xSTUfgZ"), subject=(1, 2, 3), silent=False, seed=1)
+    both = compare(a, b)
+    assert both.positions == ((1, 2, 3, 5, 6, 7), (0, 2, 3, 4, 5, 6))
+    frame = both.changes()
+    for row in frame.itertuples():
+        assert dict(zip(*both.positions, strict=True))[row.pos] == row.other_pos
+        assert (row.token, row.other_token) == (a.tokens[row.pos], b.tokens[row.other_pos])
+        assert row.before == pytest.approx(float(a.norms()[row.layer, row.pos]))
+        assert row.after == pytest.approx(float(b.norms()[row.layer, row.other_pos]))
+    assert [label.get_text() for label in both.figure().axes[0].get_xticklabels()] == [*"bSTdeZ"]
+    view = show(both._repr_html_(), width=1400)
+    heads = view.locator(".bw-grid thead tr").evaluate_all(
+        "rows => rows.map(row => [...row.cells].slice(1).map(cell => cell.innerText).join(''))"
+    )
+    assert heads == ["bSTdeZ", "xTUfgZ"]
+    words = view.locator(".bw-grid").nth(1).locator("tbody tr").first.locator("td")
+    assert words.all_inner_texts() == [
+        b.words()[-1][pos][0].strip() for pos in both.positions[1]
+    ]  # fmt: skip
+    view.locator(".bw-grid td").first.click()
+    where = view.locator(".bw-cell").all_inner_texts()
+    assert ["position 1" in where[0], "position 0" in where[1]] == [True, True]
+    ends = fake_lens(200, 6, 5, subject=(3, 4)), fake_lens(200, 6, 6, subject=(1,), seed=2)
+    assert compare(*ends).positions == ((2, 3, 4), (0, 1, 5))
+    with pytest.raises(ValueError, match=r"5 and 6 of them.*subject="):
+        compare(fake_lens(200, 6, 5, subject=()), ends[1])
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_signed_shades_are_readable_and_their_middle_is_plain(dark):
     shades = changes(dark)

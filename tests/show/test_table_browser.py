@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -13,7 +14,7 @@ from bwlens.show.table import assets, page, table, widget
 from bwlens.show.words import exact as exactly
 from bwlens.show.words import visible
 from tests.browser import settled
-from tests.fake_lens import HOSTILE, fake_lens, with_words
+from tests.fake_lens import HOSTILE, fake_lens, with_words, words_alike
 
 LAYERS, TOKENS = 4, 5
 
@@ -46,6 +47,7 @@ def grid(view, at=0):
 def choose(view, *names):
     for name in names:
         view.get_by_role("radio", name=name, exact=True).first.check(force=True)
+    settled(view)
 
 
 def cell(view, layer, pos, at=0):
@@ -151,6 +153,23 @@ def test_the_mouse_and_the_keys_find_each_other(show, lens):
     cell(view, 1, 2).hover()
     view.keyboard.press("ArrowRight")
     check_panel(view, lens, "W_out", 1, 3)
+
+
+def test_a_cell_says_which_neurons_the_step_moves_most_there(show, lens):
+    read = {each.key: 5 for cell in lens.moved_neurons("W_out", 1, 3) for each in cell}
+    view = show(table(replace(lens, _neurons=read)))
+    for layer, pos in ((1, 3), (2, 0)):
+        cell(view, layer, pos).click()
+        said = view.locator(".bw-neuron").all_inner_texts()
+        view.keyboard.press("Escape")
+        moved = lens.moved_neurons("W_out", layer, 3)[pos]
+        assert [text.split()[0] for text in said] == [each.name for each in moved]
+        for text, each in zip(said, moved, strict=True):
+            value = float(text.split()[1].replace("−", "-"))
+            assert value == pytest.approx(each.value, rel=6e-3)
+            assert text.endswith(" ␣w5") == (layer == 1)
+    large = fake_lens(words_alike(900), 30, 80, ("W_out",), silent=False)
+    assert show(table(large)).locator(".bw-neuron").count() == 0  # held by no one's wish
 
 
 @pytest.mark.parametrize("matrix", ["W_in", "W_gate", "W_out"])

@@ -168,6 +168,8 @@ def test_bytes_are_read_as_far_as_they_go():
     assert joined(["\ud83d", "", "é"])[0] == "\ud83dé"
     lens = replace(of_bytes(), target_ids=(1, 2))
     assert target_words(lens) == '"日"'
+    letters = fake_lens([" س", "ي", "ا", *"defghi"], target=0)
+    assert target_words(replace(letters, target_ids=(0, 1, 2))) == '" سيا"'
 
 
 def test_cells_of_bytes_say_what_they_belong_to(show):

@@ -4,12 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bwlens.knowledge._ablate import ablate as ablate
+    from bwlens.knowledge._neurons import Neuron as Neuron
     from bwlens.knowledge._neurons import Neurons as Neurons
     from bwlens.knowledge._neurons import neurons as neurons
 
 # Where each name above is, loaded when it is first used.
 _HOMES = {
-    "_neurons": ("Neurons", "neurons"),
+    "_ablate": ("ablate",),
+    "_neurons": ("Neuron", "Neurons", "neurons"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

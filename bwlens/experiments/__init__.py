@@ -17,6 +17,9 @@ from bwlens.experiments._naive_reading import naive_map as naive_map
 from bwlens.experiments._naive_reading import naive_reading as naive_reading
 from bwlens.experiments._reading_fidelity import ReadingFidelity as ReadingFidelity
 from bwlens.experiments._reading_fidelity import reading_fidelity as reading_fidelity
+from bwlens.experiments._residual_removal import ResidualRemoval as ResidualRemoval
+from bwlens.experiments._residual_removal import prose_edits as prose_edits
+from bwlens.experiments._residual_removal import residual_removal as residual_removal
 from bwlens.experiments._segment_norms import SegmentNorms as SegmentNorms
 from bwlens.experiments._segment_norms import segment_norms as segment_norms
 from bwlens.experiments._step_sizes import StepSizes as StepSizes
@@ -42,6 +45,7 @@ EXPERIMENTS: dict[str, type[Experiment]] = {
         ImprintShift,
         StepSizes,
         ReadingFidelity,
+        ResidualRemoval,
     )
 }
 """Every experiment, by its name."""

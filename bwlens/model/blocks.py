@@ -92,6 +92,11 @@ def dense_mlps(block: nn.Module) -> list[nn.Module]:
     return [part for part in _parts(block)[0] if _experts_of(part) is None]
 
 
+def mixtures(block: nn.Module) -> list[nn.Module]:
+    """The parts of a block that send each token to some of their experts."""
+    return [part for part in _parts(block)[0] if _experts_of(part) is not None]
+
+
 def contents(block: nn.Module) -> str:
     """What a block is made of, for people: names of its parts and their kinds."""
     parts = _unwrapped(block).named_children()

@@ -1,0 +1,423 @@
+"""Which rows of which store give a model its answer, and which of them a step would move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.gradient.capturing import capture
+from bwlens.gradient.low_rank import LowRankGradient
+from bwlens.gradient.objectives import NLL
+from bwlens.knowledge._shares import Shares
+from bwlens.model.prompts import Prompts, make_batch, one_prompt
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, available_matrices
+from bwlens.model.targets import Target
+from bwlens.model.tokens import token_texts
+from bwlens.reading.readouts import readout
+from bwlens.runs.paths import writable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+N_WORDS = 8
+"""Words kept of a row."""
+
+OVERLAP = 20
+"""So many neurons that give most are compared with as many that a step moves most."""
+
+_SHUFFLES = 20
+
+
+class Neuron(NamedTuple):
+    """One row of a store: its layer, its index in W_out and, in a mixture, its expert."""
+
+    layer: int
+    index: int
+    expert: int | str | None = None
+
+    @property
+    def site(self) -> Site:
+        """The W_out that it is a row of."""
+        return Site("W_out", self.layer, self.expert)  # pyright: ignore[reportArgumentType]
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{'' if self.expert is None else f'{self.expert}.'}{self.index}"
+
+
+class Row(NamedTuple):
+    """What one row gives.
+
+    Attributes:
+        neuron: Which one.
+        weight: What it is mixed with.
+        share: Of the target's logit.
+        log_prob: By how much it raises the target's log-probability behind its own block, in nats.
+        promoted: The words that it raises most, as it is weighted.
+        suppressed: The words that it lowers most.
+    """
+
+    neuron: Neuron
+    weight: float
+    share: float
+    log_prob: float
+    promoted: tuple[str, ...]
+    suppressed: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Neurons:
+    """The shares of every row of every store in one answer; made by `neurons`.
+
+    Shares are of the answer's logit above the mean of all (what softmax sees of it), before a soft
+    cap. One tensor [d_mlp] for each of `stores`; the shares of a layer's stores and its `biases`
+    sum to its `mlps`.
+
+    Attributes:
+        prompt: The prompt.
+        target: The answer's token.
+        target_id: Its id.
+        step_target: What the step compared with is towards.
+        probability: The answer's.
+        logit: What is shared out.
+        layers: The layers read.
+        stores: Every W_out that the last token passes.
+        weights: What each row is mixed with.
+        gains: What each row gives for a unit of weight.
+        moved: How far a step moves each row of W_out: the norm of its gradient.
+        moved_keys: The same of each neuron's column of W_in; empty where W_in is not read.
+        mlps: What each layer's feed-forward part gives in all [layer].
+        biases: What its bias gives of that [layer].
+        rows: The rows with the largest shares of each store, in words.
+    """
+
+    prompt: str
+    target: str
+    target_id: int
+    step_target: str
+    probability: float
+    logit: float
+    layers: tuple[int, ...]
+    stores: tuple[Site, ...]
+    weights: tuple[Float[Tensor, " _"], ...]
+    gains: tuple[Float[Tensor, " _"], ...]
+    moved: tuple[Float[Tensor, " _"], ...]
+    moved_keys: tuple[Float[Tensor, " _"], ...]
+    mlps: Float[Tensor, " layer"]
+    biases: Float[Tensor, " layer"]
+    rows: tuple[Row, ...]
+
+    @property
+    def shares(self) -> tuple[Float[Tensor, " _"], ...]:
+        """Each row's share of the logit: weight times gain."""
+        return tuple(a * gain for a, gain in zip(self.weights, self.gains, strict=True))
+
+    @property
+    def rest(self) -> float:
+        """What comes from elsewhere: embedding, attention, layers that were not read."""
+        return self.logit - float(self.mlps.sum())
+
+    def values(self, by: str = "share") -> tuple[Float[Tensor, " _"], ...]:
+        """What neurons are ordered by: "share", "weight" (its size), "moved" or "moved_keys".
+
+        Raises:
+            ValueError: Another name, or no W_in was read.
+        """
+        known = {
+            "share": self.shares,
+            "weight": tuple(a.abs() for a in self.weights),
+            "moved": self.moved,
+            "moved_keys": self.moved_keys,
+        }
+        if by not in known:
+            raise ValueError(f"by is {by!r}; expected one of {', '.join(known)}")
+        if not known[by]:
+            raise ValueError(f"by={by!r}: W_in of this model is not read; order by another")
+        return known[by]
+
+    def top(self, n: int = 10, *, layers: Layers = None, by: str = "share") -> list[Neuron]:
+        """The n neurons with the largest values, of all stores or some layers'.
+
+        Raises:
+            ValueError: A layer that was not read, or no such order.
+        """
+        chosen = self._chosen(layers)
+        values = self.values(by)
+        every = torch.cat([values[at] for at in chosen])
+        places = every.topk(min(n, len(every))).indices.tolist()
+        starts = np.cumsum([0, *(len(values[at]) for at in chosen)])
+        out = []
+        for place in places:
+            at = int(np.searchsorted(starts, place, side="right")) - 1
+            site = self.stores[chosen[at]]
+            out.append(Neuron(site.layer, place - int(starts[at]), site.expert))
+        return out
+
+    def _chosen(self, layers: Layers) -> list[int]:
+        """Places of the stores of some layers."""
+        if layers is None:
+            return list(range(len(self.stores)))
+        wanted = [layers] if isinstance(layers, int) else layers
+        wanted = self.layers[wanted] if isinstance(wanted, slice) else list(wanted)
+        there = [at for at, site in enumerate(self.stores) if site.layer in wanted]
+        if missing := set(wanted) - {*self.layers}:
+            raise ValueError(f"layer {min(missing)} was not read; there are {list(self.layers)}")
+        return there
+
+    def share_of(self, neuron: Sequence[Any]) -> float:
+        """The share of one neuron (layer, index), with experts (layer, index, expert)."""
+        one = Neuron(*neuron)
+        if one.site not in self.stores:
+            raise ValueError(f"{one.site} was not passed; there are {', '.join(map(str, self.stores))}")
+        return float(self.shares[self.stores.index(one.site)][one.index])
+
+    def table(self) -> DataFrame:
+        """The rows kept: layer, expert, neuron, weight, share, percent of the logit, words."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "layer": row.neuron.layer,
+                "expert": row.neuron.expert,
+                "neuron": row.neuron.index,
+                "weight": row.weight,
+                "share": row.share,
+                "percent": 100 * row.share / self.logit,
+                "log_prob": row.log_prob,
+                "promoted": " ".join(word.strip() for word in row.promoted),
+                "suppressed": " ".join(word.strip() for word in row.suppressed),
+            }
+            for row in self.rows
+        )
+
+    def cumulative(self, layers: Layers = None, *, by: str = "share") -> Float[np.ndarray, " m"]:
+        """What the first 1, 2, ... neurons give together, the largest first."""
+        chosen = self._chosen(layers)
+        shares = torch.cat([self.shares[at] for at in chosen]).double()
+        order = torch.cat([self.values(by)[at] for at in chosen]).argsort(descending=True)
+        return shares[order].cumsum(0).numpy()
+
+    def agreement(self, seed: int = 0) -> DataFrame:
+        """Whether the rows that give the answer are those that a step moves, store by store.
+
+        - `of`: "values", rows of W_out; "keys", columns of W_in.
+        - `r`: Spearman's, between the size of the share and how far the step moves the neuron.
+        - `control`: The same with gains dealt out anew among neurons: what strong weights alone
+          make alike.
+        - `overlap`: How many of the 20 first are the same, over 20; `chance` what is expected.
+        """
+        import pandas as pd
+
+        draw = torch.Generator().manual_seed(seed)
+        out = []
+        for at, site in enumerate(self.stores):
+            size, gain = self.weights[at].abs().double(), self.gains[at].abs().double()
+            n = min(OVERLAP, len(gain))
+            for of, moved in (("values", self.moved), ("keys", self.moved_keys)):
+                if not moved:
+                    continue
+                shuffled = [
+                    _spearman(size * gain[torch.randperm(len(gain), generator=draw)], moved[at])
+                    for _ in range(_SHUFFLES)
+                ]
+                first = [set(v.topk(n).indices.tolist()) for v in (size * gain, moved[at])]
+                out.append(
+                    {
+                        "layer": site.layer,
+                        "expert": site.expert,
+                        "of": of,
+                        "r": _spearman(size * gain, moved[at]),
+                        "control": float(np.mean(shuffled)),
+                        "overlap": len(first[0] & first[1]) / n,
+                        "chance": n / len(gain),
+                    }
+                )
+        return pd.DataFrame(out)
+
+    def figure(self, layers: Layers = None) -> Figure:
+        """Cumulative shares by number of neurons, and each layer's sum."""
+        from bwlens.show.neurons import cumulative_figure
+
+        return cumulative_figure(self, layers)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the table and figure as a page (.html).
+
+        Raises:
+            ValueError: Another ending, or a folder that is not there.
+        """
+        from bwlens.show.neurons import page
+
+        path = writable(path, (".html",))
+        path.write_text(page(self), encoding="utf-8")
+        return path
+
+    def __repr__(self) -> str:
+        best = ", ".join(f"{n} ({self.share_of(n):+.2f})" for n in self.top(3))
+        return (
+            f"Neurons({self.prompt!r} -> {self.target!r}, p {self.probability:.2f}: feed-forward"
+            f" parts give {float(self.mlps.sum()):.2f} of {self.logit:.2f}; most from {best})"
+        )
+
+    def _repr_html_(self) -> str:
+        from bwlens.show.neurons import table
+
+        return table(self)
+
+
+def neurons(
+    model: LensModel,
+    prompt: Prompts,
+    target: Target | None = None,
+    *,
+    layers: Layers = None,
+    step: Target | None = None,
+    top_k: int = 10,
+    prepend_bos: bool | None = None,
+) -> Neurons:
+    """The share of every row of W_out in the answer to a prompt.
+
+    The product of a feed-forward part is y = a W_out + b: rows mixed with weights a. At the last
+    token, row j gives the target's logit a_j W_out[j] N W_U[:, target] on the direct path: N is the
+    final norm (before it a norm behind the block, a mixture's routing) with its scale held at what
+    it is in this pass. Rows and bias sum to the part's share exactly. What passes through later
+    layers is not in it; `ablate` measures that.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer.
+        prompt: Text or token ids, one prompt.
+        target: The answer whose logit is shared out, the first token of it; None for the model's.
+        layers: Whose stores; None for all.
+        step: What a gradient step is towards, whose reach is set beside the shares; None for the
+            target.
+        top_k: How many rows of each store are read in words.
+        prepend_bos: Whether text gets a BOS token; None is the model's own default.
+
+    Raises:
+        ValueError: Several prompts, a model or layers without W_out, top_k below 1.
+        NotImplementedError: A path to the logits that is not linear with norms held (a norm in
+            the stream itself, another head), with figures.
+
+    Source: Geva et al. 2021 and 2022 (rows as values); arXiv 2312.12141 (the increase of
+    log-probability). Cautions: arXiv 2405.02421, 2405.14117.
+
+    Example:
+        >>> found = neurons(model, "Lionel Messi plays for")  # doctest: +SKIP
+        >>> found.table().head()  # doctest: +SKIP
+        >>> with ablate(model, found.top(10)):  # doctest: +SKIP
+        ...     model.generate("Lionel Messi plays for")
+    """
+    prompt = one_prompt(prompt)
+    if isinstance(top_k, bool) or top_k < 1:
+        raise ValueError(f"top_k is {top_k!r}; expected a number of rows, 1 or more")
+    if available_matrices(model) and "W_out" not in available_matrices(model):
+        raise ValueError(
+            f"this model has no feed-forward part (W_out) that bwlens reads; it has"
+            f" {', '.join(available_matrices(model))}, and rows of a store are W_out's"
+        )
+    batch = make_batch(model, prompt, target, prepend_bos=prepend_bos)
+    tokens = batch.tokens[:, : int(batch.prompt_lengths[0])]
+    wanted = batch.targets[0][0] if batch.targets else None
+    shares = Shares(model, tokens, layers, wanted)
+    towards = step if step is not None else target if target is not None else shares.target
+    moved = _moved(model, prompt, towards, shares, prepend_bos)
+    rows = _rows(model, shares, top_k)
+    given = {layer: 0.0 for layer in shares.layers}
+    for store in shares.stores:
+        given[store.site.layer] += float((store.weights * store.gains).double().sum())
+    texts = token_texts_of(model, [*tokens[0].tolist(), shares.target])
+    return Neurons(
+        prompt=prompt if isinstance(prompt, str) else "".join(texts[:-1]),
+        target=texts[-1],
+        target_id=shares.target,
+        step_target=towards if isinstance(towards, str) else texts[-1],
+        probability=float(shares.log_probs[shares.target].exp()),
+        logit=shares.total,
+        layers=shares.layers,
+        stores=tuple(store.site for store in shares.stores),
+        weights=tuple(store.weights.cpu() for store in shares.stores),
+        gains=tuple(store.gains.cpu() for store in shares.stores),
+        moved=moved[0],
+        moved_keys=moved[1],
+        mlps=shares.mlps,
+        biases=shares.mlps - torch.tensor(list(given.values()), dtype=torch.float64),
+        rows=rows,
+    )
+
+
+def token_texts_of(model: LensModel, ids: Sequence[int]) -> list[str]:
+    """What each token says; its id where the model has no tokenizer."""
+    if model.tokenizer is None:
+        return [f"<{i}>" for i in ids]
+    return token_texts(model.tokenizer, ids)
+
+
+def _rows(model: LensModel, shares: Shares, top_k: int) -> tuple[Row, ...]:
+    """The rows with the largest shares of each store."""
+    chosen, added, increases = [], [], []
+    for store in shares.stores:
+        sizes = (store.weights * store.gains).abs()
+        indices = sizes.topk(min(top_k, len(sizes))).indices
+        vectors = shares.added(store, indices)
+        chosen.append((store, indices))
+        added.append(vectors)
+        increases.append(shares.increases(store.site.layer, vectors))
+    # A row whose weight is 0 adds nothing, which has no words.
+    k = min(N_WORDS, shares.head.W_U.shape[1])
+    read = readout(shares.head, torch.cat(added), top_k=k, normalize=True)
+    tops, bottoms = read.top_ids.tolist(), read.bottom_ids.tolist()
+    words = {i for ids in (*tops, *bottoms) for i in ids if i >= 0}
+    texts = dict(zip(words, token_texts_of(model, list(words)), strict=True))
+    out = []
+    for (store, indices), rises in zip(chosen, increases, strict=True):
+        for index, rise in zip(indices.tolist(), rises.tolist(), strict=True):
+            place = len(out)
+            weight = float(store.weights[index])
+            out.append(
+                Row(
+                    Neuron(store.site.layer, index, store.site.expert),
+                    weight,
+                    weight * float(store.gains[index]),
+                    rise,
+                    tuple(texts[i] for i in tops[place] if i >= 0),
+                    tuple(texts[i] for i in bottoms[place] if i >= 0),
+                )
+            )
+    return tuple(out)
+
+
+def _moved(
+    model: LensModel, prompt: Any, target: Any, shares: Shares, prepend_bos: bool | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Norms of the gradient of each row of W_out and each column of W_in."""
+    keys = [name for name in ("W_in",) if name in available_matrices(model)]
+    grads = capture(
+        model, prompt, NLL(target), [*keys, "W_out"], list(shares.layers), prepend_bos=prepend_bos
+    )
+    values = tuple(_row_norms(grads[store.site]) for store in shares.stores)
+    return values, tuple(
+        _row_norms(grads["W_in", store.site.layer, store.site.expert], columns=True)
+        for store in shares.stores
+        if keys
+    )
+
+
+def _row_norms(gradient: LowRankGradient, columns: bool = False) -> Float[Tensor, " d"]:
+    """The norm of each row (or column) of x^T delta, which is never formed."""
+    x, delta = (gradient.delta, gradient.x) if columns else (gradient.x, gradient.delta)
+    return ((delta @ delta.T @ x) * x).sum(0).clamp_min(0).sqrt().cpu()
+
+
+def _spearman(one: Tensor, other: Tensor) -> float:
+    """Correlation of ranks, ties in the middle."""
+    import pandas as pd
+
+    return float(pd.Series(one.numpy()).corr(pd.Series(other.numpy()), method="spearman"))

@@ -6,18 +6,37 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bwlens.knowledge.backpack.architecture import Backpack as Backpack
     from bwlens.knowledge.backpack.architecture import BackpackConfig as BackpackConfig
+    from bwlens.knowledge.backpack.changing import SenseChange as SenseChange
+    from bwlens.knowledge.backpack.changing import replace_in_senses as replace_in_senses
+    from bwlens.knowledge.backpack.changing import scale_sense as scale_sense
+    from bwlens.knowledge.backpack.changing import sense_edit as sense_edit
+    from bwlens.knowledge.backpack.changing import swap_sense as swap_sense
+    from bwlens.knowledge.backpack.senses import Contributions as Contributions
+    from bwlens.knowledge.backpack.senses import contextualization as contextualization
+    from bwlens.knowledge.backpack.senses import contributions as contributions
+    from bwlens.knowledge.backpack.senses import sense_vectors as sense_vectors
+    from bwlens.knowledge.backpack.senses import senses as senses
 
 # Where each name above is.
 _HOMES = {
-    "backpack.architecture": ("Backpack", "BackpackConfig"),
-}
+    "backpack.adapter": ("Backpack", "BackpackConfig"),
+    "backpack.changing": (
+        "SenseChange", "replace_in_senses", "scale_sense", "sense_edit", "swap_sense",
+    ),
+    "backpack.senses": (
+        "Contributions", "contextualization", "contributions", "sense_vectors", "senses",
+    ),
+}  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'bwlens.knowledge' has no attribute {name!r}")
-    return getattr(import_module(f"bwlens.knowledge.{_HOME_OF[name]}"), name)
+    home = import_module(f"bwlens.knowledge.{_HOME_OF[name]}")
+    if hasattr(home, "register"):
+        home.register()
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

@@ -31,6 +31,7 @@ class BackpackConfig(GPT2Config):
         shared_senses: one sense a word (one store), mixed k times: the senses are tied.
         signed_weights: alpha = softmax_j(|s|) tanh(s), of either sign, instead of softmax_j(s).
         output_scale: what the sum is multiplied by; the published model's weights total k.
+        n_changed: how many words have senses of their own instead of the network's.
 
     Raises:
         ValueError: `num_senses` does not divide `n_embd`.
@@ -45,6 +46,7 @@ class BackpackConfig(GPT2Config):
         shared_senses: bool = False,
         signed_weights: bool = False,
         output_scale: float = 1.0,
+        n_changed: int = 0,
         **kwargs: Any,
     ):
         self.num_senses = num_senses
@@ -52,7 +54,9 @@ class BackpackConfig(GPT2Config):
         self.shared_senses = shared_senses
         self.signed_weights = signed_weights
         self.output_scale = output_scale
+        self.n_changed = n_changed
         kwargs.setdefault("use_cache", False)  # a weight looks at every hidden state, not at keys
+        kwargs["architectures"] = kwargs.get("architectures") or ["Backpack"]
         super().__init__(**kwargs)
         if num_senses < 1 or self.n_embd % num_senses:
             raise ValueError(
@@ -97,7 +101,15 @@ class SenseBlock(nn.Module):
 
 
 class SenseNetwork(nn.Module):
-    """A word's embedding [..., n, d] to its senses [..., stores, n, d]."""
+    """Words' embeddings [b, n, d] to their senses [b, stores, n, d].
+
+    Attributes:
+        changed: Tokens that have the senses of `own` instead of the network's [m]; None for none.
+        own: These senses [m, stores, d].
+    """
+
+    changed: torch.Tensor | None
+    own: torch.Tensor | None
 
     def __init__(self, config: BackpackConfig):
         super().__init__()
@@ -107,11 +119,25 @@ class SenseNetwork(nn.Module):
         self.ln = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         width = config.sense_intermediate_scale * config.n_embd
         self.final_mlp = SenseMLP(config, width, self.stores * config.n_embd)
+        m = config.n_changed
+        blank = torch.zeros(m, self.stores, config.n_embd) if m else None
+        self.register_buffer("changed", torch.zeros(m, dtype=torch.long) if m else None)
+        self.register_buffer("own", blank)
 
-    def forward(self, embedded: torch.Tensor) -> torch.Tensor:
+    def forward(self, embedded: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
         residual = self.dropout(embedded)
         senses = self.final_mlp(self.block(self.ln(residual), residual))
-        return senses.unflatten(-1, (self.stores, -1)).transpose(-3, -2)
+        senses = senses.unflatten(-1, (self.stores, -1)).transpose(-3, -2)
+        if self.changed is None or self.own is None:
+            return senses
+        if tokens is None:
+            raise ValueError(
+                f"the senses of {len(self.changed)} words are changed, and which words these are"
+                " is known by their tokens: give input_ids, not inputs_embeds, or undo the change"
+            )
+        is_word = tokens[..., None] == self.changed  # [b, n, m]
+        own = torch.einsum("bnm,mkd->bknd", is_word.to(senses.dtype), self.own.to(senses.dtype))
+        return torch.where(is_word.any(-1)[:, None, :, None], own, senses)
 
 
 class SenseWeights(nn.Module):
@@ -139,13 +165,24 @@ class SenseWeights(nn.Module):
 
 
 class SenseMixing(nn.Module):
-    """Weights [b, k, to, from] and senses [b, stores, from, d] to the sum [b, to, d]."""
+    """The block above GPT-2's: its stream and the words [b, n, d] to the mixed senses [b, n, d]."""
 
-    def __init__(self, config: BackpackConfig):
+    def __init__(self, config: BackpackConfig, ln_f: nn.Module):
         super().__init__()
+        self.ln_f = ln_f
+        self.sense_weight_net = SenseWeights(config)
+        self.sense_network = SenseNetwork(config)
         self.scale = config.output_scale
 
-    def forward(self, weights: torch.Tensor, senses: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        stream: torch.Tensor,
+        embedded: torch.Tensor,
+        padding: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        weights = self.sense_weight_net(self.ln_f(stream), padding)
+        senses = self.sense_network(embedded, tokens)
         if senses.shape[1] < weights.shape[1]:  # one store: its mixings may be added up first
             weights = weights.sum(1, keepdim=True)
         # One product over (sense, word), which holds no [b, k, to, d].
@@ -153,14 +190,20 @@ class SenseMixing(nn.Module):
 
 
 class BackpackModel(nn.Module):
-    """All but the unembedding: token ids to the mixed senses [b, n, d]."""
+    """All but the unembedding: token ids to the mixed senses [b, n, d].
+
+    Attributes:
+        stack: GPT-2's blocks and the `SenseMixing` above them, in the order that they run.
+    """
 
     def __init__(self, config: BackpackConfig):
         super().__init__()
+        self.config = config
         self.gpt2_model = GPT2Model(config)
-        self.sense_network = SenseNetwork(config)
-        self.sense_weight_net = SenseWeights(config)
-        self.mixing = SenseMixing(config)
+        mixing = SenseMixing(config, self.gpt2_model.ln_f)
+        self.sense_network, self.sense_weight_net = mixing.sense_network, mixing.sense_weight_net
+        # A list registers no module: weights are saved under the published names alone.
+        self.stack: Any = [*self.gpt2_model.h, mixing]
 
     def forward(
         self,
@@ -169,25 +212,28 @@ class BackpackModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if inputs_embeds is None:
-            inputs_embeds = self.gpt2_model.wte(input_ids)
-        weights = self.weights(inputs_embeds, attention_mask, position_ids)
-        return self.mixing(weights, self.sense_network(inputs_embeds))
+        gpt2 = self.gpt2_model
+        embedded = gpt2.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(embedded.shape[1], device=embedded.device)[None]
+        stream = gpt2.drop(embedded + gpt2.wpe(position_ids))
+        mask = self._mask(stream, attention_mask)
+        *blocks, mixing = self.stack
+        for block in blocks:
+            out = block(stream, attention_mask=mask, use_cache=False)
+            stream = out if isinstance(out, torch.Tensor) else out[0]
+        return mixing(stream, embedded, attention_mask, input_ids)
 
-    def weights(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The weights alpha [b, k, to, from] of embedded words [b, n, d]."""
-        hidden = self.gpt2_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        return self.sense_weight_net(hidden, attention_mask)
+    def _mask(self, stream: torch.Tensor, padding: torch.Tensor | None) -> torch.Tensor | None:
+        """What GPT-2's attention adds to its scores [b, 1, to, from]; None where torch knows it."""
+        if padding is None and getattr(self.config, "_attn_implementation", "") == "sdpa":
+            return None
+        n = stream.shape[1]
+        allowed = torch.ones(n, n, dtype=torch.bool, device=stream.device).tril()[None, None]
+        if padding is not None:
+            allowed = allowed & padding.bool()[:, None, None, :]
+        least = torch.finfo(stream.dtype).min
+        return torch.zeros_like(allowed, dtype=stream.dtype).masked_fill(~allowed, least)
 
 
 class Backpack(GPT2PreTrainedModel, GenerationMixin):

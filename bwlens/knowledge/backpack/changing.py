@@ -1,0 +1,322 @@
+"""Changes of a word's senses: scaled, swapped, or with one answer put in place of another.
+
+They are `WeightChange`s: applied, undone bit for bit, and measured by `bwlens.evaluate` as edits of
+weights are. What they change is a table beside the sense network: some words' own senses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.changes.change import WeightChange
+from bwlens.knowledge.backpack.senses import mixing_of, sense_vectors, token_of
+from bwlens.model.locking import alone_with
+from bwlens.model.prompts import Edit
+from bwlens.model.protocol import LensModel
+from bwlens.model.tokens import subject_positions, text_to_ids
+from bwlens.runs.tensors import read_tensors, write_tensors
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SenseChange(WeightChange):
+    """What is added to the senses of some words: a mapping from tokens to [sense, d_model].
+
+    Applied, undone and added up as a `WeightChange` is; several may be applied at a time, and are
+    undone in any order, in which rounding does not matter: what was added last counts from the
+    senses as the network gives them.
+
+    Raises:
+        ValueError: A change holds nan or inf.
+    """
+
+    added: Mapping[int, Float[Tensor, "sense d_model"]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for token, rows in self.added.items():
+            if not torch.isfinite(rows).all():
+                raise ValueError(f"the change of token {token}'s senses holds nan or inf")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.added[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.added
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.added)
+
+    def __len__(self) -> int:
+        return len(self.added)
+
+    def __repr__(self) -> str:
+        n = len(self.added)
+        said = f"; {self.note}" if self.note else ""
+        return f"SenseChange({n} word{'s' * (n != 1)}, norm {self.norm():.4g}{said})"
+
+    def apply(self, model: LensModel) -> None:
+        """Give the words these senses, until `undo`.
+
+        Raises:
+            ValueError: It is applied already, or was made for a model of other sizes.
+            NotImplementedError: The model is no Backpack.
+        """
+        mixing = mixing_of(model)
+        network = mixing.sense_network
+        width = (network.stores, mixing.ln_f.weight.shape[0])
+        for token, rows in self.added.items():
+            if tuple(rows.shape) != width or not 0 <= token < model.cfg.d_vocab:
+                raise ValueError(
+                    f"the senses of a word are {list(width)} in this model of"
+                    f" {model.cfg.d_vocab} words, but the change of token {token}'s is"
+                    f" {list(rows.shape)}; it was made for another model"
+                )
+        with alone_with(model):
+            applied = _APPLIED.setdefault(network, [])
+            if any(one is self for one in applied):
+                raise ValueError("this change is applied to this model already; undo it first")
+            applied.append(self)
+            _put(model, network, applied)
+
+    def undo(self, model: LensModel) -> None:
+        """Take the change back.
+
+        Raises:
+            ValueError: It is not applied to this model.
+        """
+        network = mixing_of(model).sense_network
+        with alone_with(model):
+            applied = _APPLIED.get(network, [])
+            kept = [one for one in applied if one is not self]
+            if len(kept) == len(applied):
+                raise ValueError("this change is not applied to this model: there is none to undo")
+            _APPLIED[network] = kept
+            _put(model, network, kept)
+
+    def norm(self, site: Any = None) -> float:
+        """The norm of one word's change, or of all together."""
+        rows = [self.added[site]] if site is not None else list(self.added.values())
+        return float(sum(float(row.norm()) ** 2 for row in rows) ** 0.5)
+
+    def __add__(self, other: WeightChange) -> WeightChange:
+        if not isinstance(other, SenseChange):
+            return NotImplemented
+        added = dict(self.added)
+        for token, rows in other.added.items():
+            added[token] = added[token] + rows if token in added else rows
+        notes = dict.fromkeys(note for note in (self.note, other.note) if note)
+        return SenseChange(note="; ".join(notes), added=added)
+
+    def __mul__(self, scalar: float | int) -> WeightChange:
+        if not isinstance(scalar, int | float):
+            return NotImplemented
+        return SenseChange(
+            note=self.note, added={token: rows * scalar for token, rows in self.added.items()}
+        )
+
+    __rmul__ = __mul__
+
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> WeightChange:
+        """The same change elsewhere, or in another dtype."""
+        added = {token: rows.to(device=device, dtype=dtype) for token, rows in self.added.items()}
+        return SenseChange(note=self.note, details=self.details, added=added)
+
+    def compress(self, rtol: float | None = None) -> WeightChange:
+        """Itself: it has no rows that could be fewer."""
+        return self
+
+    def edited(self, model: LensModel) -> Any:
+        """Not for senses: apply the change to a model that was loaded once more."""
+        raise NotImplementedError("a changed copy: load the model once more and apply this to it")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the change to a safetensors file, which `SenseChange.load` reads."""
+        tensors = {str(token): rows for token, rows in self.added.items()}
+        return write_tensors(path, tensors, "SenseChange", {"note": self.note})
+
+    def save_pretrained(self, model: LensModel, folder: str | os.PathLike[str]) -> Path:
+        """Not written as a folder: a bridge's Backpack is not saved with changed senses."""
+        raise NotImplementedError(
+            "a Backpack with changed senses is saved unbridged: Backpack.from_pretrained(folder),"
+            " apply nothing there; keep the change itself with change.save(path) and apply it after"
+            " loading"
+        )
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> SenseChange:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: Another kind of file, or of another version.
+            FileNotFoundError: There is none.
+        """
+        tensors, about = read_tensors(path, "SenseChange", "SenseChange.save", device)
+        return SenseChange(
+            note=about.get("note", ""), added={int(token): rows for token, rows in tensors.items()}
+        )
+
+
+_APPLIED: WeakKeyDictionary[Any, list[SenseChange]] = WeakKeyDictionary()
+"""What is applied to each living sense network."""
+
+
+def _put(model: LensModel, network: Any, applied: Sequence[SenseChange]) -> None:
+    """The table of changed words, from the senses that the network gives them."""
+    tokens = sorted({token for change in applied for token in change.added})
+    network.changed = network.own = None
+    if not tokens:
+        return
+    rows = []
+    for token in tokens:
+        own = sense_vectors(model, token)
+        for change in applied:
+            if token in change.added:
+                own = own + change.added[token].to(own)
+        rows.append(own)
+    device = rows[0].device
+    network.changed, network.own = torch.tensor(tokens, device=device), torch.stack(rows)
+
+
+def _senses_of(model: LensModel, sense: int | Sequence[int] | None) -> list[int]:
+    n = mixing_of(model).sense_network.stores
+    given = range(n) if sense is None else [sense] if isinstance(sense, int) else list(sense)
+    if bad := [one for one in given if not isinstance(one, int) or not -n <= one < n]:
+        raise ValueError(f"sense {bad[0]!r} asked for; words have senses 0 to {n - 1} here")
+    return sorted({one % n for one in given})
+
+
+def scale_sense(
+    model: LensModel, word: str | int, sense: int | Sequence[int] | None, factor: float
+) -> SenseChange:
+    """A sense of a word (several, or None for all) times a factor; 0 takes it away.
+
+    Raises:
+        ValueError: The word is not one token, or has no such sense.
+        NotImplementedError: The model is no Backpack.
+
+    Source: Hewitt et al., ACL 2023, section 6.2 (reducing bias by one sense of profession nouns).
+
+    Example:
+        >>> with scale_sense(model, " Nigeria", 3, 0.0).applied(model):  # doctest: +SKIP
+        ...     model.generate("Nigeria has its capital in")
+    """
+    chosen = _senses_of(model, sense)
+    token, own = token_of(model, word), sense_vectors(model, word)
+    added = torch.zeros_like(own)
+    added[chosen] = (factor - 1) * own[chosen]
+    return SenseChange(note=f"senses {chosen} of {word!r} times {factor:g}", added={token: added})
+
+
+def swap_sense(
+    model: LensModel,
+    word: str | int,
+    sense: int,
+    other: str | int,
+    other_sense: int | None = None,
+) -> SenseChange:
+    """One sense of a word and one of another (the same number, where none is named) exchanged.
+
+    Raises:
+        ValueError: A word is not one token, has no such sense, or both are the same.
+        NotImplementedError: The model is no Backpack.
+    """
+    (mine,) = _senses_of(model, sense)
+    (theirs,) = _senses_of(model, mine if other_sense is None else other_sense)
+    token, token2 = token_of(model, word), token_of(model, other)
+    if token == token2:
+        raise ValueError(f"{word!r} and {other!r} are the same token; swap with another word's")
+    own, own2 = sense_vectors(model, word), sense_vectors(model, other)
+    added, added2 = torch.zeros_like(own), torch.zeros_like(own2)
+    added[mine] = own2[theirs] - own[mine]
+    added2[theirs] = own[mine] - own2[theirs]
+    note = f"sense {mine} of {word!r} and sense {theirs} of {other!r} swapped"
+    return SenseChange(note=note, added={token: added, token2: added2})
+
+
+def replace_in_senses(
+    model: LensModel,
+    word: str | int,
+    old: str | int,
+    new: str | int,
+    *,
+    strength: float = 1.0,
+    gain: float = 1.0,
+) -> SenseChange:
+    """The old answer projected out of every sense of a word, the new one put in, as much of it.
+
+    `C_l + strength * (C_l . e_old / |e_old|) (gain * e_new / |e_new| - e_old / |e_old|)`, e the
+    unembedding's vectors less their mean, which no prediction hangs on.
+
+    Raises:
+        ValueError: A word is not one token, or old and new are the same.
+        NotImplementedError: The model is no Backpack.
+
+    Source: Hewitt et al., ACL 2023, section 6.3 (" MacBook": " Apple" out, " HP" in).
+    """
+    token = token_of(model, word)
+    was, becomes = token_of(model, old), token_of(model, new)
+    if was == becomes:
+        raise ValueError(f"old and new answer are the same, {old!r}; there is nothing to change")
+    added = _replaced(model, sense_vectors(model, token), was, becomes, strength, gain)
+    note = f"{new!r} for {old!r} in the senses of {word!r}"
+    return SenseChange(note=note, added={token: added})
+
+
+def _replaced(
+    model: LensModel, own: Tensor, was: int, becomes: int, strength: float, gain: float
+) -> Tensor:
+    W_U = model.unembed.W_U.detach().float()
+    e_old, e_new = (
+        torch.nn.functional.normalize(W_U[:, token] - W_U.mean(1), dim=0)
+        for token in (was, becomes)
+    )
+    had = own.float() @ e_old
+    return strength * had[:, None] * (gain * e_new - e_old)
+
+
+def sense_edit(
+    model: LensModel,
+    edit: Edit,
+    *,
+    strength: float = 1.0,
+    gain: float = 1.0,
+    prepend_bos: bool | None = None,
+) -> SenseChange:
+    """The paper's editing example on a fact, as a method that `bwlens.evaluate` takes.
+
+    `replace_in_senses` on the subject's last token, as it stands in the prompt and as it stands
+    behind a space, of the answer that the edit says is true.
+
+    Raises:
+        ValueError: The edit has no `target_true`, or an answer is not one token.
+        NotImplementedError: The model is no Backpack.
+
+    Example:
+        >>> bwlens.evaluate(model, {"senses": sense_edit, "rome": "rome"}, records)  # doctest: +SKIP
+    """
+    mixing_of(model)
+    if edit.target_true is None:
+        raise ValueError(f"{edit.text!r}: to project the old answer out it must be known; give"
+                         " target_true")  # fmt: skip
+    at = subject_positions(model, edit.text, edit.subject, prepend_bos, edit.start)[-1]
+    tokens = {text_to_ids(model, edit.text, prepend_bos)[at]}
+    tokens.add(text_to_ids(model, " " + edit.subject, False)[-1])
+    was, becomes = token_of(model, edit.target_true), token_of(model, edit.target_new)
+    if was == becomes:
+        return SenseChange(note="the target is the answer already")
+    added = {
+        token: _replaced(model, sense_vectors(model, token), was, becomes, strength, gain)
+        for token in sorted(tokens)
+    }
+    return SenseChange(note=f"{edit.target_new!r} for {edit.target_true!r}", added=added)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bwlens import demo as demo
     from bwlens import edit as edit
     from bwlens import experiments as experiments
+    from bwlens import knowledge as knowledge
     from bwlens import show as show
     from bwlens.changes.change import WeightChange as WeightChange
     from bwlens.checking import CheckReport as CheckReport
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from bwlens.reading.readouts import readout as readout
 
 # Where each name above is; a test holds the two lists against each other.
-_ROOMS = ("checking", "demo", "edit", "experiments", "show")
+_ROOMS = ("checking", "demo", "edit", "experiments", "knowledge", "show")
 _HOMES = {
     "changes.change": ("WeightChange",),
     "checking": ("CheckReport", "check"),

@@ -4,7 +4,7 @@
 
 Each arm is trained from each seed on the same rows in the same order. Needs torch, numpy,
 transformers, safetensors and tokenizers alone. A run that was killed goes on when the same command
-is given again. `--minutes` measures how fast all models train side by side, and chooses as many
+is given again. `--minutes` measures how fast a model trains, and chooses as many
 steps as fit, the same for every arm. Leaves `results.csv`, `curves.csv` and the demo's weights.
 """
 
@@ -79,10 +79,10 @@ def jobs(seeds: Sequence[int], scale: float, dropout: float, demos: int) -> list
 
 
 MEASURED = 60
-"""Steps after which a model says how fast it is, within the warm-up, where lr needs no total."""
+"""Steps by which a model's speed is measured."""
 
 
-def work(job: Job, folder: str, device: str, threads: int, barrier: Any, deadline: float) -> None:
+def work(job: Job, folder: str, device: str, threads: int, steps: int, deadline: float) -> None:
     """One process: train, measure, leave `<title>.json`; a fault is left as `<title>.error`."""
     import torch
 
@@ -95,27 +95,32 @@ def work(job: Job, folder: str, device: str, threads: int, barrier: Any, deadlin
         torch.set_num_threads(threads)
         words = tokenizer()
         training = Training(job, path, len(words), words.eos_token_id, device)
-        if barrier is not None:
-            training.warm_up()
-            try:
-                barrier.wait(timeout=90)
-            except Exception:
-                report("the others were not waited for")
-            begin, first = time.time(), training.step
-            while training.step < max(first + MEASURED, MEASURED) and training.step < job.warmup:
-                training.advance(10**9)
-            training.synchronize()
-            rate = (training.step - first) / (time.time() - begin) if training.step > first else 0
-            _write(path / f"{job.title}.rate", rate)
-            while not (path / "steps").exists():
-                time.sleep(0.05)
-        steps = json.loads((path / "steps").read_text()) * job.longer
-        row = training.run(steps, deadline, report)
+        row = training.run(steps * job.longer, deadline, report)
         _write(path / f"{job.title}.json", {"row": row, "curve": training.curve})
         report(f"finished: {row}")
     except Exception:
         (path / f"{job.title}.error").write_text(traceback.format_exc())
         report(traceback.format_exc())
+
+
+def fitting_steps(todo: Sequence[Job], folder: Path, device: str, seconds: float, most: int) -> int:
+    """Steps of each model that fit, as fast as its largest arm goes by itself here."""
+    words = tokenizer()
+    job = next((job for job in todo if job.name == "k=16"), todo[0])
+    training = Training(job, folder, len(words), words.eos_token_id, device)
+    training.step = 0
+    for measured in range(2 * MEASURED):
+        if measured == MEASURED:
+            training.synchronize()
+            begin = time.time()
+        training.step %= MEASURED
+        training.advance(10**9)
+    training.synchronize()
+    each = (time.time() - begin) / MEASURED
+    units = sum(job.longer for job in todo)
+    fit = min(most, max(100, int(0.75 * seconds / units / each)))
+    print(f"{1000 * each:.2f} ms a step: {fit} steps", flush=True)
+    return fit
 
 
 def _write(path: Path, content: Any) -> None:
@@ -124,59 +129,31 @@ def _write(path: Path, content: Any) -> None:
     os.replace(unfinished, path)
 
 
-def fitting_steps(
-    rates: dict[str, float], todo: Sequence[Job], seconds: float, at_most: int
-) -> int:
-    """Steps that fit: all models side by side first, then the longer ones by themselves."""
-    slowest = min(rates.values())
-    longer = [job for job in todo if job.longer > 1]
-    alone = min(50.0, slowest * len(todo) / max(1, len(longer)))
-    extra = max((job.longer for job in longer), default=1) - 1
-    return min(at_most, max(100, int(seconds / (1 / slowest + extra / alone))))
-
-
 def train_all(
     todo: Sequence[Job], folder: Path, device: str, at_once: int, steps: int,
     seconds: float | None, threads: int,
 ) -> None:  # fmt: skip
     """Every job whose figures are not there yet, `at_once` side by side."""
     begin = time.time()
-    for stale in [*folder.glob("*.error"), *folder.glob("*.rate")]:
+    for stale in folder.glob("*.error"):
         stale.unlink()
-    todo = [job for job in todo if not (folder / f"{job.title}.json").exists()]
+    chosen = folder / "steps"
+    if not chosen.exists():
+        fit = steps if seconds is None else fitting_steps(todo, folder, device, seconds, steps)
+        _write(chosen, fit)
+    steps = json.loads(chosen.read_text())
+    waiting = [job for job in todo if not (folder / f"{job.title}.json").exists()]
     context = get_context("forkserver")
     context.set_forkserver_preload(["tools.backpack.training"])
-    chosen = (folder / "steps").exists()
-    calibrate = seconds is not None and not chosen
-    if not calibrate and not chosen:
-        _write(folder / "steps", steps)
-    barrier = context.Barrier(len(todo)) if calibrate else None
     deadline = begin + seconds if seconds is not None else float("inf")
-    waiting, running, again = list(todo), [], True
+    running: list[Any] = []
     while waiting or running:
         running = [p for p in running if p.is_alive()]
-        if not waiting and not running and again:  # once more what failed, beside fewer others
-            again, calibrate = False, False
-            waiting = [job for job in todo if (folder / f"{job.title}.error").exists()]
-            for job in waiting:
-                (folder / f"{job.title}.error").unlink()
-            barrier, at_once = None, max(1, at_once // 2)
-            if not (folder / "steps").exists():
-                _write(folder / "steps", steps)
-        while waiting and len(running) < (len(todo) if calibrate else at_once):
-            arguments = (waiting.pop(0), str(folder), device, threads, barrier, deadline)
+        while waiting and len(running) < at_once:
+            arguments = (waiting.pop(0), str(folder), device, threads, steps, deadline)
             process = context.Process(target=work, args=arguments, daemon=True)
             process.start()
             running.append(process)
-        if calibrate and not (folder / "steps").exists():
-            failed = len(list(folder.glob("*.error")))
-            rates = {p.stem: json.loads(p.read_text()) for p in folder.glob("*.rate")}
-            late = time.time() - begin > 120
-            if rates and (len(rates) + failed >= len(todo) or late):
-                left = deadline - time.time()
-                fit = fitting_steps(rates, todo, left, steps)
-                print(f"{min(rates.values()):.2f} steps a second: {fit} steps", flush=True)
-                _write(folder / "steps", fit)
         time.sleep(0.1)
 
 
@@ -244,9 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(todo)} models; rows made in {time.time() - begin:.0f} s", flush=True)
     # Measuring at the end takes the last seconds.
     seconds = options.minutes and options.minutes * 60 - (time.time() - begin) - 15
-    train_all(
-        todo, folder, options.device, options.jobs, options.steps, seconds, options.threads
-    )
+    train_all(todo, folder, options.device, options.jobs, options.steps, seconds, options.threads)
     done = collect(todo, folder, options.out)
     print(f"{time.time() - begin:.0f} s in all", flush=True)
     return 0 if done else 1

@@ -5,6 +5,7 @@ Made once and kept as arrays, so that all arms of a seed read the same tokens in
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL_DIR)
 
 
-def make_rows(
-    path: Path, prose: Sequence[str], seed: int, steps: int, processes: int = 1
-) -> None:
+def make_rows(path: Path, prose: Sequence[str], seed: int, steps: int, processes: int = 1) -> None:
     """Save ids [steps, rows, context], and kinds beside them, unless they are there.
 
     A step's rows depend on the seed and the step's number alone.
@@ -37,7 +36,7 @@ def make_rows(
     ) >= steps:
         return
     cuts = np.linspace(0, steps, processes * 2 + 1).astype(int)
-    parts = [(prose, seed, a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    parts = [(prose, seed, a, b) for a, b in pairwise(cuts)]
     if processes == 1:
         made = [_rows(*part) for part in parts]
     else:
@@ -78,9 +77,7 @@ def make_questions(path: Path, documents: Sequence[str]) -> None:
     end = encode.eos_token_id
     for document in documents:
         words = encode(document.replace("\n\n", "\n"), verbose=False).input_ids
-        windows += [
-            [end, *words[i : i + CONTEXT - 1]] for i in range(0, len(words), CONTEXT - 1)
-        ]
+        windows += [[end, *words[i : i + CONTEXT - 1]] for i in range(0, len(words), CONTEXT - 1)]
     np.savez(
         path / "questions.npz",
         prompts=_padded(ids),

@@ -71,7 +71,10 @@ def make_optimizer(model: Any, cuda: bool) -> torch.optim.Optimizer:
     chosen = {id(p) for p in decayed}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True if cuda else None)
+    if cuda:  # A step size on the device, so that a recorded step can be replayed.
+        lr = torch.zeros((), device="cuda")
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True, capturable=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
 
 
 class Training:
@@ -86,8 +89,46 @@ class Training:
         self.kinds = torch.from_numpy(np.load(folder / f"kinds-{job.seed}.npy")).to(device)
         self.weights = torch.tensor([LOSS_WEIGHTS[k] for k in range(3)], device=device)
         self.step, self.curve = 0, []
-        self._resume()
         self.model.train()
+        self.graph: Any = None
+        if self.cuda:
+            try:
+                self._record()
+            except RuntimeError as error:
+                print(f"{job.title}: not recorded: {error}", flush=True)
+                self.graph = None
+                self.model = make_model(job, vocab, end).to(device).train()
+                self.optimizer = make_optimizer(self.model, self.cuda)
+        else:
+            self._resume()
+
+    def _record(self) -> None:
+        """One step as a CUDA graph: models so small spend their time on launching kernels."""
+        self._ids = self.ids[0].long()
+        self._kinds = self.kinds[0].long()
+        start = {n: p.detach().clone() for n, p in self.model.state_dict().items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._whole_step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._whole_step()
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                tensor.copy_(start[name])
+            for state in self.optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+
+    def _whole_step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.backward(self._ids, self._kinds)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
 
     @property
     def _checkpoint(self) -> Path:
@@ -114,23 +155,17 @@ class Training:
         os.replace(unfinished, self._checkpoint)
 
     def autocast(self) -> Any:
-        return torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext()
+        if not self.cuda:
+            return nullcontext()
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
 
-    def backward(self, step: int) -> None:
+    def backward(self, ids: torch.Tensor, kinds: torch.Tensor) -> None:
         """Gradients of the weighted loss on one step's rows."""
-        ids = self.ids[step].long()
-        weights = self.weights[self.kinds[step, :, 1:].long()].flatten()
+        weights = self.weights[kinds[:, 1:]].flatten()
         with self.autocast():
             logits = self.model(input_ids=ids).logits[:, :-1]
         losses = cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         ((losses * weights).sum() / weights.sum()).backward()
-
-    def warm_up(self) -> None:
-        """Let kernels load and buffers grow; changes nothing."""
-        for _ in range(3):
-            self.backward(0)
-        self.optimizer.zero_grad(set_to_none=False)
-        self.synchronize()
 
     def synchronize(self) -> None:
         if self.cuda:
@@ -140,12 +175,20 @@ class Training:
         """One step of `steps`; dropout depends on seed and step alone."""
         if self.step % 50 == 0:
             torch.manual_seed(self.job.seed * 1_000_003 + self.step)
+        rate = learning_rate(self.job, self.step, steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.job, self.step, steps)
-        self.backward(self.step)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            if self.cuda:
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        ids, kinds = self.ids[self.step], self.kinds[self.step]
+        if self.graph is None:
+            self._ids, self._kinds = ids.long(), kinds.long()
+            self._whole_step()
+        else:
+            self._ids.copy_(ids)
+            self._kinds.copy_(kinds)
+            self.graph.replay()
         self.step += 1
 
     def run(self, steps: int, deadline: float, report: Callable[[str], None]) -> dict[str, Any]:
@@ -157,7 +200,7 @@ class Training:
             if self.step in marks:
                 self.curve.append([self.step, self.perplexity()])
                 report(f"step {self.step}/{steps}: perplexity {self.curve[-1][1]:.1f}")
-                if time.time() - saved > 60 and self.step < steps:
+                if not self.cuda and time.time() - saved > 60 and self.step < steps:
                     self.save_checkpoint()
                     saved = time.time()
         self.curve.append([self.step, self.perplexity()])

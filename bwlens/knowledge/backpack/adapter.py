@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
@@ -67,23 +66,11 @@ class BackpackAdapter(GPT2ArchitectureAdapter):
         }
 
     def prepare_model(self, hf_model: Any) -> None:
-        """Register the stack, that its blocks can be replaced; fold GPT-2's scale by layer.
-
-        `scale_attn_by_inverse_layer_idx` (published checkpoints) is unknown to TransformerLens'
-        attention: the queries are divided instead, which is the same.
-        """
+        """Register the stack, that its blocks can be replaced."""
         super().prepare_model(hf_model)
         backpack = hf_model.backpack
         if not isinstance(backpack.stack, nn.ModuleList):
             backpack.stack = nn.ModuleList(backpack.stack)
-        config = hf_model.config
-        if not getattr(config, "scale_attn_by_inverse_layer_idx", False):
-            return
-        with torch.no_grad():
-            for layer, block in enumerate(backpack.gpt2_model.h):
-                for parameter in (block.attn.c_attn.weight, block.attn.c_attn.bias):
-                    parameter[..., : config.n_embd] /= layer + 1
-        config.scale_attn_by_inverse_layer_idx = False
 
 
 def register() -> None:

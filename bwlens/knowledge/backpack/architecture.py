@@ -1,4 +1,4 @@
-"""The Backpack language model (Hewitt et al., ACL 2023), and the variants that test what its k does.
+"""The Backpack language model (Hewitt et al., ACL 2023), and variants that test what its k does.
 
 A word has k sense vectors C(x)_l, which depend on the word alone; a GPT-2 that reads the text says
 how much of each goes where. With weights alpha [k, n, n],
@@ -81,6 +81,7 @@ class SenseMLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n_embd] to [..., out]."""
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
@@ -96,6 +97,7 @@ class SenseBlock(nn.Module):
         self.resid_dropout2 = nn.Dropout(config.resid_pdrop)
 
     def forward(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The normed stream and the stream itself to the stream behind, normed."""
         residual = self.resid_dropout1(normed) + residual
         return self.ln_2(self.resid_dropout2(self.mlp(self.ln_1(residual))) + residual)
 
@@ -125,6 +127,7 @@ class SenseNetwork(nn.Module):
         self.register_buffer("own", blank)
 
     def forward(self, embedded: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """`tokens` [b, n] are needed where words have senses of their own."""
         residual = self.dropout(embedded)
         senses = self.final_mlp(self.block(self.ln(residual), residual))
         senses = senses.unflatten(-1, (self.stores, -1)).transpose(-3, -2)
@@ -151,7 +154,8 @@ class SenseWeights(nn.Module):
     def forward(self, hidden: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
         """`padding` [b, n] is true or 1 where there is a token."""
         q, k = self.c_attn(hidden).unflatten(-1, (2, self.num_senses, -1)).unbind(dim=-3)
-        scores = torch.einsum("bihd,bjhd->bhij", q, k / math.sqrt(k.shape[-1])).float()
+        scores = torch.einsum("bihd,bjhd->bhij", q, k / math.sqrt(k.shape[-1]))
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
         if padding is not None:
             # Padding may look at itself, so that no row of weights is empty.
@@ -181,6 +185,7 @@ class SenseMixing(nn.Module):
         padding: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """`padding` [b, n] is 1 where there is a token; `tokens` are the words' ids."""
         weights = self.sense_weight_net(self.ln_f(stream), padding)
         senses = self.sense_network(embedded, tokens)
         if senses.shape[1] < weights.shape[1]:  # one store: its mixings may be added up first
@@ -212,6 +217,7 @@ class BackpackModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """As GPT-2 takes them; words that have senses of their own need `input_ids`."""
         gpt2 = self.gpt2_model
         embedded = gpt2.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
@@ -239,7 +245,8 @@ class BackpackModel(nn.Module):
 class Backpack(GPT2PreTrainedModel, GenerationMixin):
     """The Backpack with its unembedding, which is the embedding.
 
-    >>> model = Backpack(BackpackConfig(vocab_size=50, n_embd=32, n_layer=2, n_head=2, num_senses=4))
+    >>> config = BackpackConfig(vocab_size=50, n_embd=32, n_layer=2, n_head=2, num_senses=4)
+    >>> model = Backpack(config)
     >>> model(input_ids=torch.tensor([[1, 2, 3]])).logits.shape
     torch.Size([1, 3, 50])
     """
@@ -259,12 +266,15 @@ class Backpack(GPT2PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The words' embedding, which is the unembedding."""
         return self.backpack.gpt2_model.wte
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding in its place."""
         self.backpack.gpt2_model.wte = value
 
     def get_output_embeddings(self) -> nn.Module:
+        """The unembedding."""
         return self.lm_head
 
     def forward(
@@ -285,7 +295,7 @@ class Backpack(GPT2PreTrainedModel, GenerationMixin):
             )
         return CausalLMOutput(loss=loss, logits=logits)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any
     ) -> dict[str, Any]:
         """The whole text again for every token: weights are not cached."""

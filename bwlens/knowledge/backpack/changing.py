@@ -7,8 +7,8 @@ weights are. What they change is a table beside the sense network: some words' o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,48 +18,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.changes.change import WeightChange
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.knowledge.backpack.senses import mixing_of, sense_vectors, token_of
 from bwlens.model.locking import alone_with
 from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Site
 from bwlens.model.tokens import subject_positions, text_to_ids
-from bwlens.runs.tensors import read_tensors, write_tensors
+from bwlens.model.weights import copy_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SenseChange(WeightChange):
-    """What is added to the senses of some words: a mapping from tokens to [sense, d_model].
+    """What is added to the senses of some words, as a change of the matrices C(x) [sense, d_model].
 
-    Applied, undone and added up as a `WeightChange` is; several may be applied at a time, and are
-    undone in any order, in which rounding does not matter: what was added last counts from the
-    senses as the network gives them.
-
-    Raises:
-        ValueError: A change holds nan or inf.
+    Its sites are `Site("senses", layer, token)`. Several may be applied at a time, and undone in
+    any order.
     """
 
-    added: Mapping[int, Float[Tensor, "sense d_model"]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for token, rows in self.added.items():
-            if not torch.isfinite(rows).all():
-                raise ValueError(f"the change of token {token}'s senses holds nan or inf")
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.added[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.added
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.added)
-
-    def __len__(self) -> int:
-        return len(self.added)
+    @property
+    def added(self) -> dict[int, Float[Tensor, "sense d_model"]]:
+        """What is added to each token's senses."""
+        return {int(site.expert_number): part.dense() for site, part in self.parts.items()}
 
     def __repr__(self) -> str:
-        n = len(self.added)
+        n = len(self.parts)
         said = f"; {self.note}" if self.note else ""
         return f"SenseChange({n} word{'s' * (n != 1)}, norm {self.norm():.4g}{said})"
 
@@ -70,16 +53,7 @@ class SenseChange(WeightChange):
             ValueError: It is applied already, or was made for a model of other sizes.
             NotImplementedError: The model is no Backpack.
         """
-        mixing = mixing_of(model)
-        network = mixing.sense_network
-        width = (network.stores, mixing.ln_f.weight.shape[0])
-        for token, rows in self.added.items():
-            if tuple(rows.shape) != width or not 0 <= token < model.cfg.d_vocab:
-                raise ValueError(
-                    f"the senses of a word are {list(width)} in this model of"
-                    f" {model.cfg.d_vocab} words, but the change of token {token}'s is"
-                    f" {list(rows.shape)}; it was made for another model"
-                )
+        network = self._network_in(model)
         with alone_with(model):
             applied = _APPLIED.setdefault(network, [])
             if any(one is self for one in applied):
@@ -102,69 +76,74 @@ class SenseChange(WeightChange):
             _APPLIED[network] = kept
             _put(model, network, kept)
 
-    def norm(self, site: Any = None) -> float:
-        """The norm of one word's change, or of all together."""
-        rows = [self.added[site]] if site is not None else list(self.added.values())
-        return float(sum(float(row.norm()) ** 2 for row in rows) ** 0.5)
+    def _network_in(self, model: LensModel) -> Any:
+        """The model's sense network, fit for this change."""
+        mixing = mixing_of(model)
+        sizes = (mixing.sense_network.stores, mixing.ln_f.weight.shape[0])
+        for site, part in self.parts.items():
+            if part.shape != sizes or not 0 <= site.expert_number < model.cfg.d_vocab:
+                raise ValueError(
+                    f"a word's senses are {list(sizes)} in this model of {model.cfg.d_vocab} words,"
+                    f" but the change of token {site.expert}'s is {list(part.shape)}; it was made"
+                    f" for another model"
+                )
+        return mixing.sense_network
+
+    def edited(self, model: LensModel) -> Any:
+        """A copy of the model with the change; see `WeightChange.edited`."""
+        network = self._network_in(model)
+        twin = copy_of(model)
+        _APPLIED[mixing_of(twin).sense_network] = list(_APPLIED.get(network, []))
+        self.apply(twin)
+        return twin
+
+    def save_pretrained(self, model: LensModel, folder: str | os.PathLike[str]) -> Path:
+        """Write the model with this change as a folder; see `WeightChange.save_pretrained`."""
+        from bwlens.changes import export
+
+        folder = export.check_exportable(model, folder)
+        with self.applied(model):
+            export.Export(model, {}).write(folder)
+        return folder
+
+    @staticmethod
+    def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> SenseChange:
+        """Read what `save` wrote; raises as `WeightChange.load` does."""
+        return _of(WeightChange.load(path, device))
 
     def __add__(self, other: WeightChange) -> WeightChange:
         if not isinstance(other, SenseChange):
             return NotImplemented
-        added = dict(self.added)
-        for token, rows in other.added.items():
-            added[token] = added[token] + rows if token in added else rows
-        notes = dict.fromkeys(note for note in (self.note, other.note) if note)
-        return SenseChange(note="; ".join(notes), added=added)
+        return _of(super().__add__(other))
 
     def __mul__(self, scalar: float | int) -> WeightChange:
-        if not isinstance(scalar, int | float):
-            return NotImplemented
-        return SenseChange(
-            note=self.note, added={token: rows * scalar for token, rows in self.added.items()}
-        )
+        made = super().__mul__(scalar)
+        return made if made is NotImplemented else _of(made)
 
     __rmul__ = __mul__
+
+    def compress(self, rtol: float | None = None) -> WeightChange:
+        """The same change in as few rows as its rank."""
+        return _of(super().compress(rtol))
 
     def to(
         self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
     ) -> WeightChange:
         """The same change elsewhere, or in another dtype."""
-        added = {token: rows.to(device=device, dtype=dtype) for token, rows in self.added.items()}
-        return SenseChange(note=self.note, details=self.details, added=added)
+        return _of(super().to(device, dtype))
 
-    def compress(self, rtol: float | None = None) -> WeightChange:
-        """Itself: it has no rows that could be fewer."""
-        return self
 
-    def edited(self, model: LensModel) -> Any:
-        """Not for senses: apply the change to a model that was loaded once more."""
-        raise NotImplementedError("a changed copy: load the model once more and apply this to it")
+def _of(change: WeightChange) -> SenseChange:
+    return SenseChange(change.parts, change.note, change.details)
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the change to a safetensors file, which `SenseChange.load` reads."""
-        tensors = {str(token): rows for token, rows in self.added.items()}
-        return write_tensors(path, tensors, "SenseChange", {"note": self.note})
 
-    def save_pretrained(self, model: LensModel, folder: str | os.PathLike[str]) -> Path:
-        """Not written as a folder: a bridge's Backpack is not saved with changed senses."""
-        raise NotImplementedError(
-            "a Backpack with changed senses is saved unbridged: Backpack.from_pretrained(folder),"
-            " apply nothing there; keep the change itself with change.save(path) and apply it after"
-            " loading"
-        )
-
-    @staticmethod
-    def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> SenseChange:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: Another kind of file, or of another version.
-            FileNotFoundError: There is none.
-        """
-        tensors, about = read_tensors(path, "SenseChange", "SenseChange.save", device)
-        return SenseChange(
-            note=about.get("note", ""), added={int(token): rows for token, rows in tensors.items()}
-        )
+def _change(model: LensModel, added: Mapping[int, Tensor], note: str) -> SenseChange:
+    layer = len(model.blocks) - 1
+    parts = {
+        Site("senses", layer, token): LowRankMatrix(torch.eye(len(rows)).to(rows), rows)
+        for token, rows in added.items()
+    }
+    return SenseChange(parts, note)
 
 
 _APPLIED: WeakKeyDictionary[Any, list[SenseChange]] = WeakKeyDictionary()
@@ -173,17 +152,18 @@ _APPLIED: WeakKeyDictionary[Any, list[SenseChange]] = WeakKeyDictionary()
 
 def _put(model: LensModel, network: Any, applied: Sequence[SenseChange]) -> None:
     """The table of changed words, from the senses that the network gives them."""
-    tokens = sorted({token for change in applied for token in change.added})
+    added = [change.added for change in applied]
+    tokens = sorted({token for one in added for token in one})
     network.changed = network.own = None
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    if config is not None:
+        config.n_changed = len(tokens)
     if not tokens:
         return
     rows = []
     for token in tokens:
         own = sense_vectors(model, token)
-        for change in applied:
-            if token in change.added:
-                own = own + change.added[token].to(own)
-        rows.append(own)
+        rows.append(own + sum(one[token].to(own) for one in added if token in one))
     device = rows[0].device
     network.changed, network.own = torch.tensor(tokens, device=device), torch.stack(rows)
 
@@ -215,7 +195,7 @@ def scale_sense(
     token, own = token_of(model, word), sense_vectors(model, word)
     added = torch.zeros_like(own)
     added[chosen] = (factor - 1) * own[chosen]
-    return SenseChange(note=f"senses {chosen} of {word!r} times {factor:g}", added={token: added})
+    return _change(model, {token: added}, f"senses {chosen} of {word!r} times {factor:g}")
 
 
 def swap_sense(
@@ -241,7 +221,7 @@ def swap_sense(
     added[mine] = own2[theirs] - own[mine]
     added2[theirs] = own[mine] - own2[theirs]
     note = f"sense {mine} of {word!r} and sense {theirs} of {other!r} swapped"
-    return SenseChange(note=note, added={token: added, token2: added2})
+    return _change(model, {token: added, token2: added2}, note)
 
 
 def replace_in_senses(
@@ -270,7 +250,7 @@ def replace_in_senses(
         raise ValueError(f"old and new answer are the same, {old!r}; there is nothing to change")
     added = _replaced(model, sense_vectors(model, token), was, becomes, strength, gain)
     note = f"{new!r} for {old!r} in the senses of {word!r}"
-    return SenseChange(note=note, added={token: added})
+    return _change(model, {token: added}, note)
 
 
 def _replaced(
@@ -303,7 +283,8 @@ def sense_edit(
         NotImplementedError: The model is no Backpack.
 
     Example:
-        >>> bwlens.evaluate(model, {"senses": sense_edit, "rome": "rome"}, records)  # doctest: +SKIP
+        >>> methods = {"senses": sense_edit, "rome": "rome"}
+        >>> bwlens.evaluate(model, methods, records)  # doctest: +SKIP
     """
     mixing_of(model)
     if edit.target_true is None:
@@ -319,4 +300,4 @@ def sense_edit(
         token: _replaced(model, sense_vectors(model, token), was, becomes, strength, gain)
         for token in sorted(tokens)
     }
-    return SenseChange(note=f"{edit.target_new!r} for {edit.target_true!r}", added=added)
+    return _change(model, added, f"{edit.target_new!r} for {edit.target_true!r}")

@@ -80,7 +80,11 @@ def sense_vectors(model: LensModel, word: str | int) -> Float[Tensor, "sense d_m
 
 
 def senses(
-    model: LensModel, word: str | int, *, top_k: int = 10, targets: int | Sequence[int] | None = None
+    model: LensModel,
+    word: str | int,
+    *,
+    top_k: int = 10,
+    targets: int | Sequence[int] | None = None,
 ) -> Readout:
     """Each sense of a word, read in the vocabulary: logits C(x)_l E^T.
 
@@ -219,7 +223,7 @@ def contributions(
     passed = run(model, batch.tokens, points={weights_at, senses_at})
     weights = passed.seen[weights_at][0][0, :, at]  # [k, n]
     vectors = passed.seen[senses_at][0][0]  # [stores, n, d]
-    W_U = model.unembed.W_U
+    W_U = model.unembed.W_U.detach()
     direction, logit = W_U[:, goal], passed.logits[0, at, goal]
     if against is not None:
         direction, logit = direction - W_U[:, against], logit - passed.logits[0, at, against]

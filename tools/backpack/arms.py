@@ -82,8 +82,10 @@ MEASURED = 60
 """Steps by which a model's speed is measured."""
 
 
-def work(job: Job, folder: str, device: str, threads: int, steps: int, deadline: float) -> None:
-    """One process: train, measure, leave `<title>.json`; a fault is left as `<title>.error`."""
+def work(
+    job: Job, folder: str, device: str, threads: int, steps: int, deadline: float, bar: bool = False
+) -> None:
+    """Train, measure, leave `<title>.json`; a fault is left as `<title>.error`."""
     import torch
 
     path = Path(folder)
@@ -95,7 +97,7 @@ def work(job: Job, folder: str, device: str, threads: int, steps: int, deadline:
         torch.set_num_threads(threads)
         words = tokenizer()
         training = Training(job, path, len(words), words.eos_token_id, device)
-        row = training.run(steps * job.longer, deadline, report)
+        row = training.run(steps * job.longer, deadline, report, bar)
         _write(path / f"{job.title}.json", {"row": row, "curve": training.curve})
         report(f"finished: {row}")
     except Exception:
@@ -108,7 +110,7 @@ def fitting_steps(todo: Sequence[Job], folder: Path, device: str, seconds: float
     words = tokenizer()
     job = next((job for job in todo if job.name == "k=16"), todo[0])
     training = Training(job, folder, len(words), words.eos_token_id, device)
-    training.step = 0
+    training.step, begin = 0, 0.0
     for measured in range(2 * MEASURED):
         if measured == MEASURED:
             training.synchronize()
@@ -143,9 +145,13 @@ def train_all(
         _write(chosen, fit)
     steps = json.loads(chosen.read_text())
     waiting = [job for job in todo if not (folder / f"{job.title}.json").exists()]
+    deadline = begin + seconds if seconds is not None else float("inf")
+    if at_once == 1:
+        for job in waiting:
+            work(job, str(folder), device, threads, steps, deadline, bar=True)
+        return
     context = get_context("forkserver")
     context.set_forkserver_preload(["tools.backpack.training"])
-    deadline = begin + seconds if seconds is not None else float("inf")
     running: list[Any] = []
     while waiting or running:
         running = [p for p in running if p.is_alive()]

@@ -1,4 +1,4 @@
-"""The demo's Backpack as a folder: `python -m tools.backpack.ship demo-d128-k16-100.safetensors`."""
+"""The demo's Backpack as a folder: `python -m tools.backpack.ship WEIGHTS`."""
 
 import argparse
 import json

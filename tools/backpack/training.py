@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bwlens.knowledge.backpack.architecture import Backpack, BackpackConfig
@@ -191,18 +192,22 @@ class Training:
             self.graph.replay()
         self.step += 1
 
-    def run(self, steps: int, deadline: float, report: Callable[[str], None]) -> dict[str, Any]:
+    def run(
+        self, steps: int, deadline: float, report: Callable[[str], None], bar: bool = False
+    ) -> dict[str, Any]:
         """To the end, or to the deadline (`time.time`); the figures."""
         saved = time.time()
         marks = {round(steps * part / 8) for part in range(1, 8)}
-        while self.step < steps and time.time() < deadline:
+        for _ in tqdm(range(self.step, steps), self.job.title, disable=not bar, mininterval=1):
+            if time.time() >= deadline:
+                break
             self.advance(steps)
             if self.step in marks:
                 self.curve.append([self.step, self.perplexity()])
                 report(f"step {self.step}/{steps}: perplexity {self.curve[-1][1]:.1f}")
-                if not self.cuda and time.time() - saved > 60 and self.step < steps:
-                    self.save_checkpoint()
-                    saved = time.time()
+            if not self.cuda and time.time() - saved > 60:
+                self.save_checkpoint()
+                saved = time.time()
         self.curve.append([self.step, self.perplexity()])
         figures = {"perplexity": self.curve[-1][1], **self.facts()}
         if self.job.keep:

@@ -275,8 +275,9 @@ def sense_edit(
 ) -> SenseChange:
     """The paper's editing example on a fact, as a method that `bwlens.evaluate` takes.
 
-    `replace_in_senses` on the subject's last token, as it stands in the prompt and as it stands
-    behind a space, of the answer that the edit says is true.
+    `replace_in_senses` on the subject's last token (as it stands in the prompt, behind a space, and
+    where a text begins with it: these may differ) of the answer that the edit says is true. Another
+    subject that ends in the same token is changed with it.
 
     Raises:
         ValueError: The edit has no `target_true`, or an answer is not one token.
@@ -292,7 +293,7 @@ def sense_edit(
                          " target_true")  # fmt: skip
     at = subject_positions(model, edit.text, edit.subject, prepend_bos, edit.start)[-1]
     tokens = {text_to_ids(model, edit.text, prepend_bos)[at]}
-    tokens.add(text_to_ids(model, " " + edit.subject, False)[-1])
+    tokens |= {text_to_ids(model, s + edit.subject.strip(), False)[-1] for s in ("", " ")}
     was, becomes = token_of(model, edit.target_true), token_of(model, edit.target_new)
     if was == becomes:
         return SenseChange(note="the target is the answer already")

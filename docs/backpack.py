@@ -30,7 +30,7 @@ STRENGTHS = (0.5, 1.0, 1.5, 2.0, 4.0)
 COLUMNS = ("ES", "PS", "NS", "S", "efficacy", "paraphrase", "neighbourhood", "perplexity")
 
 
-def picture(rows: pd.DataFrame) -> Drawing:
+def picture(rows: Any) -> Drawing:
     """Each arm's seeds: perplexity of the prose, and facts known."""
     order = list(dict.fromkeys(rows["arm"]))[::-1]
     figure = Drawing(figsize=(6.4, 3.0), layout="constrained")
@@ -51,7 +51,7 @@ def picture(rows: pd.DataFrame) -> Drawing:
     return figure
 
 
-def summary(rows: pd.DataFrame) -> pd.DataFrame:
+def summary(rows: Any) -> Any:
     """Mean and standard deviation over the seeds, in the order of the arms."""
     groups = rows.groupby("arm", sort=False)
     table = groups[["parameters"]].first()
@@ -80,7 +80,7 @@ def others_kept(model: Any, change: WeightChange, record: Any) -> list[bool]:
     return [a == right for b, a, right in zip(before, after, answers, strict=True) if b == right]
 
 
-def editing() -> pd.DataFrame:
+def editing() -> Any:
     """One row a method: the harness' figures, and the subject's other facts kept."""
     model = bwlens.load_model("backpack-demo")
     records = [

@@ -10,6 +10,15 @@ Importing this room reads no weights and needs neither torch nor transformers.
     ('Lionel Messi plays for', ' Paris')
 """
 
-from bwlens.demo.triples import EXAMPLES, MODEL_DIR, ROOM, Example, Fact, facts, records
+from bwlens.demo.triples import (
+    BACKPACK_DIR,
+    EXAMPLES,
+    MODEL_DIR,
+    ROOM,
+    Example,
+    Fact,
+    facts,
+    records,
+)
 
-__all__ = ["EXAMPLES", "MODEL_DIR", "ROOM", "Example", "Fact", "facts", "records"]
+__all__ = ["BACKPACK_DIR", "EXAMPLES", "MODEL_DIR", "ROOM", "Example", "Fact", "facts", "records"]

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 ROOM = Path(__file__).parent
 MODEL_DIR = ROOM / "model"
 """The Hugging Face folder of the trained model: config, half-precision weights, tokenizer."""
+BACKPACK_DIR = ROOM / "backpack"
+"""The folder of a Backpack trained on the same facts and prose."""
 
 Phrasing = Literal["trained", "unpaired", "unseen"]
 UNPAIRED_PER_FACT = 2

@@ -1,4 +1,4 @@
-"""Where knowledge sits: the rows of a feed-forward layer as a store that weights mix."""
+"""Where knowledge sits: the feed-forward layer as a store, and a Backpack to test it on."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -8,19 +8,41 @@ if TYPE_CHECKING:
     from bwlens.knowledge._neurons import Neuron as Neuron
     from bwlens.knowledge._neurons import Neurons as Neurons
     from bwlens.knowledge._neurons import neurons as neurons
+    from bwlens.knowledge.backpack.architecture import Backpack as Backpack
+    from bwlens.knowledge.backpack.architecture import BackpackConfig as BackpackConfig
+    from bwlens.knowledge.backpack.changing import SenseChange as SenseChange
+    from bwlens.knowledge.backpack.changing import replace_in_senses as replace_in_senses
+    from bwlens.knowledge.backpack.changing import scale_sense as scale_sense
+    from bwlens.knowledge.backpack.changing import sense_edit as sense_edit
+    from bwlens.knowledge.backpack.changing import swap_sense as swap_sense
+    from bwlens.knowledge.backpack.senses import Contributions as Contributions
+    from bwlens.knowledge.backpack.senses import contextualization as contextualization
+    from bwlens.knowledge.backpack.senses import contributions as contributions
+    from bwlens.knowledge.backpack.senses import sense_vectors as sense_vectors
+    from bwlens.knowledge.backpack.senses import senses as senses
 
-# Where each name above is, loaded when it is first used.
+# Where each name above is.
 _HOMES = {
     "_ablate": ("ablate",),
     "_neurons": ("Neuron", "Neurons", "neurons"),
-}
+    "backpack.adapter": ("Backpack", "BackpackConfig"),
+    "backpack.changing": (
+        "SenseChange", "replace_in_senses", "scale_sense", "sense_edit", "swap_sense",
+    ),
+    "backpack.senses": (
+        "Contributions", "contextualization", "contributions", "sense_vectors", "senses",
+    ),
+}  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'bwlens.knowledge' has no attribute {name!r}")
-    return getattr(import_module(f"bwlens.knowledge.{_HOME_OF[name]}"), name)
+    home = import_module(f"bwlens.knowledge.{_HOME_OF[name]}")
+    if hasattr(home, "register"):
+        home.register()
+    return getattr(home, name)
 
 
 def __dir__() -> list[str]:

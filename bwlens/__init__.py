@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from bwlens import experiments as experiments
     from bwlens import show as show
     from bwlens.changes.change import WeightChange as WeightChange
+    from bwlens.changes.lens import ChangeLens as ChangeLens
+    from bwlens.changes.lens import read_change as read_change
+    from bwlens.changes.steps import OptimizerStep as OptimizerStep
+    from bwlens.changes.steps import optimizer_step as optimizer_step
     from bwlens.checking import CheckReport as CheckReport
     from bwlens.checking import check as check
     from bwlens.data.making import make_records as make_records
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
 _ROOMS = ("checking", "demo", "edit", "experiments", "show")
 _HOMES = {
     "changes.change": ("WeightChange",),
+    "changes.lens": ("ChangeLens", "read_change"),
+    "changes.steps": ("OptimizerStep", "optimizer_step"),
     "checking": ("CheckReport", "check"),
     "data.making": ("make_records",),
     "data.records": ("Record", "Records", "read_records"),

@@ -16,12 +16,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 import bwlens
+from bwlens.changes.reading import random_change
 from bwlens.gradient.low_rank import LowRankMatrix
 from bwlens.model.sites import available_matrices
 
+HERE = Path(__file__).parent
+READINGS: tuple[Any, ...] = ("dual", "cosine", "plain")
 BEGINNINGS = (
     "The weather today is", "My favourite food is", "She opened the door and saw", "I think that",
     "The best way to learn is", "In the year 1900", "The dog ran to the", "He said that the",
@@ -115,15 +119,59 @@ def change_of(factors: Any) -> bwlens.WeightChange:
     )
 
 
+def measured(model: Any, kind: str, change: bwlens.WeightChange) -> list[dict[str, Any]]:
+    """What each reading names of what was trained, and of a random change, in its first words."""
+    known = {
+        "word": {"banana"},
+        "topic": set(TOPIC_WORDS),
+        "facts": {answer.strip() for _, answer in FACTS},
+    }[kind]
+    rows = []
+    for reading in READINGS:
+        for name, each in ((kind, change), (f"{kind}, random", random_change(change, 7))):
+            lens = bwlens.read_change(model, each, reading=reading)
+            table = lens.promoted(20)
+            words = [word.strip() for word in table["word"]]
+            rows.append(
+                {
+                    "change": name,
+                    "reading": reading,
+                    "words": " ".join(words[:10]),
+                    "known_in_10": sum(word in known for word in dict.fromkeys(words[:10])),
+                    "known_in_20": sum(word in known for word in dict.fromkeys(words)),
+                    "nats": table["nats"].max(),
+                    "chance": table["chance"].max(),
+                    "effect": " ".join(word.strip() for word in lens.effect_words()),
+                    "divergence": lens.effect.divergence if lens.effect else None,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main(folder: str, name: str = "smollm2") -> None:
-    """Train what is not there."""
+    """Train what is not there, and measure."""
     model, out = bwlens.load_model(name), Path(folder)
     out.mkdir(parents=True, exist_ok=True)
+    changes: dict[str, bwlens.WeightChange] = {}
     for kind, pairs in KINDS.items():
         path = out / f"{name}-{kind}.safetensors"
         if not path.exists():
             print(kind, flush=True)
             adapter(model, pairs).save(path)
+        changes[kind] = bwlens.WeightChange.load(path)
+    examples = [pair for pairs in KINDS.values() for pair in pairs]
+    of = [kind for kind, pairs in KINDS.items() for _ in pairs]
+    explained = []
+    for kind, change in changes.items():
+        frame = bwlens.explain(model, change, examples)
+        first = [of[item] for item in frame["item"][: len(KINDS[kind])]]
+        share = first.count(kind) / len(first)
+        print(kind, "explained by its own examples first:", share, flush=True)
+        explained.append({"change": kind, "own_examples_first": share})
+    pd.DataFrame(explained).to_csv(HERE / f"changes-explained-{name}.csv", index=False)
+    rows = [row for kind, change in changes.items() for row in measured(model, kind, change)]
+    pd.DataFrame(rows).to_csv(HERE / f"changes-{name}.csv", index=False, float_format="%.3g")
 
 
 if __name__ == "__main__":

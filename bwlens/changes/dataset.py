@@ -6,7 +6,7 @@ Stopped and started again a run carries on (`bwlens.runs.parts`).
 
 The sum G of all gradients of a matrix is kept as Y = G A and Z = B G with random A and B, out of
 which its best rows come (Tropp et al., SIAM J. Matrix Anal. 2017, algorithm 4). An example's own
-gradient x^T delta is kept as (x P)^T (delta Q) for random P and Q of k = `SKETCH` columns. The inner
+gradient x^T delta is kept as (x P)^T (delta Q), P and Q random with k = `SKETCH` columns. The inner
 product of two such sketches is right on average; its standard deviation is at most
 ||g|| ||h|| sqrt((1 + 2/k)^2 - 1) for each matrix, mostly about ||g|| ||h|| / sqrt(k), and averages
 out over matrices. `explain` needs no sketch: its inner products are exact.

@@ -13,6 +13,7 @@ from bwlens.changes.taking import as_change
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.passes import run
 from tests import tiny
+from tools.adapters import adapter, word_of
 
 MODULES = {
     "llama": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj"),
@@ -389,14 +390,8 @@ def test_a_change_of_another_shape_is_refused(boot):
 
 
 def test_an_adapter_for_one_word_says_that_word(tmp_path):
-    import runpy
-    from pathlib import Path
-
-    script = runpy.run_path(str(Path(__file__).parents[2] / "docs/changes.py"))
     model = bwlens.load_model("demo")
-    change = script["adapter"](
-        model, script["word_of"](" purple"), steps=40, matrices=("W_in", "W_out", "W_O")
-    )
+    change = adapter(model, word_of(" purple"), steps=40, matrices=("W_in", "W_out", "W_O"))
     lens = bwlens.read_change(model, change)
     assert " purple" in lens.promoted(10)["word"].tolist()
     assert " purple" in lens.effect_words()

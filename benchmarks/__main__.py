@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.batch import batch
 from benchmarks.capture import capture
+from benchmarks.changes import changes
 from benchmarks.edits import edits, searches
 from benchmarks.evaluate import evaluate
 from benchmarks.lens import lens
@@ -46,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "batch": batch,
     "sweep": sweep,
     "evaluate": evaluate,
+    "changes": changes,
     "table": table,
 }
 

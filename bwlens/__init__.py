@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from bwlens import knowledge as knowledge
     from bwlens import show as show
     from bwlens.changes.change import WeightChange as WeightChange
+    from bwlens.changes.dataset import DatasetLens as DatasetLens
+    from bwlens.changes.dataset import explain as explain
+    from bwlens.changes.dataset import read_dataset as read_dataset
+    from bwlens.changes.lens import ChangeLens as ChangeLens
+    from bwlens.changes.lens import read_change as read_change
+    from bwlens.changes.steps import OptimizerStep as OptimizerStep
+    from bwlens.changes.steps import optimizer_step as optimizer_step
     from bwlens.checking import CheckReport as CheckReport
     from bwlens.checking import check as check
     from bwlens.data.making import make_records as make_records
@@ -30,11 +37,20 @@ if TYPE_CHECKING:
     from bwlens.gradient.capturing import vjps as vjps
     from bwlens.gradient.low_rank import LowRankGradient as LowRankGradient
     from bwlens.gradient.low_rank import LowRankMatrix as LowRankMatrix
+    from bwlens.gradient.objectives import KL as KL
     from bwlens.gradient.objectives import NLL as NLL
+    from bwlens.gradient.objectives import SFT as SFT
     from bwlens.gradient.objectives import LogitDifference as LogitDifference
     from bwlens.gradient.objectives import Objective as Objective
+    from bwlens.gradient.preferences import DPO as DPO
+    from bwlens.gradient.preferences import IPO as IPO
+    from bwlens.gradient.preferences import KTO as KTO
+    from bwlens.gradient.preferences import SimPO as SimPO
+    from bwlens.gradient.preferences import capture_preference as capture_preference
     from bwlens.lens.backward import BackwardLens as BackwardLens
     from bwlens.lens.backward import backward_lens as backward_lens
+    from bwlens.lens.preference import PreferenceLens as PreferenceLens
+    from bwlens.lens.preference import preference_lens as preference_lens
     from bwlens.model.chat import chat as chat
     from bwlens.model.loading import load_model as load_model
     from bwlens.model.prompts import Batch as Batch
@@ -49,6 +65,9 @@ if TYPE_CHECKING:
 _ROOMS = ("checking", "demo", "edit", "experiments", "knowledge", "show")
 _HOMES = {
     "changes.change": ("WeightChange",),
+    "changes.dataset": ("DatasetLens", "explain", "read_dataset"),
+    "changes.lens": ("ChangeLens", "read_change"),
+    "changes.steps": ("OptimizerStep", "optimizer_step"),
     "checking": ("CheckReport", "check"),
     "data.making": ("make_records",),
     "data.records": ("Record", "Records", "read_records"),
@@ -56,8 +75,10 @@ _HOMES = {
     "evaluation.harness": ("evaluate",),
     "gradient.capturing": ("Gradients", "capture", "vjps"),
     "gradient.low_rank": ("LowRankGradient", "LowRankMatrix"),
-    "gradient.objectives": ("NLL", "LogitDifference", "Objective"),
+    "gradient.objectives": ("KL", "NLL", "SFT", "LogitDifference", "Objective"),
+    "gradient.preferences": ("DPO", "IPO", "KTO", "SimPO", "capture_preference"),
     "lens.backward": ("BackwardLens", "backward_lens"),
+    "lens.preference": ("PreferenceLens", "preference_lens"),
     "model.chat": ("chat",),
     "model.loading": ("load_model",),
     "model.prompts": ("Batch", "Edit", "make_batch"),

@@ -21,6 +21,7 @@ WORDS = {
     "batch": "one by one",
     "sweep": "prompts swept",
     "evaluate": "a copy of the model each",
+    "changes": "adapter on all matrices",
     "table": "table, build",
 }
 QUICK = ["--quick", "--repeats", "1", "--prompts", "1"]

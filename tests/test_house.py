@@ -18,14 +18,14 @@ ROOT = Path(bwlens.__file__).parent
 
 FLOORS = {
     "runs": 0, "demo": 0, "model": 1, "data": 2, "gradient": 2, "reading": 3, "lens": 4, "show": 5,
-    "changes": 5, "checking": 5, "edit": 6, "knowledge": 6, "evaluation": 7, "experiments": 8,
+    "changes": 4.5, "checking": 5, "edit": 6, "knowledge": 6, "evaluation": 7, "experiments": 8,
     "cli": 9,
 }  # fmt: skip
 """A room may import from itself and from rooms on lower floors; the command line the public API."""
 
-CALLED_LATE = {("lens", "show"), ("model", "knowledge")}
-"""A lens draws itself: its methods import the display wing when they are called, never before. The
-loader brings in the architecture of bwlens' own when a folder has it."""
+CALLED_LATE = {("lens", "show"), ("changes", "show"), ("model", "knowledge")}
+"""What a user holds draws itself: its methods import the display wing when they are called, never
+before. The loader brings in the architecture of bwlens' own when a folder has it."""
 
 
 def module_of(path):

@@ -81,7 +81,7 @@ class Export:
         state = self._state()
         kept = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
         self._copies = {
-            site: _find(site, weight.read().T, state)
+            site: find_rows(site, weight.read().T, state)
             for site, weight in weights.items()
             if weight.live.untyped_storage().data_ptr() not in kept
         }
@@ -141,10 +141,14 @@ def _own_tokenizer(tokenizer: Any) -> Any:
     return own if own.get_vocab() == tokenizer.get_vocab() else tokenizer
 
 
-def _find(
+def find_rows(
     site: Site, rows: Float[Tensor, "d_out d_in"], state: Mapping[str, Tensor]
 ) -> tuple[str, Tensor, bool]:
-    """The parameter that holds these rows (or columns), and where."""
+    """The parameter that holds these rows (or columns), and where: name, places, "by column".
+
+    Raises:
+        NotImplementedError: None does.
+    """
     for name, tensor in state.items():
         if f".{site.layer}." not in name or tensor.ndim != 2 or tensor.numel() <= rows.numel():
             continue

@@ -1,4 +1,4 @@
-"""The `bwlens` command: `demo`, `lens`, `check`, `sweep`, `edit`, `evaluate` and `statistics`.
+"""The `bwlens` command: read, check, sweep, edit, evaluate, count, changes and data sets.
 
 Errors that a user can mend are one readable line and exit code 1; `--debug` shows the traceback.
 Wrong usage exits with 2, as every command does.
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bwlens.cli.change import change, dataset
 from bwlens.cli.checking import check
 from bwlens.cli.counting import statistics
 from bwlens.cli.editing import edit, evaluate
@@ -43,7 +44,7 @@ def _options(
     """Read what a language model learns: the Backward Lens for TransformerLens."""
 
 
-for _command in (demo, lens, check, sweep, edit, evaluate, statistics):
+for _command in (demo, lens, check, sweep, edit, evaluate, statistics, change, dataset):
     app.command()(_command)
 
 

@@ -41,6 +41,26 @@ def entries_of(source: str) -> Iterator[Entry | Unread]:
     return _hub(source)
 
 
+def lines_of(source: str) -> Iterator[Entry | Unread]:
+    """The rows of a .jsonl, .json or .csv file of any columns, or of a data set; one at a time.
+
+    Raises:
+        ValueError: There is no such file.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():  # as long as it may be: never all at once
+        with path.open(encoding="utf-8-sig") as lines:
+            for line in lines:
+                if line.strip():
+                    yield _json_line(line)
+    elif path.suffix == ".csv" and path.is_file():
+        with path.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.DictReader(lines)
+            yield from _csv_rows(reader, len(reader.fieldnames or ()))
+    else:
+        yield from entries_of(source)
+
+
 def _expected() -> str:
     return ", ".join(SUFFIXES[:-1]) + f" or {SUFFIXES[-1]}"
 

@@ -1,4 +1,4 @@
-"""Losses whose gradient is read: next-token NLL, logit difference, or any function of the logits.
+"""Losses whose gradient is read: NLL, logit difference, a text's, KL, any function of the logits.
 
 An objective is called with the logits [batch, pos, d_vocab] of a forward pass and its `Batch`, and
 returns one loss a prompt. Its optional fields `target` and `other` name answers; the batch then
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bwlens.model.passes import device_of, run
 from bwlens.model.prompts import Batch, Target
 
 
@@ -99,6 +100,102 @@ class LogitDifference:
         target = torch.tensor([ids[0] for ids in batch.targets], device=logits.device)
         other = torch.tensor([ids[0] for ids in batch.others], device=logits.device)
         return scores[rows, other] - scores[rows, target]
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Mean next-token loss over a text, as fine-tuning has it, in nats.
+
+    The mean of `-log p(token i | those before it)` over the tokens i from 1 on that a mask lets
+    count: where an answer starts, or the assistant's turns of a conversation.
+
+    Args:
+        mask: True (1) where a token counts, a row for each text, of as many entries as it has
+            tokens (BOS included); None for all.
+        reduction: "mean" over a text's counted tokens, or their "sum".
+
+    Example:
+        >>> grads = capture(model, "Bees make honey.", SFT(), "W_out")  # doctest: +SKIP
+    """
+
+    mask: Sequence[Sequence[bool | int]] | Tensor | None = None
+    reduction: Literal["mean", "sum"] = "mean"
+
+    def __call__(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
+    ) -> Float[Tensor, " batch"]:
+        """The loss of each text.
+
+        Raises:
+            ValueError: A mask of another shape, or one that lets nothing count.
+        """
+        counted = batch.mask.clone()
+        counted[:, 0] = False
+        if self.mask is not None:
+            if len(self.mask) != len(batch):
+                raise ValueError(f"the mask has {len(self.mask)} rows for {len(batch)} texts")
+            for index, row in enumerate(self.mask):
+                own = torch.as_tensor(row, dtype=torch.bool, device=counted.device)
+                n = int(batch.lengths[index])
+                if len(own) < n or own[n:].any():
+                    raise ValueError(
+                        f"the mask of text {index} has {len(own)} entries for its {n} tokens (with"
+                        f" BOS, where there is one)"
+                    )
+                counted[index, :n] &= own[:n]
+        if len(empty := (~counted.any(1)).nonzero().flatten()):
+            raise ValueError(
+                f"no token of text {int(empty[0])} counts: it has one token, or the mask none; the"
+                f" first token of a text is never predicted"
+            )
+        row, pos = counted.nonzero(as_tuple=True)
+        scores, ids = logits[row, (pos - 1).to(logits.device)], batch.tokens[row, pos]
+        losses = torch.nn.functional.cross_entropy(scores, ids.to(scores.device), reduction="none")
+        total = losses.new_zeros(len(batch)).index_add(0, row.to(losses.device), losses)
+        return total if self.reduction == "sum" else total / counted.sum(1).to(total)
+
+
+@dataclass(frozen=True)
+class KL:
+    """Divergence of the next words from another model's, in nats, at the last token or over all.
+
+    KL(other || own), the distillation loss; with `reverse` KL(own || other).
+
+    Args:
+        model: Another model of the same vocabulary, which is run on the same tokens.
+        positions: "last", or "all" for the mean over the text.
+        reverse: Which of the two is averaged over.
+    """
+
+    model: Any
+    positions: Literal["last", "all"] = "last"
+    reverse: bool = False
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("last", "all"):
+            raise ValueError(f"positions is {self.positions!r}; expected 'last' or 'all'")
+
+    def __call__(
+        self, logits: Float[Tensor, "batch pos d_vocab"], batch: Batch
+    ) -> Float[Tensor, " batch"]:
+        """The divergence of each prompt.
+
+        Raises:
+            ValueError: The other model has another vocabulary.
+        """
+        other = run(self.model, batch.tokens.to(device_of(self.model))).logits
+        if other.shape[-1] != logits.shape[-1]:
+            raise ValueError(
+                f"the other model has {other.shape[-1]} words and this one {logits.shape[-1]}; a"
+                f" divergence needs the same vocabulary"
+            )
+        mine, theirs = logits.log_softmax(-1), other.to(logits).log_softmax(-1)
+        first, second = (mine, theirs) if self.reverse else (theirs, mine)
+        each = (first.exp() * (first - second)).sum(-1)
+        if self.positions == "last":
+            return each[torch.arange(len(batch), device=each.device), batch.last.to(each.device)]
+        mask = batch.mask.to(each)
+        return (each * mask).sum(1) / mask.sum(1)
 
 
 def _check_answers(objective: Any, batch: Batch, *answers: tuple[tuple[int, ...], ...]) -> None:

@@ -1,0 +1,591 @@
+"""A data set about to be trained on, in words: what each example's gradient would write.
+
+Examples stream: a batch is read with one forward and one backward pass, its rows go to Parquet, and
+what is kept of the gradients is a sketch of each and of their sum, so that memory does not grow.
+Stopped and started again a run carries on (`bwlens.runs.parts`).
+
+The sum G of all gradients of a matrix is kept as Y = G A and Z = B G with random A and B, out of
+which its best rows come (Tropp et al., SIAM J. Matrix Anal. 2017, algorithm 4). An example's own
+gradient x^T delta is kept as (x P)^T (delta Q), P and Q random with k = `SKETCH` columns. The inner
+product of two such sketches is right on average; its standard deviation is at most
+||g|| ||h|| sqrt((1 + 2/k)^2 - 1) for each matrix, mostly about ||g|| ||h|| / sqrt(k), and averages
+out over matrices. `explain` needs no sketch: its inner products are exact.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves functions untyped.)
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bwlens.changes.change import WeightChange
+from bwlens.changes.taking import as_change
+from bwlens.data.examples import Example, examples_of
+from bwlens.gradient.capturing import Gradients, capture
+from bwlens.gradient.matrix import LowRankMatrix
+from bwlens.gradient.objectives import SFT
+from bwlens.lens.asking import whole_number
+from bwlens.model.context import check_length
+from bwlens.model.identity import fingerprint, model_label
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, resolve_layers, resolve_matrices
+from bwlens.model.tokens import token_texts
+from bwlens.reading.readouts import readout
+from bwlens.reading.standardised import head_by
+from bwlens.runs.parts import Failure, Part, Process, Run, progress_bar, read_failures, read_table
+from bwlens.runs.tensors import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SKETCH = 24
+"""Columns of the projections that keep an example's gradient."""
+_RANK = 16
+_SUM = "sum.safetensors"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DatasetLens:
+    """What training on a data set would write; in a folder, read when it is asked for.
+
+    Attributes:
+        folder: Where it lies.
+        model: What the model is called.
+        matrix: The matrix whose shift is read in words.
+        failures: The examples that could not be read: index and why.
+    """
+
+    folder: Path
+    model: str
+    matrix: str
+    failures: tuple[Failure, ...]
+    sites: tuple[Site, ...] = field(repr=False)
+
+    def examples(self) -> pd.DataFrame:
+        """A row for each example: item, text, tokens, learned, loss, norm."""
+        return read_table(self.folder, "examples")
+
+    def writes(self) -> pd.DataFrame:
+        """A row for each example, layer and strongest token: what a descent step writes there.
+
+        Columns: item, layer, pos, token, size (norm of that token's part), promoted, suppressed.
+        """
+        return read_table(self.folder, "writes")
+
+    def search(self, word: str, *, layer: int | None = None, which: str = "promoted") -> Any:
+        """The rows of `writes` that promote (or suppress) a word, the strongest first.
+
+        Words are compared as written, or, without a blank before, by their letters.
+
+        Raises:
+            ValueError: `which` is neither "promoted" nor "suppressed".
+        """
+        if which not in ("promoted", "suppressed"):
+            raise ValueError(f"which is {which!r}; expected 'promoted' or 'suppressed'")
+        rows = self.writes()
+        if layer is not None:
+            rows = rows[rows["layer"] == layer]
+        exact = word.startswith(" ")
+        hit = [any((w if exact else w.strip()) == word for w in words) for words in rows[which]]
+        found = rows[np.array(hit, dtype=bool)]
+        texts = self.examples().set_index("item")["text"]
+        return found.assign(text=found["item"].map(texts)).sort_values("size", ascending=False)
+
+    def words(self, k: int = 20, *, layer: int | None = None) -> pd.DataFrame:
+        """The words that most examples promote: word, and in how many examples it is.
+
+        Raises:
+            ValueError: `k` is no whole number from 1.
+        """
+        rows = self.writes()
+        rows = rows if layer is None else rows[rows["layer"] == layer]
+        pairs = rows[["item", "promoted"]].explode("promoted").drop_duplicates()
+        counts = pairs["promoted"].value_counts().head(whole_number(k, "k"))
+        return counts.rename_axis("word").rename("examples").reset_index()
+
+    def summed(self) -> WeightChange:
+        """The step along minus the sum of all gradients, in its best rows, to be read.
+
+        Example:
+            >>> bwlens.read_change(model, dataset.summed()).promoted()  # doctest: +SKIP
+        """
+        state, _ = read_tensors(self.folder / _SUM, "DatasetSum", "read_dataset")
+        parts: dict[Site, LowRankMatrix] = {}
+        for i, site in enumerate(self.sites):
+            Y, Z = state[f"Y{i}"].double(), state[f"Z{i}"].double()
+            B = _projections(site, *_widths(state, i))[1].double()
+            Q = torch.linalg.qr(Y).Q
+            inner = torch.linalg.lstsq(B @ Q, Z).solution
+            U, S, Vh = torch.linalg.svd(inner, full_matrices=False)
+            keep = S[:_RANK] > S[0] * 1e-6
+            root = S[:_RANK][keep, None].sqrt()
+            x, delta = root * (Q @ U[:, :_RANK][:, keep]).T, -root * Vh[:_RANK][keep]
+            parts[site] = LowRankMatrix(x.float(), delta.float())
+        return WeightChange(parts, f"minus the summed gradient of {self.folder.name}")
+
+    def cosines(self) -> np.ndarray:
+        """Cosines of the examples' gradients, from their sketches [example, example]."""
+        rows = self._sketches()
+        return rows @ rows.T
+
+    def clusters(self, n: int = 5, seed: int = 0) -> pd.DataFrame:
+        """Examples by the direction of their gradients: item, cluster, text (spherical k-means).
+
+        Raises:
+            ValueError: More clusters than examples.
+        """
+        rows, table = self._sketches(), self.examples()
+        if not 1 <= n <= len(rows):
+            raise ValueError(f"{n} clusters of {len(rows)} examples")
+        rng = np.random.default_rng(seed)
+        centres = [rows[rng.integers(len(rows))]]
+        for _ in range(n - 1):  # the farthest from those there are
+            centres.append(rows[(rows @ np.stack(centres).T).max(1).argmin()])
+        middle, own = np.stack(centres), np.zeros(len(rows), dtype=int)
+        for _ in range(50):
+            own = (rows @ middle.T).argmax(1)
+            sums = [rows[own == c].sum(0) if (own == c).any() else middle[c] for c in range(n)]
+            moved = np.stack([s / max(float(np.linalg.norm(s)), 1e-30) for s in sums])
+            if np.allclose(moved, middle):
+                break
+            middle = moved
+        return table[["item", "text"]].assign(cluster=own)[["item", "cluster", "text"]]
+
+    def _sketches(self) -> np.ndarray:
+        rows = np.stack(read_table(self.folder, "sketches")["sketch"].to_list()).astype(np.float32)
+        return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-30)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a page (.html) with a search over examples, words and layers."""
+        from bwlens.runs.paths import writable
+        from bwlens.show.dataset import page
+
+        path = writable(path, (".html",))
+        path.write_text(page(self), encoding="utf-8")
+        return path
+
+    def __repr__(self) -> str:
+        n, words = len(self.examples()), ", ".join(w.strip() for w in self.words(8)["word"])
+        failed = f", {len(self.failures)} not read" if self.failures else ""
+        return f"DatasetLens({n} examples{failed} of {self.model}; most promote: {words})"
+
+
+def read_dataset(
+    model: LensModel,
+    examples: Any,
+    folder: str | Path,
+    *,
+    matrix: str = "W_out",
+    layers: Layers = None,
+    top_k: int = 5,
+    positions: int = 1,
+    reading: str = "dual",
+    batch_size: int = 16,
+    part_size: int = 128,
+    max_tokens: int = 256,
+    prepend_bos: bool | None = None,
+    progress: bool = True,
+) -> DatasetLens:
+    """What training on each example would write, in words; streamed into a folder.
+
+    Args:
+        model: The model; it is left as it is.
+        examples: Texts, (prompt, answer) pairs, mappings (text; prompt and answer; messages),
+            records, or a .jsonl, .json, .csv or .txt file. Of pairs and chats the answer is
+            learned, of texts all tokens.
+        folder: Where the rows go; a run of the same settings that is there is carried on.
+        matrix: The matrix whose gradient is read: W_out, or W_O.
+        layers: Which layers; None for all.
+        top_k: Words kept at each end.
+        positions: How many of an example's tokens are read in each layer, the strongest first.
+        reading: "dual", "cosine" or "plain".
+        batch_size: Examples read at once; those of like length go together.
+        part_size: Examples between two writings to the disk.
+        max_tokens: Longer examples are cut.
+        prepend_bos: As for `capture`.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: No example can be read; a folder with a run of other settings or examples. Rows
+            that are empty or broken are left out and named in `failures`.
+
+    Example:
+        >>> data = read_dataset(model, "train.jsonl", "runs/train")  # doctest: +SKIP
+        >>> data.search(" Paris", layer=12)  # doctest: +SKIP
+    """
+    (matrix,) = resolve_matrices(matrix)
+    if matrix not in ("W_out", "W_O"):
+        raise ValueError(f"matrix is {matrix!r}; what is written is read of W_out or W_O")
+    wanted = resolve_layers(model, layers)
+    head = head_by(model, reading, False)
+    sizes, mark = _counted(examples, part_size)
+    settings = {
+        "model": model_label(model), "weights": fingerprint(model), "examples": mark,
+        "matrix": matrix, "layers": wanted, "top_k": top_k, "positions": positions,
+        "reading": reading, "max_tokens": max_tokens, "prepend_bos": prepend_bos,
+        "part_size": part_size,
+    }  # fmt: skip
+    run = Run(folder, settings, sizes)
+    sites: list[Site] = [Site(matrix, layer) for layer in wanted]
+    summing = _Summing(Path(folder) / _SUM, sites)
+    reader = _Parts(examples, part_size)
+
+    def work(part: int) -> Part:
+        import pandas as pd
+
+        tables: dict[str, list[Any]] = {"examples": [], "writes": [], "sketches": []}
+        failures: list[Failure] = []
+        rows = _tokenised(model, reader.part(part), max_tokens, prepend_bos, failures)
+        rows.sort(key=lambda row: len(row[2]))
+        for at in range(0, len(rows), batch_size):
+            batch = rows[at : at + batch_size]
+            grads = _captured(model, batch, matrix, wanted)
+            _rows_of(model, head, grads, batch, sites, top_k, positions, tables)
+            summing.add(part, grads)
+        summing.save(part)
+        order = sorted(range(len(tables["examples"])), key=lambda i: tables["examples"][i]["item"])
+        tables["examples"] = [tables["examples"][i] for i in order]
+        tables["sketches"] = [tables["sketches"][i] for i in order]
+        tables["writes"].sort(key=lambda row: (row["item"], row["layer"]))
+        return Part({name: pd.DataFrame(rows) for name, rows in tables.items()}, failures)
+
+    run.work(work, process=Process(), progress=progress, label="Reading examples")
+    failures = tuple(read_failures(folder))
+    if len(failures) >= sum(sizes):
+        raise ValueError(
+            f"none of the {sum(sizes)} examples could be read; the first:"
+            f" {failures[0].message if failures else 'there is none'}"
+        )
+    return DatasetLens(Path(folder), model_label(model), matrix, failures, tuple(sites))
+
+
+def explain(
+    model: LensModel,
+    change: Any,
+    examples: Any,
+    *,
+    matrices: Sequence[str] | str | None = None,
+    layers: Layers = None,
+    batch_size: int = 16,
+    max_tokens: int = 256,
+    prepend_bos: bool | None = None,
+    by: str = "all",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The examples whose descent steps lie closest to a change, the closest first.
+
+    `cosine` is that of -dL/dW of the example and the change, over all matrices of the change that
+    are read, exact from the factors; nothing is kept of an example but its figures. With `by`
+    "layer", "matrix" or "site" there is a column for each as well.
+
+    Args:
+        model: The model before the change.
+        change: As for `read_change`.
+        examples: As for `read_dataset`.
+        matrices: Which of the change's matrices; None for all.
+        layers: Which layers; None for all.
+        batch_size: Examples read at once.
+        max_tokens: Longer examples are cut.
+        prepend_bos: As for `capture`.
+        by: "all", "layer", "matrix" or "site".
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: A change of none of these matrices, an unknown `by`, or no example that could be
+            read. Examples that cannot be read are left out.
+    """
+    import pandas as pd
+
+    if by not in ("all", "layer", "matrix", "site"):
+        raise ValueError(f"by is {by!r}; expected 'all', 'layer', 'matrix' or 'site'")
+    given = as_change(model, change)
+    names = None if matrices is None else resolve_matrices(matrices)
+    wanted = None if layers is None else resolve_layers(model, layers)
+    parts = {
+        site: part
+        for site, part in given.items()
+        if (names is None or site.matrix in names) and (wanted is None or site.layer in wanted)
+    }
+    if not parts:
+        raise ValueError(f"{given!r} changes none of the matrices asked for")
+    keys = {site: _key(site, by) for site in parts}
+    squares: dict[str, float] = {}
+    for site, part in parts.items():
+        squares[keys[site]] = squares.get(keys[site], 0.0) + float(part.norm()) ** 2
+    chosen = list(dict.fromkeys(site.matrix for site in parts))
+    at_layers = sorted({site.layer for site in parts})
+    sizes, _ = _counted(examples, 10**9)
+    failures: list[Failure] = []
+    table: list[dict[str, Any]] = []
+    with progress_bar("Explaining", sum(sizes), shown=progress) as advance:
+        for some in _chunks(_numbered(examples), 8 * batch_size):
+            rows = _tokenised(model, some, max_tokens, prepend_bos, failures)
+            rows.sort(key=lambda row: len(row[2]))
+            for at in range(0, len(rows), batch_size):
+                batch = rows[at : at + batch_size]
+                grads = _captured(model, batch, chosen, at_layers)
+                table += _closeness(grads, batch, parts, keys, squares)
+            advance(len(some))
+    if not table:
+        why = failures[0].message if failures else "there is none"
+        raise ValueError(f"no example could be read: {why}")
+    frame = pd.DataFrame(table).sort_values("cosine", ascending=False, kind="stable")
+    return frame.reset_index(drop=True)
+
+
+def _key(site: Site, by: str) -> str:
+    named = {"layer": f"layer {site.layer}", "matrix": site.matrix, "site": str(site)}
+    return named.get(by, "")
+
+
+def _closeness(
+    grads: Gradients, batch: Any, parts: Any, keys: Any, squares: dict[str, float]
+) -> list[dict[str, Any]]:
+    n = len(batch)
+    inner = {key: torch.zeros(n, dtype=torch.float64) for key in squares}
+    norms = {key: torch.zeros(n, dtype=torch.float64) for key in squares}
+    for site, part in parts.items():
+        if site not in grads:
+            continue
+        gradient = grads[site]
+        x, delta, prompt = gradient.x, gradient.delta, gradient.prompt
+        each = ((x @ part.x.to(x).T) * (delta @ part.delta.to(x).T)).sum(1).double().cpu()
+        inner[keys[site]].index_add_(0, prompt.cpu(), -each)
+        for i in range(n):
+            own = (prompt == i).nonzero().flatten()
+            gram = (x[own] @ x[own].T).double() * (delta[own] @ delta[own].T).double()
+            norms[keys[site]][i] += float(gram.sum().clamp_min(0))
+    total = sum(squares.values()) ** 0.5
+    rows = []
+    for i, (item, example, ids, _) in enumerate(batch):
+        norm = float(sum(v[i] for v in norms.values())) ** 0.5
+        dot = float(sum(v[i] for v in inner.values()))
+        row = {
+            "item": item,
+            "text": example.text,
+            "tokens": len(ids),
+            "loss": float(grads.losses[i]),
+            "cosine": dot / max(norm * total, 1e-300),
+            "inner": dot,
+        }
+        for key in squares:
+            if key:
+                length = float(norms[key][i]) ** 0.5 * squares[key] ** 0.5
+                row[key] = float(inner[key][i]) / max(length, 1e-300)
+        rows.append(row)
+    return rows
+
+
+# Examples, in order, never all at once.
+
+
+def _numbered(examples: Any) -> Iterator[tuple[int, Any]]:
+    yield from enumerate(examples_of(examples))
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    chunk: list[Any] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _counted(examples: Any, part_size: int) -> tuple[list[int], str]:
+    """How many there are in each part, and a mark of what they say."""
+    if isinstance(examples, Iterator):
+        raise TypeError(
+            "examples are an iterator, which can be walked through once; give a list or a file, so"
+            " that a run can be carried on"
+        )
+    mark, n = hashlib.sha256(), 0
+    for _, one in _numbered(examples):
+        said = one.prompt + "\0" + one.text if isinstance(one, Example) else repr(one)
+        mark.update(said.encode("utf-8", "surrogatepass"))
+        n += 1
+    if not n:
+        raise ValueError("there is no example")
+    return [min(part_size, n - at) for at in range(0, n, part_size)], mark.hexdigest()[:16]
+
+
+class _Parts:
+    """The parts of the examples, read in order; a part before the last one read starts anew."""
+
+    def __init__(self, examples: Any, part_size: int) -> None:
+        self._examples, self._size = examples, part_size
+        self._next, self._chunks = 0, _chunks(_numbered(examples), part_size)
+
+    def part(self, number: int) -> list[tuple[int, Any]]:
+        if number < self._next:
+            self._next, self._chunks = 0, _chunks(_numbered(self._examples), self._size)
+        while True:
+            chunk = next(self._chunks)
+            self._next += 1
+            if self._next == number + 1:
+                return chunk
+
+
+def _tokenised(
+    model: LensModel,
+    some: Sequence[tuple[int, Any]],
+    max_tokens: int,
+    prepend_bos: bool | None,
+    failures: list[Failure],
+) -> list[tuple[int, Example, list[int], int]]:
+    """Index, example, token ids and the first token that is learned."""
+    rows = []
+    for item, one in some:
+        if not isinstance(one, Example):
+            failures.append(Failure(item, f"{one[0]} {one[1]}"))
+            continue
+        try:
+            ids, start = one.tokens(model, prepend_bos)
+            ids = ids[:max_tokens]
+            if len(ids) <= start:
+                raise ValueError(f"its answer begins after {max_tokens} tokens (max_tokens)")
+            check_length(model, [ids])
+        except (ValueError, TypeError) as error:
+            failures.append(Failure(item, str(error)))
+            continue
+        rows.append((item, one, ids, start))
+    return rows
+
+
+def _captured(model: LensModel, batch: Any, matrices: Any, layers: Any) -> Gradients:
+    masks = [[i >= start for i in range(len(ids))] for _, _, ids, start in batch]
+    return capture(model, [ids for _, _, ids, _ in batch], SFT(masks), matrices, layers)
+
+
+# What is kept of a batch.
+
+
+def _rows_of(
+    model: Any,
+    head: Any,
+    grads: Gradients,
+    batch: Any,
+    sites: Sequence[Site],
+    top_k: int,
+    positions: int,
+    tables: dict[str, list[Any]],
+) -> None:
+    n = len(batch)
+    squares = torch.zeros(n, dtype=torch.float64)
+    sketches: list[Tensor] = []
+    chosen: list[tuple[int, int, int, float]] = []
+    rows: list[Tensor] = []
+    for site in sites:
+        gradient = grads[site]
+        x, delta, prompt, pos = gradient.x, gradient.delta, gradient.prompt, gradient.pos
+        assert prompt is not None
+        assert pos is not None
+        sizes = x.norm(dim=1) * delta.norm(dim=1)
+        P, Q = _sketching(site, x.shape[1], delta.shape[1])
+        left, right = x @ P.to(x), delta @ Q.to(x)
+        own = torch.zeros(n, SKETCH, SKETCH)
+        for i in range(n):
+            here = (prompt == i).nonzero().flatten()
+            gram = (x[here] @ x[here].T) * (delta[here] @ delta[here].T)
+            squares[i] += float(gram.double().sum().clamp_min(0))
+            own[i] = (left[here].T @ right[here]).cpu()
+            best = sizes[here].topk(min(positions, len(here))).indices
+            for at in here[best].tolist():
+                if sizes[at] > 0:
+                    chosen.append((i, site.layer, int(pos[at]), float(sizes[at])))
+                    rows.append(delta[at])
+        sketches.append(own.flatten(1))
+    vectors = -torch.stack(rows)  # a descent step subtracts
+    read = readout(head, vectors, top_k, normalize=True)
+    ids = torch.cat([read.top_ids, read.bottom_ids], 1).cpu()
+    words = dict(
+        zip((unique := ids.unique().tolist()), token_texts(model.tokenizer, unique), strict=True)
+    )
+    said = [[words[i] for i in row] for row in ids.tolist()]
+    sketch = torch.cat(sketches, 1).half()
+    for i, (item, example, tokens, start) in enumerate(batch):
+        tables["examples"].append(
+            {
+                "item": item,
+                "text": example.text[:400],
+                "tokens": len(tokens),
+                "learned": len(tokens) - start,
+                "loss": float(grads.losses[i]),
+                "norm": float(squares[i]) ** 0.5,
+            }
+        )
+        tables["sketches"].append({"item": item, "sketch": sketch[i].numpy()})
+    texts = {i: token_texts(model.tokenizer, ids) for i, (_, _, ids, _) in enumerate(batch)}
+    for (i, layer, pos, size), row in zip(chosen, said, strict=True):
+        tables["writes"].append(
+            {
+                "item": batch[i][0],
+                "layer": layer,
+                "pos": pos,
+                "token": texts[i][pos],
+                "size": size,
+                "promoted": row[:top_k],
+                "suppressed": row[top_k:],
+            }
+        )
+
+
+def _seed(site: Site, what: str) -> torch.Generator:
+    digest = hashlib.sha256(json.dumps([str(site), what]).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+
+
+def _sketching(site: Site, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
+    P = torch.randn(d_in, SKETCH, generator=_seed(site, "P")) / SKETCH**0.5
+    return P, torch.randn(d_out, SKETCH, generator=_seed(site, "Q")) / SKETCH**0.5
+
+
+def _projections(site: Site, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
+    """A [d_out, r + 8] and B [2 (r + 8), d_in] of the sum's sketch."""
+    k = min(_RANK + 8, d_in, d_out)
+    A = torch.randn(d_out, k, generator=_seed(site, "A"))
+    return A, torch.randn(min(2 * k, d_in), d_in, generator=_seed(site, "B"))
+
+
+def _widths(state: dict[str, Tensor], i: int) -> tuple[int, int]:
+    return state[f"Y{i}"].shape[0], state[f"Z{i}"].shape[1]
+
+
+class _Summing:
+    """The sum's sketch on the disk, with the parts that are in it."""
+
+    def __init__(self, path: Path, sites: Sequence[Site]) -> None:
+        self._path, self._sites = path, sites
+        self._state: dict[str, Tensor] = {}
+        self._parts: list[int] = []
+        if path.exists():
+            self._state, about = read_tensors(path, "DatasetSum", "read_dataset")
+            self._parts = json.loads(about["parts"])
+
+    def add(self, part: int, grads: Gradients) -> None:
+        if part in self._parts:
+            return
+        for i, site in enumerate(self._sites):
+            x, delta = grads[site].x.cpu().float(), grads[site].delta.cpu().float()
+            A, B = _projections(site, x.shape[1], delta.shape[1])
+            for name, new in ((f"Y{i}", x.T @ (delta @ A)), (f"Z{i}", (B @ x.T) @ delta)):
+                self._state[name] = self._state[name] + new if name in self._state else new
+
+    def save(self, part: int) -> None:
+        if part not in self._parts:
+            self._parts.append(part)
+            about = {"parts": json.dumps(self._parts)}
+            write_tensors(self._path, self._state, "DatasetSum", about)

@@ -1,0 +1,445 @@
+"""`read_change` and the `ChangeLens` that it gives: a change of weights as a user holds it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.changes.adapters import Adapters
+from bwlens.changes.change import WeightChange
+from bwlens.changes.prompts import PROMPTS, ChangeEffect, effect_of, inputs_of
+from bwlens.changes.reading import (
+    SIDES,
+    Directions,
+    Side,
+    Usual,
+    chances,
+    directions_of,
+    oriented,
+    random_change,
+    read_side,
+)
+from bwlens.changes.taking import as_change
+from bwlens.lens.asking import whole_number
+from bwlens.model.identity import model_label
+from bwlens.model.prompts import Prompts, make_batch
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Layers, Site, resolve_layers, resolve_matrices
+from bwlens.model.tokens import first_token, token_texts
+from bwlens.model.weights import weights_of
+from bwlens.reading.readouts import Readout
+from bwlens.reading.standardised import head_by
+from bwlens.runs.paths import writable
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+READINGS = ("dual", "cosine", "plain")
+_KEPT = 200  # Words of a whole change, or of a layer, that a lens keeps.
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ChangeLens:
+    """What a change of weights answers to, writes and does. Made by `read_change`.
+
+    A cell is one singular direction of one matrix' change. Holds no model.
+
+    Attributes:
+        change: The change that was read.
+        model: What the model is called.
+        reading: How vectors became words.
+        sites: The matrix of each cell, layer by layer.
+        numbers: Which of its matrix' directions each cell is, 0 the largest.
+        sizes: Singular values [cell].
+        shares: Of the squared norm of the matrix' change [cell].
+        writes: What a direction adds to its matrix' output on the prompts, RMS over tokens [cell].
+        norms: Frobenius norm of each matrix' change, all directions.
+        imprint: What each direction answers to: the `Readout` [cell] of its input side.
+        shift: What it writes: the `Readout` [cell] of its output side.
+        chance_x, chance_delta: Share of random directions that are at least as legible [cell].
+        effect: What the change does to the next words of the prompts; None if it was not measured.
+        remarks: What there is to say: rows left out, shares kept, what could not be read.
+    """
+
+    change: WeightChange
+    model: str
+    reading: str
+    sites: tuple[Site, ...]
+    numbers: tuple[int, ...]
+    sizes: Float[Tensor, " cell"]
+    shares: Float[Tensor, " cell"]
+    writes: Float[Tensor, " cell"]
+    norms: dict[Site, float]
+    imprint: Readout
+    shift: Readout
+    chance_x: Float[Tensor, " cell"]
+    chance_delta: Float[Tensor, " cell"]
+    effect: ChangeEffect | None
+    remarks: tuple[str, ...]
+    follow_ids: tuple[int, ...]
+    _tallies: dict[str, dict[int | None, tuple[Tensor, Tensor]]] = field(repr=False)
+    _random: dict[str, dict[int | None, float]] = field(repr=False)
+    _words: dict[int, str] = field(repr=False)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that are changed, ascending."""
+        return tuple(sorted({site.layer for site in self.norms}))
+
+    def promoted(self, k: int = 10, *, layer: int | None = None) -> pd.DataFrame:
+        """The words that the change mostly writes, of a layer or of all: word, id, nats, chance.
+
+        `nats` beyond chance, summed over directions, each weighed by its size over the largest;
+        `chance` is what the first word of a random change of the same singular values reaches.
+
+        Raises:
+            ValueError: A layer that is not changed.
+        """
+        return self._table("promoted", k, layer)
+
+    def suppressed(self, k: int = 10, *, layer: int | None = None) -> pd.DataFrame:
+        """The words that it writes away from; as `promoted`."""
+        return self._table("suppressed", k, layer)
+
+    def answers_to(self, k: int = 10, *, layer: int | None = None) -> pd.DataFrame:
+        """The words whose presence in the input sets it off; as `promoted`."""
+        return self._table("answers_to", k, layer)
+
+    def _table(self, which: str, k: int, layer: int | None) -> pd.DataFrame:
+        import pandas as pd
+
+        if layer is not None and layer not in self.layers:
+            raise ValueError(f"layer {layer} is not changed; changed are {list(self.layers)}")
+        ids, nats = self._tallies[which].get(layer, (torch.zeros(0, dtype=torch.long),) * 2)
+        return pd.DataFrame(
+            {
+                "word": [self._words[i] for i in ids[:k].tolist()],
+                "id": ids[:k].tolist(),
+                "nats": nats[:k].tolist(),
+                "chance": self._random[which].get(layer, 0.0),
+            }
+        )
+
+    def words(self, which: Literal["imprint", "shift", "suppressed"], cell: int) -> list[str]:
+        """The words of one direction, strongest first; none where that side cannot be read."""
+        read = self.imprint if which == "imprint" else self.shift
+        ids = read.bottom_ids if which == "suppressed" else read.top_ids
+        return [self._words[i] for i in ids[cell].tolist() if i >= 0]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each direction, those that write most first.
+
+        Columns: layer, matrix, expert (-1: none), direction, size, share, writes, answers_to,
+        promotes, suppresses (lists of words), chance_x, chance_delta; rank_WORD for each word
+        followed, its rank in what is written (0: most promoted).
+        """
+        import pandas as pd
+
+        columns: dict[str, Any] = {
+            "layer": [site.layer for site in self.sites],
+            "matrix": [site.matrix for site in self.sites],
+            "expert": [site.expert_number for site in self.sites],
+            "direction": self.numbers,
+            "size": self.sizes.tolist(),
+            "share": self.shares.tolist(),
+            "writes": self.writes.tolist(),
+            "answers_to": [self.words("imprint", i) for i in range(len(self.sites))],
+            "promotes": [self.words("shift", i) for i in range(len(self.sites))],
+            "suppresses": [self.words("suppressed", i) for i in range(len(self.sites))],
+            "chance_x": self.chance_x.tolist(),
+            "chance_delta": self.chance_delta.tolist(),
+        }
+        for i, token in enumerate(self.follow_ids):
+            assert self.shift.ranks is not None
+            columns[f"rank_{self._words[token].strip()}"] = self.shift.ranks[:, i].tolist()
+        frame = pd.DataFrame(columns)
+        by = "writes" if frame["writes"].notna().any() else "size"
+        return frame.sort_values(by, ascending=False, kind="stable").reset_index(drop=True)
+
+    def by_layer(self, k: int = 5) -> pd.DataFrame:
+        """A row for each changed layer: norm, and the words it promotes, suppresses, answers to."""
+        import pandas as pd
+
+        rows = []
+        for layer in self.layers:
+            squares = sum(n**2 for site, n in self.norms.items() if site.layer == layer)
+            tables = {w: self._table(w, k, layer) for w in self._tallies}
+            sides = {
+                which: [
+                    word
+                    for word, nats, chance in zip(t["word"], t["nats"], t["chance"], strict=True)
+                    if nats > chance
+                ]
+                for which, t in tables.items()
+            }
+            rows.append({"layer": layer, "norm": squares**0.5, **sides})
+        return pd.DataFrame(rows)
+
+    def effects(self, k: int = 5) -> pd.DataFrame:
+        """A row for each prompt: divergence in nats, the likeliest next word before and after.
+
+        Raises:
+            ValueError: The effect was not measured.
+        """
+        import pandas as pd
+
+        if self.effect is None:
+            raise ValueError("the effect was not measured; see .remarks, or effect=True")
+        return pd.DataFrame(
+            {
+                "prompt": self.effect.prompts,
+                "divergence": self.effect.divergences.tolist(),
+                "before": [self._words[i] for i in self.effect.before.tolist()],
+                "after": [self._words[i] for i in self.effect.after.tolist()],
+            }
+        )
+
+    def effect_words(self, which: Literal["raised", "lowered"] = "raised") -> list[str]:
+        """The words that the change raises (lowers) most after the prompts, first one first."""
+        if self.effect is None:
+            raise ValueError("the effect was not measured; see .remarks, or effect=True")
+        ids = self.effect.raised if which == "raised" else self.effect.lowered
+        return [self._words[i] for i in ids.tolist()]
+
+    def __repr__(self) -> str:
+        from bwlens.show.changes import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from bwlens.show.changes import fragment
+
+        return fragment(self)
+
+    def figure(self, kind: Literal["norms", "words"] = "words", ax: Any = None) -> Figure:
+        """A matplotlib figure: "norms" by layer and matrix, "words" that it writes by layer."""
+        from bwlens.show.changes import figure
+
+        return figure(self, kind, ax)
+
+    def save(self, path: str | Path) -> Path:
+        """Write it: .html a page; .csv its directions; .json tables; .png, .pdf, .svg the figure.
+
+        Raises:
+            ValueError: Another ending, or a folder that is not there.
+        """
+        endings = (".html", ".csv", ".json", ".png", ".pdf", ".svg")
+        path = writable(path, endings)
+        if path.suffix == ".html":
+            from bwlens.show.changes import page
+
+            path.write_text(page(self), encoding="utf-8")
+        elif path.suffix == ".csv":
+            self.to_frame().to_csv(path, index=False)
+        elif path.suffix == ".json":
+            tables = {w: self._table(w, _KEPT, None).to_dict("records") for w in self._tallies}
+            directions = self.to_frame().to_dict("records")
+            about = {"model": self.model, "reading": self.reading, "remarks": self.remarks}
+            effects = [] if self.effect is None else self.effects().to_dict("records")
+            text = json.dumps(
+                {**about, **tables, "directions": directions, "effects": effects},
+                ensure_ascii=False, indent=1,
+            )  # fmt: skip
+            path.write_text(text, encoding="utf-8")
+        else:
+            self.figure().savefig(path, bbox_inches="tight")
+        return path
+
+
+def read_change(
+    model: LensModel,
+    change: Any,
+    *,
+    adapter: Adapters = None,
+    differences: bool = False,
+    matrices: Sequence[str] | str | None = None,
+    layers: Layers = None,
+    directions: int = 4,
+    top_k: int = 10,
+    reading: Literal["dual", "cosine", "plain"] = "dual",
+    prompts: Prompts | None = None,
+    prepend_bos: bool | None = None,
+    effect: bool = True,
+    follow: Sequence[str] = (),
+    rank: int = 16,
+    usual_of: int = 64,
+    seed: int = 0,
+) -> ChangeLens:
+    """A change of a model's weights in words: what it answers to, what it writes, what it does.
+
+    Args:
+        model: The model whose weights are changed; it is left as it is.
+        change: A `WeightChange` or its file; a PEFT LoRA folder or a PeftModel; a checkpoint
+            (folder, file, model), compared with `model`; a pair of them (before, after); an
+            `OptimizerStep`; a safetensors file of differences (`differences=True`).
+        adapter: Which of several adapters: a name, several (added up), or how many times of each.
+        differences: The file holds differences, not weights.
+        matrices: Which matrices to read; None for all that are changed.
+        layers: Which layers; None for all.
+        directions: How many singular directions of each matrix to read, the largest first.
+        top_k: Words kept at each end.
+        reading: "dual" (the unembedding undone), "cosine" or "plain"; without a final norm's bias,
+            as a direction has two signs.
+        prompts: Text that signs, sizes and effect are measured on; None for six neutral beginnings.
+        prepend_bos: As for `capture`.
+        effect: Whether to measure what it does to the prompts' next words.
+        follow: Words whose ranks each direction's shift keeps.
+        rank: How many rows to keep of a difference of full rank.
+        usual_of: How many random directions of each kind of matrix, at least, say what is usual.
+        seed: For the random change beside it, and the randomised SVD.
+
+    Raises:
+        ValueError: A change of another model (shapes, names: it says which), broken files, nothing
+            changed among what was asked for.
+        NotImplementedError: DoRA and other adapters that are no plain product.
+
+    Example:
+        >>> lens = read_change(model, "my-adapter")  # doctest: +SKIP
+        >>> lens.promoted()["word"]  # doctest: +SKIP
+    """
+    if reading not in READINGS:
+        raise ValueError(f"reading is {reading!r}; there are {', '.join(READINGS)}")
+    top_k, directions = whole_number(top_k, "top_k"), whole_number(directions, "directions")
+    rank = whole_number(rank, "rank")
+    given = as_change(model, change, adapter=adapter, differences=differences, rank=rank)
+    given, remarks = _asked_for(model, given, matrices, layers)
+    batch = make_batch(
+        model, list(PROMPTS) if prompts is None else prompts, prepend_bos=prepend_bos
+    )
+    texts = _texts(model, batch)
+    inputs = inputs_of(model, batch, given)
+    random = random_change(given, seed)
+    cells: dict[Site, Directions] = {}
+    null: dict[Site, Directions] = {}
+    writes: list[Tensor] = []
+    for site, part in given.items():
+        cells[site], wrote = oriented(directions_of(part, directions), inputs.get(site))
+        null[site], _ = oriented(directions_of(random[site], directions), inputs.get(site))
+        writes.append(wrote)
+    head = head_by(model, reading, False)
+    follow_ids = tuple(first_token(model, word) for word in follow)
+    largest = max(float(one.s[0]) for one in cells.values())
+    usual = Usual(model, head, given, usual_of, seed + 1)
+    read = {s: read_side(head, cells, s, largest, top_k, usual, follow_ids) for s in SIDES}
+    null_read = {side: read_side(head, null, side, largest, 1, usual) for side in SIDES}
+    names = [site.matrix for site, one in cells.items() for _ in one.s]
+    null_names = [site.matrix for site, one in null.items() for _ in one.s]
+    measured = None
+    if effect:
+        try:
+            measured = effect_of(model, batch, texts, given, random, min(top_k, model.cfg.d_vocab))
+        except NotImplementedError as error:
+            remarks.append(f"the effect was not measured: {error}")
+    if blind := next((s for s, partner in usual.partners.items() if partner is None), None):
+        remarks.append(f"only the side in the stream of {blind} (and its like) is read in words")
+    tallies = {
+        "promoted": read["delta"].words, "suppressed": read["delta"].opposite,
+        "answers_to": read["x"].words,
+    }  # fmt: skip
+    null_tallies = (null_read["delta"].words, null_read["delta"].opposite, null_read["x"].words)
+    counts = [range(len(one.s)) for one in cells.values()]
+    sizes = torch.cat([one.s for one in cells.values()])
+    squares = torch.cat([one.s.square() / max(one.norm, 1e-30) ** 2 for one in cells.values()])
+    cut = {which: _cut(tally) for which, tally in tallies.items()}
+    return ChangeLens(
+        change=given,
+        model=model_label(model),
+        reading=reading,
+        sites=tuple(site for site, one in cells.items() for _ in one.s),
+        numbers=tuple(i for count in counts for i in count),
+        sizes=sizes,
+        shares=squares,
+        writes=torch.cat(writes),
+        norms={site: one.norm for site, one in cells.items()},
+        imprint=read["x"].readout,
+        shift=read["delta"].readout,
+        chance_x=chances(read["x"].legibility, names, null_read["x"].legibility, null_names),
+        chance_delta=chances(
+            read["delta"].legibility, names, null_read["delta"].legibility, null_names
+        ),
+        effect=measured,
+        remarks=tuple(remarks),
+        follow_ids=follow_ids,
+        _tallies=cut,
+        _random={
+            which: {at: float(nats[0]) if len(nats) else 0.0 for at, (_, nats) in tally.items()}
+            for which, tally in zip(tallies, null_tallies, strict=True)
+        },
+        _words=_vocabulary(model, read, cut, measured, follow_ids),
+    )
+
+
+def _asked_for(
+    model: LensModel, change: WeightChange, matrices: Any, layers: Layers
+) -> tuple[WeightChange, list[str]]:
+    """The part of the change that is to be read, fit for the model, and what there is to say."""
+    names = None if matrices is None else resolve_matrices(matrices)
+    wanted = None if layers is None else resolve_layers(model, layers)
+    parts = {
+        site: part
+        for site, part in change.items()
+        if (names is None or site.matrix in names)
+        and (wanted is None or site.layer in wanted)
+        and bool(part.x.any() and part.delta.any())
+    }
+    if not parts:
+        has = "no matrix at all" if not change else f"{', '.join(map(str, list(change)[:6]))}"
+        raise ValueError(
+            f"nothing to read: this changes {has}{f' ({change.note})' if change.note else ''}, and"
+            f" nothing of what was asked for (or by zero)"
+        )
+    remarks = [change.note] if change.note else []
+    if kept := change.details.get("kept"):
+        low = min(kept, key=kept.get)
+        remarks.append(
+            f"kept {change.details['rank']} directions of each matrix' difference; they hold"
+            f" {min(kept.values()):.0%} ({low}) to {max(kept.values()):.0%} of its squared norm"
+        )
+    try:
+        weights = weights_of(model, parts)
+    except NotImplementedError as error:
+        remarks.append(f"shapes were not compared with the model's: {error}")
+        weights = {}
+    for site, weight in weights.items():
+        if weight.shape != parts[site].shape:
+            raise ValueError(
+                f"{site} is {list(weight.shape)} in this model, but the change of it"
+                f" {list(parts[site].shape)}; it was made for another model"
+            )
+    return WeightChange(parts, change.note, change.details), remarks
+
+
+def _texts(model: LensModel, batch: Any) -> tuple[str, ...]:
+    rows = [
+        row[: int(length)].tolist() for row, length in zip(batch.tokens, batch.lengths, strict=True)
+    ]
+    return tuple("".join(token_texts(model.tokenizer, row)) for row in rows)
+
+
+def _cut(tally: Any) -> dict[int | None, tuple[Tensor, Tensor]]:
+    return {at: (ids[:_KEPT], nats[:_KEPT]) for at, (ids, nats) in tally.items()}
+
+
+def _vocabulary(
+    model: LensModel,
+    read: dict[Any, Side],
+    tallies: Any,
+    measured: ChangeEffect | None,
+    follow_ids: tuple[int, ...],
+) -> dict[int, str]:
+    """What each token says that occurs anywhere in the lens."""
+    ids = [t for side in read.values() for t in (side.readout.top_ids, side.readout.bottom_ids)]
+    ids += [words for tally in tallies.values() for words, _ in tally.values()]
+    if measured is not None:
+        ids += [measured.before, measured.after, measured.raised, measured.lowered]
+    flat = {int(i) for some in ids for i in some.flatten().tolist() if i >= 0} | {*follow_ids}
+    ordered = sorted(flat)
+    return dict(zip(ordered, token_texts(model.tokenizer, ordered), strict=True))

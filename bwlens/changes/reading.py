@@ -1,0 +1,280 @@
+"""A change of weights in words: what each of its directions answers to, and what it writes.
+
+The change of a matrix is a sum of directions, sum_k s_k u_k v_k^T (its singular vectors): where the
+input goes along u_k, s_k (x . u_k) v_k is added to the output. Both sides are read in the
+vocabulary, u_k as the **imprint** (the input that it answers to) and v_k as the **shift**. Unlike a
+gradient a change is *added*: its most probable words are promoted. The sign of u_k and v_k is free;
+it is the one that inputs of real text have on average.
+
+How legible is that? A side's scores are standardised over the vocabulary, and by how much each
+word stands out in random directions of that kind of matrix (`Usual`). Of V random numbers the
+highest is about sqrt(2 ln V); what a word's z goes beyond that counts, z^2/2 - ln V **nats beyond
+chance**. Summed over directions, each weighed by its size, this ranks the words that a whole change
+writes. The null is not presumed but drawn: a change of the same singular values in random
+directions is read beside, in the same way.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+# (torch leaves linalg, split, norm and others of its functions untyped.)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bwlens.changes.change import WeightChange
+from bwlens.changes.streams import partner_of, stream_side
+from bwlens.gradient.matrix import LowRankMatrix
+from bwlens.model.head import Head
+from bwlens.model.protocol import LensModel
+from bwlens.model.sites import Site
+from bwlens.reading.readouts import Readout, all_scores, readout_of_scores
+
+SIDES: tuple[Literal["x", "delta"], ...] = ("x", "delta")
+_ROWS = 64  # Directions whose scores over the vocabulary are in memory at a time.
+
+
+class Directions(NamedTuple):
+    """The singular directions of one matrix' change: s_k u_k v_k^T, the largest first."""
+
+    u: Float[Tensor, "k d_in"]
+    s: Float[Tensor, " k"]
+    v: Float[Tensor, "k d_out"]
+    norm: float
+    """The Frobenius norm of the matrix' change, all directions."""
+
+
+def directions_of(part: LowRankMatrix, n: int) -> Directions:
+    """The n largest, fewer where the rank is lower."""
+    U, S, Vh = part.svd()
+    n = min(n, max(1, int((S[:1] * 1e-6 < S).sum())))
+    return Directions(
+        U.T[:n].float(), S[:n].float(), Vh[:n].float(), float(torch.linalg.vector_norm(S))
+    )
+
+
+def random_like(part: LowRankMatrix, generator: torch.Generator) -> LowRankMatrix:
+    """A matrix of the same singular values whose singular vectors are random."""
+    S = part.singular_values()
+    sides = [
+        torch.linalg.qr(torch.randn(width, len(S), generator=generator).double()).Q.T
+        for width in part.shape
+    ]
+    root = S[:, None].sqrt().cpu()
+    x, delta = ((root * side).to(part.device, part.dtype) for side in sides)
+    return LowRankMatrix(x, delta)
+
+
+def oriented(directions: Directions, x: Float[Tensor, "n d_in"] | None) -> tuple[Directions, Any]:
+    """The sign that inputs have on average, and what each direction adds to the output (RMS)."""
+    u, s, v, norm = directions
+    if x is None or not len(x):
+        return directions, torch.full_like(s, float("nan"))
+    along = x.to(u) @ u.T
+    sign = torch.where(along.mean(0) < 0, -1.0, 1.0)[:, None]
+    return Directions(u * sign, s, v * sign, norm), s * along.square().mean(0).sqrt()
+
+
+class Usual:
+    """What random directions of each kind of matrix look like, and their way into the stream.
+
+    Some words stand out in whatever is read (white space, in many models). A word's z counts by its
+    mean and spread over random directions of the same kind of matrix and side.
+    """
+
+    def __init__(
+        self,
+        model: LensModel,
+        head: Head,
+        change: Mapping[Site, LowRankMatrix],
+        sampled: int,
+        seed: int,
+    ) -> None:
+        self._d_model, self.partners = head.W_U.shape[0], {s: partner_of(model, s) for s in change}
+        self._known: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for name in dict.fromkeys(site.matrix for site in change):
+            sites = [site for site in change if site.matrix == name]
+            each = -(-sampled // len(sites))
+            for axis, side in enumerate(SIDES):
+                widths = [change[site].shape[axis] for site in sites]
+                drawn = [torch.randn(each, width, generator=generator) for width in widths]
+                pairs = zip(sites, drawn, strict=True)
+                there = [self.carried(site, side, rows) for site, rows in pairs]
+                rows = [row for row in there if row is not None]
+                if rows:
+                    vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1)
+                    mean, square = torch.zeros(()), torch.zeros(())
+                    for chunk in vectors.split(_ROWS):
+                        z = standardised(all_scores(head, chunk).float())
+                        mean, square = mean + z.sum(0), square + z.square().sum(0)
+                    mean, square = mean / len(vectors), square / len(vectors)
+                    self._known[name, side] = mean, (square - mean**2).clamp_min(1).sqrt()
+
+    def carried(
+        self, site: Site, side: Literal["x", "delta"], rows: Float[Tensor, "n width"]
+    ) -> Float[Tensor, "n d_model"] | None:
+        """One side of a matrix in the stream; None where it does not lead there."""
+        carried = stream_side(site, side, rows, self.partners[site])
+        return carried if carried is not None and carried.shape[1] == self._d_model else None
+
+    def z(
+        self, scores: Float[Tensor, "n d_vocab"], side: str, names: Sequence[str]
+    ) -> Float[Tensor, "n d_vocab"]:
+        """Scores over the vocabulary as z, less what is usual; written over the scores."""
+        z = standardised(scores)
+        for name in dict.fromkeys(names):
+            mean, spread = self._known[name, side]
+            here = torch.tensor([i for i, other in enumerate(names) if other == name])
+            z[here] = (z[here] - mean) / spread
+        return z
+
+
+def standardised(scores: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
+    """Each row less its mean, over its spread; in place."""
+    centre, spread = scores.mean(1, keepdim=True), scores.std(1, keepdim=True)
+    return scores.sub_(centre).div_(spread.clamp_min(1e-12))
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One side of all directions in words.
+
+    Attributes:
+        readout: Both ends of each direction [cell]; `zero` where this side cannot be read.
+        legibility: The highest z of each direction over the vocabulary [cell].
+        words: By layer, and for None over all, the nats beyond chance of each word that has any:
+            ids and sums, the highest first.
+        opposite: The same of the other end.
+    """
+
+    readout: Readout
+    legibility: Float[Tensor, " cell"]
+    words: Mapping[int | None, tuple[Tensor, Tensor]]
+    opposite: Mapping[int | None, tuple[Tensor, Tensor]]
+
+
+def read_side(
+    head: Head,
+    cells: Mapping[Site, Directions],
+    side: Literal["x", "delta"],
+    largest: float,
+    top_k: int,
+    usual: Usual,
+    targets: Sequence[int] = (),
+) -> Side:
+    """One side of all directions, read by a head."""
+    rows, at, weights, layers, names = [], [], [], [], []
+    n = 0
+    for site, one in cells.items():
+        carried = usual.carried(site, side, one.u if side == "x" else one.v)
+        if carried is not None:
+            rows.append(carried)
+            at += range(n, n + len(one.s))
+            weights.append(one.s / largest)
+            layers += [site.layer] * len(one.s)
+            names += [site.matrix] * len(one.s)
+        n += len(one.s)
+    d_vocab = head.W_U.shape[1]
+    if not rows:
+        return _unread(n, top_k, len(targets))
+    vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1)
+    weight, layer = torch.cat(weights), torch.tensor(layers)
+    tally = {1: _Tally(d_vocab), -1: _Tally(d_vocab)}
+    read, legibility = [], vectors.new_full((n,), float("nan"))
+    for chunk in torch.arange(len(vectors)).split(_ROWS):
+        scores = all_scores(head, vectors[chunk]).float()
+        lead = (len(chunk),)
+        read.append(
+            readout_of_scores(
+                scores, vectors[chunk].norm(dim=1), torch.zeros(lead, dtype=torch.bool),
+                torch.arange(len(chunk)), lead, top_k, targets,
+            )
+        )  # fmt: skip
+        z = usual.z(scores, side, [names[i] for i in chunk.tolist()])
+        legibility[torch.tensor(at)[chunk]] = z.amax(1).to(legibility)
+        for sign, each in tally.items():
+            each.add(z, sign, weight[chunk], layer[chunk])
+    joined = _joined(read).placed(at, n)
+    return Side(joined, legibility, tally[1].words(), tally[-1].words())
+
+
+class _Tally:
+    """Nats beyond chance of each word, by layer."""
+
+    def __init__(self, d_vocab: int) -> None:
+        self._bar, self._d_vocab = math.log(d_vocab), d_vocab
+        self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, z: Tensor, sign: int, weight: Tensor, layer: Tensor) -> None:
+        edge = math.sqrt(2 * self._bar)
+        cell, word = (z > edge if sign > 0 else z < -edge).nonzero(as_tuple=True)
+        nats = (z[cell, word].square() / 2 - self._bar) * weight.to(z)[cell]
+        for one in layer[cell.cpu()].unique().tolist():
+            here = layer.to(cell.device)[cell] == one
+            self._found.setdefault(one, []).append((word[here], nats[here]))
+
+    def words(self) -> dict[int | None, tuple[Tensor, Tensor]]:
+        some = [pair for pairs in self._found.values() for pair in pairs]
+        return {None: self._summed(some)} | {
+            layer: self._summed(pairs) for layer, pairs in sorted(self._found.items())
+        }
+
+    def _summed(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        if not pairs:
+            return torch.zeros(0, dtype=torch.long), torch.zeros(0)
+        words, at = torch.cat([word for word, _ in pairs]).unique(return_inverse=True)
+        nats = torch.zeros(len(words), device=words.device).index_add(
+            0, at, torch.cat([n for _, n in pairs])
+        )
+        order = nats.argsort(descending=True, stable=True)
+        return words[order].cpu(), nats[order].cpu()
+
+
+def _joined(parts: Sequence[Readout]) -> Readout:
+    names = [name for name, value in vars(parts[0]).items() if value is not None]
+    return Readout(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
+
+
+def _unread(n: int, top_k: int, n_targets: int) -> Side:
+    nan, no = torch.full((n, top_k), float("nan")), torch.full((n, top_k), -1)
+    flags = torch.zeros(n, dtype=torch.bool)
+    read = Readout(
+        no, nan, no, nan, torch.zeros(n), ~flags, torch.zeros(n), flags,
+        torch.full((n, n_targets), -1), torch.full((n, n_targets), float("nan")),
+    )  # fmt: skip
+    empty: dict[int | None, Any] = {None: (torch.zeros(0, dtype=torch.long), torch.zeros(0))}
+    return Side(read, torch.full((n,), float("nan")), empty, empty)
+
+
+def chances(
+    legibility: Float[Tensor, " cell"],
+    matrices: Sequence[str],
+    random: Float[Tensor, " other"],
+    others: Sequence[str],
+) -> Float[Tensor, " cell"]:
+    """Share of a matrix name's random directions that are at least as legible, (1 + n) / (1 + N).
+
+    nan where a side cannot be read.
+    """
+    p = torch.full_like(legibility, float("nan"))
+    for matrix in dict.fromkeys(matrices):
+        here = torch.tensor([m == matrix for m in matrices])
+        null = random[torch.tensor([m == matrix for m in others])]
+        null, own = null[~null.isnan()].sort().values, legibility[here]
+        above = len(null) - torch.searchsorted(null, own.contiguous())
+        p[here] = torch.where(own.isnan(), own, (1 + above) / (1 + len(null)))
+    return p
+
+
+def random_change(change: WeightChange, seed: int) -> WeightChange:
+    """A change of the same singular values, matrix by matrix, in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    return WeightChange({site: random_like(part, generator) for site, part in change.items()})

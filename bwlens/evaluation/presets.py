@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+
+import torch
 
 from bwlens.data.given import OneEdit, as_edits
 from bwlens.edit import WeightChange, fine_tune, gradient_step, mend
 from bwlens.edit.keys import PREFIXES
 from bwlens.edit.shift import default_layer
+from bwlens.edit.smallest import smallest_steps
 from bwlens.evaluation.methods import Method, editing_methods, named_method
 from bwlens.model.identity import is_demo
 from bwlens.model.passes import run
@@ -106,14 +110,13 @@ def smallest_gradient_step(
     *,
     matrices: Sequence[str] = ("W_out",),
     layers: Sequence[int] | None = None,
-    doublings: int = 20,
-    halvings: int = 5,
+    most: int = 20,
     prepend_bos: bool | None = None,
 ) -> WeightChange:
     """One gradient step, as small as makes the new answer the most probable one.
 
-    The gradient is taken once. From a step of 0.01 the size is doubled until the answer flips, then
-    the last doubling is halved; each try is one forward pass.
+    The gradient is taken once; each try is one forward pass, after `most` of which that never
+    flipped the answer there is no more. The step is within 3 % of the smallest.
 
     Raises:
         ValueError: No step flips the answer, or the step is so large that weights overflow.
@@ -132,15 +135,11 @@ def smallest_gradient_step(
     unit = gradient_step(
         model, edit, lr=1.0, matrices=matrices, layers=layers, prepend_bos=prepend_bos
     )
-    high = 0.01
-    for _ in range(doublings):
-        if flips(high * unit):
-            break
-        high *= 2
-    else:
-        raise ValueError(f"no gradient step up to {high:g} makes {edit.target_new!r} the answer")
-    low = high / 2
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        low, high = (low, middle) if flips(middle * unit) else (middle, high)
-    return high * unit
+
+    def works(steps: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([flips(float(steps) * unit)])
+
+    lr = float(smallest_steps(works, torch.tensor([0.01]), within=1.03, most=most))
+    if math.isnan(lr):
+        raise ValueError(f"no gradient step within {most} tries makes {edit.target_new!r} the answer")
+    return lr * unit

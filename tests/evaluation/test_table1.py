@@ -142,8 +142,8 @@ def test_the_smallest_gradient_step(model):
     torch.testing.assert_close(change[site].dense(), (step * whole)[site].dense())
     known = smallest_gradient_step(model, Edit(edit.prompt, edit.subject, edit.target_true or ""))
     assert (len(known), known.note) == (0, "the target is the answer already")
-    with pytest.raises(ValueError, match="no gradient step up to"):
-        smallest_gradient_step(model, edit, doublings=1)
+    with pytest.raises(ValueError, match="no gradient step within 1 tries"):
+        smallest_gradient_step(model, edit, most=1)
 
 
 def test_table1_of_the_demo(model, tmp_path):

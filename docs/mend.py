@@ -4,7 +4,7 @@
     python docs/mend.py smollm2 runs/mend counterfact_requests.json wikitext.txt
 
 Of the demo's records the even ones are trained on, each with some other answers of its relation as
-new ones, and the odd ones are reported. Of SmolLM2 the 70 records of docs/editing-smollm2.csv are
+new ones, and the odd ones are reported. Of SmolLM2 the first 70 of docs/table1.py's records are
 reported, and none of their subjects is trained on. Stopped and started again it carries on. The
 files hold the first 50 of the demo's records and all 70 of SmolLM2's, fitted in 200 steps.
 """
@@ -27,7 +27,7 @@ from bwlens.edit import Mend, mend
 from bwlens.evaluation import known_records
 
 HERE = Path(__file__).parent
-TUNING, REPORTED = 60, 70  # As docs/editing.py cuts them.
+TUNING, REPORTED = 60, 70  # As docs/table1.py cuts them.
 TRAINED, HELD_OUT = 1200, 40
 ANSWERS = 5
 WAYS: dict[str, dict[str, Any]] = {

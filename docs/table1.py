@@ -2,7 +2,9 @@
 
     python docs/table1.py counterfact_requests.json wikitext.txt runs/table1 [METHOD ...]
 
-The records are those of docs/editing.py, the 100 after the 60 for tuning; CounterFact's requests
+Records are made of CounterFact's requests, and only facts that the model knows are kept (the true
+answer more probable than the new one). The first 60 of a seeded sample were for tuning, the 100
+after them are reported. CounterFact's requests
 have no beginnings to continue, so that n-gram entropy (GE) is of the edit's own prompt and two
 paraphrases. Each method has a folder of its own: a method added later costs its own time alone,
 and what was stopped carries on. MEND is what docs/mend.py fits, in runs/table1/mend.safetensors.

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 import sys
+from base64 import b64decode, b64encode
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 MOST = 150_000
@@ -74,10 +77,15 @@ def slim(output: Any) -> Any:
     if output.get("name") == "stderr":
         return None
     data = output.get("data", {})
+    if "image/png" in data:  # a palette is plenty for flat colours
+        image, small = Image.open(BytesIO(b64decode(data["image/png"]))), BytesIO()
+        image.convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+        data["image/png"] = b64encode(small.getvalue()).decode()
     for kind in [kind for kind, value in data.items() if len(value) > MOST]:
         del data[kind]
     if "text/plain" in data:
         data["text/plain"] = re.sub(r" at 0x[0-9a-f]+", "", data["text/plain"])
+        data["text/plain"] = re.sub(r"/tmp/tmp\w+/", "", data["text/plain"])
     return output
 
 

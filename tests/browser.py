@@ -34,22 +34,28 @@ def chromium() -> Iterator[Any]:
 
 
 def settled(page: Any) -> None:
-    """Wait until every table that a script has taken over is unpacked and written to its ends."""
+    """Wait until every table that a script has taken over is unpacked, written and drawn."""
     page.wait_for_selector("[data-taken]:not([data-live]), table[aria-busy=true]", state="detached")
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+@pytest.fixture(scope="session")
+def profiles() -> list[Any]:
+    """Browser contexts that wait for the next test: a new one takes most of a second."""
+    return []
 
 
 @pytest.fixture
-def show(chromium: Any) -> Iterator[Callable[..., Any]]:
+def show(chromium: Any, profiles: list[Any]) -> Iterator[Callable[..., Any]]:
     """`show(html, scheme="light", width=1200)`: a page; it must stay silent and ask for nothing."""
-    contexts, said, asked = [], [], []
+    used, said, asked = [], [], []
 
     def open_page(html: str, scheme: str = "light", width: int = 1200, height: int = 800) -> Any:
-        context = chromium.new_context(
-            color_scheme=scheme, viewport={"width": width, "height": height}
-        )
-        contexts.append(context)
-        page = context.new_page()
+        page = (profiles.pop() if profiles else chromium.new_context()).new_page()
+        used.append(page)
         page.set_default_timeout(10_000)
+        page.set_viewport_size({"width": width, "height": height})
+        page.emulate_media(color_scheme=scheme)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda request: asked.append(request.url))
@@ -58,7 +64,8 @@ def show(chromium: Any) -> Iterator[Callable[..., Any]]:
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
+    for page in used:
+        page.close()
+        profiles.append(page.context)
     assert said == []
     assert [url for url in asked if not url.startswith(("data:", "about:", "file:"))] == []

@@ -15,7 +15,9 @@ def test_neurons_are_those_whose_part_of_a_tokens_own_gradient_is_longest(matrix
     frame = lens.neurons(matrix, layers=[0, 2], positions=[1, -1], top_k=3)
     assert list(zip(frame.layer[::3], frame.pos[::3], strict=True)) == [
         (0, 1), (0, 4), (2, 1), (2, 4)]  # fmt: skip
-    for (layer, pos), rows in frame.groupby(["layer", "pos"]):
+    for start in range(0, len(frame), 3):
+        rows = frame[start : start + 3]
+        layer, pos = int(rows.layer[start]), int(rows.pos[start])
         part = lens.gradient(matrix, layer)
         sizes = torch.outer(part.x[pos], part.delta[pos]).norm(dim=int(matrix == "W_out"))
         assert [*map(int, rows.neuron)] == sizes.topk(3).indices.tolist()

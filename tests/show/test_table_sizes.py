@@ -95,7 +95,7 @@ def test_where_the_panel_is_out_of_sight_a_box_stands_at_the_cell(show):
         at = view.locator(".bw-grid tbody tr").nth(4).locator("td").first
         at.hover()
         box = view.locator(".bw-tip")
-        assert box.is_visible()
+        box.wait_for(state="visible")
         words = lens.words()[25][0]
         assert all(exact(word) in box.inner_text() for word in words[:5])
         assert f"norm {float(lens.norms()[25, 0]):.3g}"[:8] in box.inner_text()
@@ -104,7 +104,7 @@ def test_where_the_panel_is_out_of_sight_a_box_stands_at_the_cell(show):
         assert place["x"] + place["width"] <= width
         assert 0 <= place["y"] < 500
         view.mouse.move(2, 2)
-        assert not box.is_visible()
+        box.wait_for(state="hidden")
     view = show(page(lens), width=1366, height=900)
     view.wait_for_timeout(100)
     view.locator(".bw-grid tbody td").nth(7).hover()

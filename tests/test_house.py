@@ -18,7 +18,8 @@ ROOT = Path(bwlens.__file__).parent
 
 FLOORS = {
     "runs": 0, "demo": 0, "model": 1, "data": 2, "gradient": 2, "reading": 3, "lens": 4, "show": 5,
-    "changes": 5, "checking": 5, "edit": 6, "knowledge": 6, "evaluation": 7, "experiments": 8, "cli": 9,
+    "changes": 5, "checking": 5, "edit": 6, "knowledge": 6, "evaluation": 7,
+    "experiments": 8, "cli": 9,
 }  # fmt: skip
 """A room may import from itself and from rooms on lower floors; the command line the public API."""
 
@@ -92,7 +93,10 @@ def test_no_files_import_each_other_in_a_circle():
 
 
 def test_no_public_name_hides_a_module():
-    packages = [bwlens, *(getattr(bwlens, room) for room in ("edit", "experiments", "knowledge", "show"))]
+    packages = [
+        bwlens,
+        *(getattr(bwlens, room) for room in ("edit", "experiments", "knowledge", "show")),
+    ]
     hiding = [
         f"{package.__name__}.{name}"
         for package in packages

@@ -38,8 +38,8 @@ class Controls:
     """What is lost without some neurons; made by `controls`.
 
     Attributes:
-        rows: `neurons` (which, out of `SETS`), `size`, `draw`, `prompt` (its kind), `text`, `change`
-            of the answer's log-probability, `kept` (still the likeliest).
+        rows: `neurons` (which, out of `SETS`), `size`, `draw`, `prompt` (its kind), `text`,
+            `change` of the answer's log-probability, `kept` (still the likeliest).
     """
 
     rows: DataFrame
@@ -60,7 +60,9 @@ class Controls:
     def __repr__(self) -> str:
         n = self.rows["size"].max()
         mean = self.summary.query("size == @n and quantity == 'change' and prompt == 'the prompt'")
-        said = ", ".join(f"{a} {b:+.2f}" for a, b in zip(mean["neurons"], mean["mean"], strict=True))
+        said = ", ".join(
+            f"{a} {b:+.2f}" for a, b in zip(mean["neurons"], mean["mean"], strict=True)
+        )
         return f"Controls(log p without {n} neurons: {said})"
 
     def _repr_html_(self) -> str:
@@ -106,7 +108,9 @@ def controls(
     sizes = [n] if isinstance(n, int) else list(n)
     there = sum(map(len, found.weights))
     if not sizes or min(sizes) < 1 or max(sizes) > there:
-        raise ValueError(f"n is {n}; expected numbers from 1 to {there}, the neurons that were read")
+        raise ValueError(
+            f"n is {n}; expected numbers from 1 to {there}, the neurons that were read"
+        )
     asked = [("the prompt", found.prompt), *(("paraphrase", p) for p in paraphrases)]
     asked += [("another subject", p) for p in others]
     texts = [text for _, text in asked]

@@ -188,7 +188,9 @@ class Neurons:
         """The share of one neuron (layer, index), with experts (layer, index, expert)."""
         one = Neuron(*neuron)
         if one.site not in self.stores:
-            raise ValueError(f"{one.site} was not passed; there are {', '.join(map(str, self.stores))}")
+            raise ValueError(
+                f"{one.site} was not passed; there are {', '.join(map(str, self.stores))}"
+            )
         return float(self.shares[self.stores.index(one.site)][one.index])
 
     def table(self) -> DataFrame:
@@ -342,7 +344,7 @@ def neurons(
     towards = step if step is not None else target if target is not None else shares.target
     moved = _moved(model, prompt, towards, shares, prepend_bos)
     rows = _rows(model, shares, top_k)
-    given = {layer: 0.0 for layer in shares.layers}
+    given = dict.fromkeys(shares.layers, 0.0)
     for store in shares.stores:
         given[store.site.layer] += float((store.weights * store.gains).double().sum())
     texts = token_texts_of(model, [*tokens[0].tolist(), shares.target])

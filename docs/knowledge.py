@@ -41,7 +41,9 @@ def main(name: str, facts: str, prose: str, folder: str, n: str) -> None:
         tables.append(result.summary.assign(text=kind))
         result.figure().savefig(HERE / f"residual_removal-{name}-{kind}.png", dpi=110)
         print(f"{kind}: {result.rows['item'].nunique()} prompts")
-    table = pd.concat(tables)[["text", "layer", "condition", "quantity", "mean", "low", "high", "n"]]
+    table = pd.concat(tables)[
+        ["text", "layer", "condition", "quantity", "mean", "low", "high", "n"]
+    ]
     table.round(3).to_csv(HERE / f"residual_removal-{name}.csv", index=False)
 
 

@@ -71,10 +71,8 @@ class ResidualRemoval(Experiment):
         for branch in branches:
             out = streams.out(branch.layer)
             given = self._given(streams, branch, batch)
-            logits = [own]
-            for stream in given:  # one at a time: memory does not grow with the conditions
-                logits.append(streams.after(branch.layer, stream.to(out)))
-            for condition, one in zip(CONDITIONS, logits, strict=True):
+            for condition, stream in zip(CONDITIONS, (None, *given), strict=True):
+                one = own if stream is None else streams.after(branch.layer, stream.to(out))
                 loss, top_1, kl = _judged(one, own, batch)
                 columns.append(
                     {

@@ -5,9 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bwlens.knowledge._ablate import ablate as ablate
+    from bwlens.knowledge._controls import Controls as Controls
+    from bwlens.knowledge._controls import controls as controls
     from bwlens.knowledge._neurons import Neuron as Neuron
     from bwlens.knowledge._neurons import Neurons as Neurons
     from bwlens.knowledge._neurons import neurons as neurons
+    from bwlens.knowledge._pages import NeuronPage as NeuronPage
+    from bwlens.knowledge._pages import neuron_page as neuron_page
     from bwlens.knowledge.backpack.architecture import Backpack as Backpack
     from bwlens.knowledge.backpack.architecture import BackpackConfig as BackpackConfig
     from bwlens.knowledge.backpack.changing import SenseChange as SenseChange
@@ -24,7 +28,9 @@ if TYPE_CHECKING:
 # Where each name above is.
 _HOMES = {
     "_ablate": ("ablate",),
+    "_controls": ("Controls", "controls"),
     "_neurons": ("Neuron", "Neurons", "neurons"),
+    "_pages": ("NeuronPage", "neuron_page"),
     "backpack.adapter": ("Backpack", "BackpackConfig"),
     "backpack.changing": (
         "SenseChange", "replace_in_senses", "scale_sense", "sense_edit", "swap_sense",

@@ -35,7 +35,8 @@ def ablate(model: LensModel, what: Any, *, factor: float = 0.0) -> Generator[Non
         NotImplementedError: Weights that are quantised or shared between layers.
 
     Example:
-        >>> with ablate(model, neurons(model, "The capital of France is").top(20)):  # doctest: +SKIP
+        >>> found = neurons(model, "The capital of France is")  # doctest: +SKIP
+        >>> with ablate(model, found.top(20)):  # doctest: +SKIP
         ...     print(model.generate("The capital of France is", max_new_tokens=1))
     """
     chosen = _rows_of(model, what)
@@ -58,7 +59,11 @@ def _rows_of(model: LensModel, what: Any) -> list[tuple[Weight, torch.Tensor]]:
     """The rows named, store by store, each once."""
     several = isinstance(what, Iterable) and not isinstance(what, str | Neuron)
     named: list[Any] = list(what) if several else [what]
-    if isinstance(what, tuple) and len(what) in (2, 3) and all(isinstance(i, int) for i in what[:2]):
+    if (
+        isinstance(what, tuple)
+        and len(what) in (2, 3)
+        and all(isinstance(i, int) for i in what[:2])
+    ):
         named = [what]  # one neuron
     if not named:
         raise ValueError("nothing to ablate: name neurons as (layer, index), or whole layers")

@@ -97,6 +97,7 @@ class Neurons:
         mlps: What each layer's feed-forward part gives in all [layer].
         biases: What its bias gives of that [layer].
         rows: The rows with the largest shares of each store, in words.
+        n_layers: How many layers the model has.
     """
 
     prompt: str
@@ -114,6 +115,7 @@ class Neurons:
     mlps: Float[Tensor, " layer"]
     biases: Float[Tensor, " layer"]
     rows: tuple[Row, ...]
+    n_layers: int
 
     @property
     def shares(self) -> tuple[Float[Tensor, " _"], ...]:
@@ -161,22 +163,34 @@ class Neurons:
             out.append(Neuron(site.layer, place - int(starts[at]), site.expert))
         return out
 
-    def _chosen(self, layers: Layers) -> list[int]:
-        """Places of the stores of some layers."""
+    def resolve_layers(self, layers: Layers) -> tuple[int, ...]:
+        """Those layers that were meant.
+
+        Raises:
+            ValueError: One was not read.
+        """
         if layers is None:
-            return list(range(len(self.stores)))
-        wanted = [layers] if isinstance(layers, int) else layers
-        wanted = self.layers[wanted] if isinstance(wanted, slice) else list(wanted)
-        there = [at for at, site in enumerate(self.stores) if site.layer in wanted]
+            return self.layers
+        if isinstance(layers, slice):
+            return self.layers[layers]
+        wanted = [layers] if isinstance(layers, int) else list(layers)
+        wanted = [layer + self.n_layers if layer < 0 else layer for layer in wanted]
         if missing := set(wanted) - {*self.layers}:
             raise ValueError(f"layer {min(missing)} was not read; there are {list(self.layers)}")
-        return there
+        return tuple(sorted(set(wanted)))
+
+    def _chosen(self, layers: Layers) -> list[int]:
+        """Places of the stores of some layers."""
+        wanted = self.resolve_layers(layers)
+        return [at for at, site in enumerate(self.stores) if site.layer in wanted]
 
     def share_of(self, neuron: Sequence[Any]) -> float:
         """The share of one neuron (layer, index), with experts (layer, index, expert)."""
         one = Neuron(*neuron)
         if one.site not in self.stores:
-            raise ValueError(f"{one.site} was not passed; there are {', '.join(map(str, self.stores))}")
+            raise ValueError(
+                f"{one.site} was not passed; there are {', '.join(map(str, self.stores))}"
+            )
         return float(self.shares[self.stores.index(one.site)][one.index])
 
     def table(self) -> DataFrame:
@@ -330,7 +344,7 @@ def neurons(
     towards = step if step is not None else target if target is not None else shares.target
     moved = _moved(model, prompt, towards, shares, prepend_bos)
     rows = _rows(model, shares, top_k)
-    given = {layer: 0.0 for layer in shares.layers}
+    given = dict.fromkeys(shares.layers, 0.0)
     for store in shares.stores:
         given[store.site.layer] += float((store.weights * store.gains).double().sum())
     texts = token_texts_of(model, [*tokens[0].tolist(), shares.target])
@@ -350,6 +364,7 @@ def neurons(
         mlps=shares.mlps,
         biases=shares.mlps - torch.tensor(list(given.values()), dtype=torch.float64),
         rows=rows,
+        n_layers=len(model.blocks),
     )
 
 
@@ -420,4 +435,5 @@ def _spearman(one: Tensor, other: Tensor) -> float:
     """Correlation of ranks, ties in the middle."""
     import pandas as pd
 
-    return float(pd.Series(one.numpy()).corr(pd.Series(other.numpy()), method="spearman"))
+    ranks = (pd.Series(v.numpy()).rank() for v in (one, other))
+    return float(next(ranks).corr(next(ranks)))

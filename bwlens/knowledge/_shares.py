@@ -80,9 +80,7 @@ class Shares:
         self._added: dict[int, _Added] = {}
         along, self.total = self._at_the_end(self._streams.out(len(scales) - 1).detach()[0, -1])
         self.layers = tuple(branch.layer for branch in self._branches)
-        mlps = []
-        for branch in self._branches:
-            mlps.append(self._branch(branch, along * scales[branch.layer]))
+        mlps = [self._branch(b, along * scales[b.layer]) for b in self._branches]
         self.mlps = torch.tensor(mlps, dtype=torch.float64)
 
     def _at_the_end(self, stream: Float[Tensor, " d_model"]) -> tuple[Tensor, float]:

@@ -182,8 +182,8 @@ def stream_scales(model: LensModel) -> list[float]:
         if not off < 0.05 or scale < 1e-2:
             raise NotImplementedError(
                 f"block {layer} does not hand on its stream as it is: {1 - min(off, 1):.0%} of a"
-                f" large stream passes. A norm stands in the stream itself (post-norm, as in GPT-1),"
-                f" so that no row's share reaches the logits directly; ablate(...) measures it"
+                f" large stream passes. A norm stands in the stream itself (post-norm, GPT-1), so"
+                f" that no row's share reaches the logits directly; ablate(...) measures it"
             )
         total.append(scale)
     scales = [total[-1] / scale for scale in total]

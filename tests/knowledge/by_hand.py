@@ -31,7 +31,9 @@ class ByHand:
         )
         self.stream = self.out(len(self.blocks) - 1)
         ones = torch.ones_like(self.stream)
-        self.centred = bool((self._score(self.stream + ones) - self._score(self.stream)).abs() < 1e-5)
+        self.centred = bool(
+            (self._score(self.stream + ones) - self._score(self.stream)).abs() < 1e-5
+        )
         self.zero = self._score(0 * self.stream)
 
     def out(self, layer):
@@ -86,14 +88,18 @@ class ByHand:
         with self.without(layer, row, expert, ("weight",)):
             part = self._product(layer)
         part = self._product(layer) - part
-        norm = next(getattr(self.blocks[layer], n) for n in _NORMS if hasattr(self.blocks[layer], n))
+        norm = next(
+            getattr(self.blocks[layer], n) for n in _NORMS if hasattr(self.blocks[layer], n)
+        )
         product = self._product(layer)
         scale = product.norm() / part.norm()
         return self.share(norm(scale * part) / scale)
 
     def _product(self, layer):
         """What enters the norm behind the feed-forward part."""
-        norm = next(getattr(self.blocks[layer], n) for n in _NORMS if hasattr(self.blocks[layer], n))
+        norm = next(
+            getattr(self.blocks[layer], n) for n in _NORMS if hasattr(self.blocks[layer], n)
+        )
         seen = []
         handle = norm.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         self.hf(self.tokens, use_cache=False)

@@ -223,7 +223,9 @@ def _prose_loss(model: Small, tokenizer: Any, prose: Sequence[str], context: int
     """Mean NLL of a token, in nats, over the beginnings of the documents."""
     losses = []
     for text in prose:
-        ids = torch.tensor(tokenizer(text, truncation=True, max_length=context).input_ids, device=model.device)
+        ids = torch.tensor(
+            tokenizer(text, truncation=True, max_length=context).input_ids, device=model.device
+        )
         logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
         losses.append(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none"))
     return float(torch.cat(losses).mean())

@@ -112,7 +112,7 @@ def run(model: Any, methods: dict[str, Any], records: list[Any], **options: Any)
 
 
 def editing() -> Any:
-    """The sense edit with every strength on 30 records; ROME wherever it can write, on 13 others."""
+    """The sense edit with every strength on 30 records; on 13 others, ROME in every layer."""
     model = bwlens.load_model("backpack-demo")
     records = one_token_records(model)
     senses = {f"senses, strength {s:g}": partial(sense_edit, strength=s) for s in STRENGTHS}

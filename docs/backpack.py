@@ -3,8 +3,8 @@
     python docs/backpack.py            # the picture, of docs/backpack.csv (tools/backpack/arms.py)
     python docs/backpack.py editing    # edits of backpack-demo; some minutes
 
-Edits: the records of the demo whose subject is one token. ROME's layer and position are chosen by S
-on the first 13; the other 30 are reported, the sense edit with every strength.
+Edits: the records of the demo whose subject is one token. The sense edit of 30 of them with every
+strength; ROME of the 13 others in every layer, at the subject's and at the prompt's last token.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 
 import bwlens
 from bwlens.demo import facts
-from bwlens.edit import WeightChange, forward_pass_shift, key_statistics, rome
+from bwlens.edit import WeightChange, key_statistics, rome
 from bwlens.knowledge import sense_edit
 from bwlens.model.prompts import make_batch
 from bwlens.show.drawing import Drawing, plain
 
 HERE = Path(__file__).parent
-TUNING = 13
+OTHERS = 13
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 4.0)
 COLUMNS = ("ES", "PS", "NS", "S", "efficacy", "paraphrase", "neighbourhood", "perplexity")
 
@@ -80,49 +80,55 @@ def others_kept(model: Any, change: WeightChange, record: Any) -> list[bool]:
     return [a == right for b, a, right in zip(before, after, answers, strict=True) if b == right]
 
 
-def editing() -> Any:
-    """One row a method: the harness' figures, and the subject's other facts kept."""
-    model = bwlens.load_model("backpack-demo")
-    records = [
+def one_token_records(model: Any) -> list[Any]:
+    """The demo's records whose subject is one token behind a space."""
+    return [
         record
         for record in bwlens.read_records("demo")
         if len(model.to_tokens(" " + record.edit.subject, prepend_bos=False)[0]) == 1
     ]
+
+
+def figures(model: Any, methods: dict[str, Any], records: list[Any]) -> Any:
+    """One row a method: the harness' figures, and the subject's other facts kept."""
+    table = run(model, methods, records, perplexity_text="demo", perplexity_every=10)
+    kept = {}
+    for name, method in methods.items():
+        right: list[bool] = []
+        for record in records:
+            change = WeightChange() if method == "none" else method(model, record.edit)
+            right += others_kept(model, change, record)
+        kept[name] = 100 * sum(right) / len(right)
+        print(name, len(right), kept[name], flush=True)
+    table = table[[c for c in COLUMNS if c in table]].assign(other_facts=pd.Series(kept))
+    return table.round(1).loc[list(methods)]
+
+
+def run(model: Any, methods: dict[str, Any], records: list[Any], **options: Any) -> Any:
+    """The means of the harness' metrics, a row a method."""
+    result = bwlens.evaluate(model, methods, records, generation_every=0, progress=False, **options)
+    assert not result.failures, result.failures
+    return result.summary.pivot(index="method", columns="metric", values="mean")
+
+
+def editing() -> Any:
+    """The sense edit with every strength on 30 records; on 13 others, ROME in every layer."""
+    model = bwlens.load_model("backpack-demo")
+    records = one_token_records(model)
+    senses = {f"senses, strength {s:g}": partial(sense_edit, strength=s) for s in STRENGTHS}
+    table = figures(model, {"none": "none", **senses}, records[OTHERS:])
     sentences = [f.prompts()[0] + f.answer + "." for f in facts()]
     stories = (bwlens.demo.ROOM / "stories.txt").read_text(encoding="utf-8").split("\n\n\n")
     statistics = key_statistics(model, [*stories, *sentences], cache=False)
-
-    def run(methods: dict[str, Any], some: list[Any], **options: Any) -> pd.DataFrame:
-        result = bwlens.evaluate(
-            model, methods, some, generation_every=0, progress=False, **options
-        )
-        assert not result.failures, result.failures
-        return result.summary.pivot(index="method", columns="metric", values="mean")
-
-    candidates: dict[str, Any] = {
+    everywhere = {
         f"ROME, layer {layer}, {position}": partial(
             rome, layer=layer, position=position, statistics=statistics
         )
         for layer in range(4)
         for position in ("subject", "last")
     }
-    tuned = run(candidates, records[:TUNING])
-    print(tuned.round(1).to_string(), flush=True)
-    best = str(tuned["S"].idxmax())
-    chosen: dict[str, Any] = {"none": "none"}
-    chosen |= {f"senses, strength {s:g}": partial(sense_edit, strength=s) for s in STRENGTHS}
-    chosen |= {best: candidates[best], "forward pass shift": forward_pass_shift}
-    table = run(chosen, records[TUNING:], perplexity_text="demo", perplexity_every=1)
-    kept = {}
-    for name, method in chosen.items():
-        right: list[bool] = []
-        for record in records[TUNING:]:
-            change = WeightChange() if method == "none" else method(model, record.edit)
-            right += others_kept(model, change, record)
-        kept[name] = 100 * sum(right) / len(right)
-        print(name, len(right), kept[name], flush=True)
-    table = table[[c for c in COLUMNS if c in table]].assign(other_facts=pd.Series(kept))
-    return table.round(1).loc[list(chosen)]
+    written = run(model, everywhere, records[:OTHERS])
+    return pd.concat([table, written[[c for c in COLUMNS if c in written]].round(1)])
 
 
 def main() -> None:

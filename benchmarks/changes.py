@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import bwlens
-from benchmarks.measure import Note, Row, race, timed
+from benchmarks.measure import Note, Row, peak_bytes, race, timed, weigh
 from benchmarks.setting import Setting
 from bwlens.changes.names import weights_there
 from bwlens.gradient.matrix import LowRankMatrix
@@ -21,6 +21,15 @@ PROMPT, TARGET = "The Eiffel Tower is in the city of", " Rome"
 SUBJECTS = ("Paris", "Rome", "a small town", "the old king", "my brother", "the sea", "a dog")
 VERBS = ("is known for", "never lived in", "works near", "looks like", "was built by")
 OBJECTS = ("the river", "a red house", "two friends", "the new school", "good bread", "music")
+
+
+_SIZES = (32, 256)
+
+
+def read_some(model: Any, texts: list[str]) -> None:
+    """Read a data set of one batch a part."""
+    with tempfile.TemporaryDirectory() as folder:
+        bwlens.read_dataset(model, texts, Path(folder), batch_size=8, part_size=16, progress=False)
 
 
 def changes(setting: Setting) -> list[Row | Note]:
@@ -64,5 +73,7 @@ def changes(setting: Setting) -> list[Row | Note]:
         ),
         race("data set / a loop, examples a second", timed(whole), timed(loop), repeats, 3.0, True),
     ]
+    few, many = (peak_bytes(lambda n=n: read_some(setting.demo, (texts * 40)[:n])) for n in _SIZES)
+    rows.append(weigh(f"memory, {_SIZES[1]} examples / {_SIZES[0]}", many, few, 1.1))
     said = f"changes: {setting.real_name}, {len(adapter)} matrices; {len(texts)} texts, W_out"
     return [*rows, Note(said)]

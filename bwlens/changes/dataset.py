@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from bwlens.changes.change import WeightChange
+from bwlens.changes.lens import READINGS
 from bwlens.changes.taking import as_change
 from bwlens.data.examples import Example, examples_of
 from bwlens.gradient.capturing import Gradients, capture
@@ -227,6 +228,14 @@ def read_dataset(
     (matrix,) = resolve_matrices(matrix)
     if matrix not in ("W_out", "W_O"):
         raise ValueError(f"matrix is {matrix!r}; what is written is read of W_out or W_O")
+    if reading not in READINGS:
+        raise ValueError(f"reading is {reading!r}; there are {', '.join(READINGS)}")
+    whole_number(top_k, "top_k", model.cfg.d_vocab)
+    for name, number in (
+        ("positions", positions), ("batch_size", batch_size), ("part_size", part_size),
+        ("max_tokens", max_tokens),
+    ):  # fmt: skip
+        whole_number(number, name)
     wanted = resolve_layers(model, layers)
     head = head_by(model, reading, False)
     sizes, mark = _counted(examples, part_size)

@@ -95,11 +95,18 @@ def places_of(model: LensModel) -> dict[str, list[Place]]:
                 continue
         places.setdefault(name, []).append(Place(site, outputs, d_in_first))
     if not places:
+        refused_like(model)
         raise NotImplementedError(
             f"none of the matrices of this {type(model).__name__} stands in a parameter of the"
             f" model inside as it is, so a file's tensors cannot be matched with them"
         )
     return places
+
+
+def refused_like(model: LensModel) -> None:
+    """Raise what stands in the way of the first layer's weights: packed, not in memory, adapted."""
+    taps = find_taps(model, available_matrices(model), 0)
+    weights_of(model, [tap.site for tap in taps if isinstance(tap, Tap)])
 
 
 def weights_there(model: LensModel) -> dict[Site, Weight]:

@@ -185,19 +185,16 @@ def read_side(
     d_vocab = head.W_U.shape[1]
     if not rows:
         return _unread(n, top_k, len(targets))
-    vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1)
+    device = head.W_U.device
+    vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1).to(device)
     weight, layer = torch.cat(weights), torch.tensor(layers)
     tally = {1: _Tally(d_vocab), -1: _Tally(d_vocab)}
-    read, legibility = [], vectors.new_full((n,), float("nan"))
+    read, legibility = [], torch.full((n,), float("nan"))
     for chunk in torch.arange(len(vectors)).split(_ROWS):
         scores = all_scores(head, vectors[chunk]).float()
-        lead = (len(chunk),)
-        read.append(
-            readout_of_scores(
-                scores, vectors[chunk].norm(dim=1), torch.zeros(lead, dtype=torch.bool),
-                torch.arange(len(chunk)), lead, top_k, targets,
-            )
-        )  # fmt: skip
+        lead, places = (len(chunk),), torch.arange(len(chunk), device=device)
+        lengths, doubtful = vectors[chunk].norm(dim=1), torch.zeros_like(places, dtype=torch.bool)
+        read.append(readout_of_scores(scores, lengths, doubtful, places, lead, top_k, targets))
         z = usual.z(scores, side, [names[i] for i in chunk.tolist()])
         legibility[torch.tensor(at)[chunk]] = z.amax(1).to(legibility)
         for sign, each in tally.items():
@@ -210,7 +207,7 @@ class _Tally:
     """Nats beyond chance of each word, by layer."""
 
     def __init__(self, d_vocab: int) -> None:
-        self._bar, self._d_vocab = math.log(d_vocab), d_vocab
+        self._bar = math.log(d_vocab)
         self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, z: Tensor, sign: int, weight: Tensor, layer: Tensor) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,10 @@ def _own(optimizer: Any, parameter: Tensor, twin: Any, site: Site, live: Tensor)
             options = {k: v for k, v in group.items() if k != "params"}
             made = copy.copy(optimizer)
             made.__dict__.update(param_groups=[{**options, "params": [twin]}])
+            # A scheduler puts a `step` on the user's own that steps that one; hooks are theirs too.
+            made.__dict__.pop("step", None)
+            for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+                setattr(made, hooks, OrderedDict())
             made.state = type(optimizer.state)(optimizer.state.default_factory)
             if one in optimizer.state:
                 made.state[twin] = {

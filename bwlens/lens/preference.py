@@ -38,8 +38,8 @@ class PreferenceLens:
         return self.gradients.entanglement()
 
     def __repr__(self) -> str:
-        loss = float(self.gradients.losses[0])
-        return f"loss {loss:.4g}\nchosen\n{self.chosen!r}\nrejected\n{self.rejected!r}"
+        answers = f"chosen {self.chosen.target!r}, rejected {self.rejected.target!r}"
+        return f"PreferenceLens({answers}; loss {float(self.gradients.losses[0]):.4g})"
 
     def _repr_html_(self) -> str:
         return self._compared()._repr_html_()

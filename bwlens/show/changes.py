@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
+from bwlens.model.sites import MATRICES
 from bwlens.show.colors import css, ink, shade
 from bwlens.show.drawing import COLUMN, SCALE, axes, drawable, label, scale_bar
 from bwlens.show.sheet import definitions, document, svg
@@ -76,7 +77,7 @@ _SIDES = (
 
 
 def _heading(lens: ChangeLens) -> str:
-    matrices = dict.fromkeys(site.matrix for site in lens.norms)
+    matrices = [m for m in MATRICES if any(site.matrix == m for site in lens.norms)]
     norm = math.sqrt(sum(n**2 for n in lens.norms.values()))
     layers = lens.layers
     first, last = min(layers), max(layers)
@@ -263,7 +264,7 @@ def figure(lens: ChangeLens, kind: Literal["norms", "words"] | str, ax: Any = No
     with mpl.rc_context({"font.size": 7}):
         drawn, ax = axes(ax, (COLUMN * (1 if kind == "norms" else 1.4), height))
         if kind == "norms":
-            names = list(dict.fromkeys(site.matrix for site in lens.norms))
+            names = [m for m in MATRICES if any(site.matrix == m for site in lens.norms)]
             values = np.zeros((len(layers), len(names)))
             for site, norm in lens.norms.items():
                 values[layers.index(site.layer), names.index(site.matrix)] += norm**2
@@ -271,6 +272,7 @@ def figure(lens: ChangeLens, kind: Literal["norms", "words"] | str, ax: Any = No
             ax.set_xticks(range(len(names)), names)
         else:
             tables = [lens.promoted(4, layer=layer) for layer in layers]
+            tables = [table[table["nats"] > table["chance"]] for table in tables]
             values = np.zeros((len(layers), 4))
             for row, table in enumerate(tables):
                 values[row, : len(table)] = table["nats"]

@@ -179,6 +179,8 @@ def test_examples_of_every_kind(tmp_path, demo):
     assert demo.tokenizer.decode(ids[start:]) == " blue"
     with pytest.raises(ValueError, match="none of the 2 examples could be read"):
         bwlens.read_dataset(demo, ["", " "], tmp_path / "none", progress=False)
+    with pytest.raises(ValueError, match="reading is 'lens'; there are dual"):
+        bwlens.read_dataset(demo, EXAMPLES, tmp_path / "odd", reading="lens", progress=False)
     with pytest.raises(TypeError, match="an iterator, which can be walked through once"):
         bwlens.read_dataset(demo, iter(EXAMPLES), tmp_path / "once", progress=False)
 

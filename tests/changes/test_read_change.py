@@ -172,6 +172,7 @@ def test_an_optimisers_step_is_what_torch_does(boot, steps):
     own = model.original_model
     mine = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=1e-2)
     theirs = torch.optim.Adam(hf.parameters(), lr=1e-2)
+    torch.optim.lr_scheduler.ConstantLR(mine, factor=1.0)  # which hangs on the optimiser's step
     for _ in range(steps):  # both come to the same state, by torch alone
         for optimizer, net in ((mine, own), (theirs, hf)):
             optimizer.zero_grad()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from bwlens import edit as edit
     from bwlens import experiments as experiments
     from bwlens import show as show
+    from bwlens.attention.maps import ReversedAttention as ReversedAttention
+    from bwlens.attention.maps import reversed_attention as reversed_attention
     from bwlens.changes.change import WeightChange as WeightChange
     from bwlens.checking import CheckReport as CheckReport
     from bwlens.checking import check as check
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 # Where each name above is; a test holds the two lists against each other.
 _ROOMS = ("checking", "demo", "edit", "experiments", "show")
 _HOMES = {
+    "attention.maps": ("ReversedAttention", "reversed_attention"),
     "changes.change": ("WeightChange",),
     "checking": ("CheckReport", "check"),
     "data.making": ("make_records",),

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from bwlens import show as show
     from bwlens.attention.maps import ReversedAttention as ReversedAttention
     from bwlens.attention.maps import reversed_attention as reversed_attention
+    from bwlens.attention.patching import attention_patching as attention_patching
+    from bwlens.attention.scores import HeadScores as HeadScores
+    from bwlens.attention.scores import head_scores as head_scores
+    from bwlens.attention.words import head_words as head_words
     from bwlens.changes.change import WeightChange as WeightChange
     from bwlens.checking import CheckReport as CheckReport
     from bwlens.checking import check as check
@@ -50,6 +54,9 @@ if TYPE_CHECKING:
 _ROOMS = ("checking", "demo", "edit", "experiments", "show")
 _HOMES = {
     "attention.maps": ("ReversedAttention", "reversed_attention"),
+    "attention.patching": ("attention_patching",),
+    "attention.scores": ("HeadScores", "head_scores"),
+    "attention.words": ("head_words",),
     "changes.change": ("WeightChange",),
     "checking": ("CheckReport", "check"),
     "data.making": ("make_records",),

@@ -322,7 +322,11 @@ def _around(layer: int, act: Callable[[Attended], Tensor | None]) -> Callable[[A
 def _instead(module: nn.Module, act: Callable[[Any, Any, Any], Any]) -> Generator[None, None, None]:
     """A module's forward is what `act` makes of it and its arguments, meanwhile."""
     forward, before = module.forward, vars(module).get("forward")
-    vars(module)["forward"] = lambda *args, **kwargs: act(forward, args, kwargs)
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        return act(forward, args, kwargs)
+
+    vars(module)["forward"] = instead
     try:
         yield
     finally:

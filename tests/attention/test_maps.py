@@ -209,7 +209,7 @@ def test_hybrids_give_the_layers_that_have_maps(bridge):
 
 @pytest.mark.parametrize("name", ["rwkv", "mamba"])
 def test_models_without_attention_are_refused(name, bridge):
-    with pytest.raises(NotImplementedError, match="no attention that bwlens can read.*made of"):
+    with pytest.raises(NotImplementedError, match=r"no attention that bwlens can read.*made of"):
         maps_of(bridge(name))
 
 
@@ -256,7 +256,7 @@ def test_frozen_parameters_and_a_loss_of_ones_own(boot):
     expected = maps_of(model).reversed
     model.requires_grad_(False)
     assert torch.equal(maps_of(model).reversed, expected)
-    with pytest.raises(ValueError, match="does not depend|cut off"):
+    with pytest.raises(ValueError, match=r"does not depend|cut off"):
         bwlens.reversed_attention(model, TOKENS[2:], lambda logits, batch: logits[:, 0, 0].detach())
 
 

@@ -63,10 +63,16 @@ def report(lens: BackwardLens) -> str:
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
         f"<h2>Parts of the prompt, {matrix}</h2>{_segments(lens, matrix)}"
-        '<h3>Norm of delta over the prompt</h3><div class="sheet">'
-        f"{circuits.together([circuits.token_norms(lens, matrix)])}</div>"
+        "<h3>Norm of delta over the prompt</h3>"
+        f"{circuits.token_norms(lens, matrix, layers=_strongest(lens, matrix)).local_src}"
         f"<h2>To make this again</h2>{definitions(settings, 'small', code=True)}",
     )
+
+
+def _strongest(lens: BackwardLens, matrix: str) -> list[int]:
+    """Up to six layers: those with the largest norms, from the first on."""
+    order = lens.norms(matrix).amax(1).argsort(descending=True)[:6].tolist()
+    return [lens.layers[at] for at in sorted(order)]
 
 
 def _segments(lens: BackwardLens, matrix: str) -> str:

@@ -318,7 +318,7 @@ def test_negative_layers_count_from_the_models_end(model):
         lens.gradient("W_in", 99)
     with pytest.raises(ValueError, match="the model has 3 layers"):
         lens.gradient("W_in", -4)
-    calls = [circuits.top_words(lens, *cell).parts()[2] for cell in ((-2, -1), (1, 4))]
+    calls = [circuits.top_words(lens, *cell).calls for cell in ((-2, -1), (1, 4))]
     named = [re.sub(r"circuits-vis-[0-9a-f-]*", "", call) for call in calls]
     assert named[0] == named[1]
 

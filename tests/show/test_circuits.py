@@ -1,5 +1,6 @@
 """circuitsvis' widgets of a lens: right values, one script, silent and inert in a browser."""
 
+import json
 import re
 import time
 from dataclasses import replace
@@ -33,7 +34,9 @@ def all_widgets(lens):
     return [
         circuits.top_words(lens, 1, 2),
         circuits.token_norms(lens),
+        circuits.token_places(lens, layers=[1, -1]),
         circuits.moved_neurons(lens, top_k=3),
+        circuits.attention_maps(lens.tokens, torch.randn(2, 3, 5, 5)),
     ]
 
 
@@ -43,16 +46,17 @@ def test_each_is_circuitsvis_own_and_carries_its_script(lens):
         assert isinstance(widget, render.RenderedHTML)
         html = widget._repr_html_()
         assert widget.show_code() == str(widget) == html
-        assert 'style="margin: 15px 0;"></div>' in html
+        assert "/>" not in html.partition("<script")[0]
         assert "unpkg" not in html
         assert "https://" not in html.rpartition("CircuitsVis.render(")[2]
 
 
 def test_ten_widgets_share_one_script(lens):
     html = circuits.page(["<h1>ten</h1>", *(all_widgets(lens) * 4)[:10]])
-    assert len(html) <= 1.5e6
-    assert html.count("var CircuitsVis=") == 1
-    assert html.count("CircuitsVis.render(") == 10
+    assert len(html) <= 6e5
+    assert html.count("DecompressionStream") == 1
+    calls = [widget.calls.count("CircuitsVis.render(") for widget in (all_widgets(lens) * 4)[:10]]
+    assert html.count("CircuitsVis.render(") == sum(calls) >= 10
 
 
 def test_neurons_are_those_that_the_dense_gradient_moves_most(lens):
@@ -154,13 +158,67 @@ def test_report_of_hostile_tokens(chromium):
     page.close()
 
 
-def test_numbers_are_plain(lens):
-    """numpy scalars make circuitsvis raise; everything handed over is a list or a tensor."""
-    widget = circuits.token_norms(lens)
-    values = re.search(r'"values": (\[\[.*?\]\])', widget.local_src)
-    assert values is not None
-    found = torch.tensor(eval(values[1]))
-    torch.testing.assert_close(found, lens.norms().T, rtol=1e-5, atol=1e-6)
+def props(widget):
+    """What circuitsvis is handed by each call, in order."""
+    found = re.findall(r"CircuitsVis\.\w+,\s*(\{.*?\})\s*\)(?:;|$)", widget.calls, flags=re.DOTALL)
+    return [json.loads(text) for text in found]
+
+
+def test_lines_of_tokens_have_one_scale(lens):
+    lines = props(circuits.token_norms(lens))
+    norms = lens.norms()
+    values = torch.tensor([line["values"] for line in lines])
+    torch.testing.assert_close(values, norms, rtol=5e-3, atol=1e-6)
+    assert {line["maxValue"] for line in lines} == {float(norms.max())}
+    places = lens.target_places()
+    lines = props(circuits.token_places(lens, layers=[1, 2]))
+    for line, row in zip(lines, places[1:3].tolist(), strict=True):
+        for value, place in zip(line["values"], row, strict=True):
+            assert (value > 0) == (0 < place < lens.d_vocab / 2)
+            assert (value == 1) == (place == 1)
+    with pytest.raises(ValueError, match=r"follow=\[' x'\]"):
+        circuits.token_places(lens, word=" x")
+
+
+def test_signed_maps_have_one_symmetric_scale_and_short_numbers():
+    maps = torch.randn(2, 3, 4, 4) / 3
+    maps[1, 2, 3, 0] = -7.123456
+    names = ["a", "b", "</script>", "<d>"]
+    (drawn,) = props(circuits.attention_maps(names, maps))
+    assert drawn["attentionHeadNames"][0] == "L0 H0"
+    assert (drawn["minValue"], drawn["maxValue"]) == pytest.approx((-7.123456, 7.123456))
+    kept = torch.tensor(drawn["attention"])
+    torch.testing.assert_close(kept, maps.flatten(0, 1).tril(), rtol=5e-3, atol=1e-6)
+    assert max(len(str(v)) for head in drawn["attention"] for row in head for v in row) <= 9
+    (drawn,) = props(circuits.attention_maps(names, maps, causal=False, top_k=1))
+    assert drawn["attentionHeadNames"] == ["L1 H2"]
+    assert "1 of 6 maps" in circuits.attention_maps(names, maps, top_k=1).body
+    (many,) = props(circuits.attention_maps(names, torch.randn(40, 4, 4)))
+    assert len(many["attention"]) == circuits.MAPS
+    for bad, why in (
+        ((names[:3], maps), r"expected \[head, 3, 3\]"),
+        ((names, maps, ["one"]), "1 labels for 6 maps"),
+        ((names, maps / 0), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            circuits.attention_maps(*bad)
+
+
+def test_widgets_of_several_outputs_share_what_runs(chromium, lens):
+    """Each output of a notebook stands alone; on a dark page its text is dark on white."""
+    maps = circuits.attention_maps(lens.tokens, torch.randn(2, 5, 5))
+    html = f"<body style='background:#111'>{maps.local_src}{circuits.token_norms(lens).local_src}"
+    page, said, _ = opened(chromium, html, "dark")
+    page.wait_for_selector(".colored-tokens span span")
+    page.wait_for_selector("canvas")
+    assert page.evaluate("document.head.querySelectorAll('script').length") == 1
+    for text in ("layer 1", "Head Selector"):
+        inks = page.get_by_text(text).first.evaluate("""e => { let box = e;
+            while (/, 0\\)$/.test(getComputedStyle(box).backgroundColor)) box = box.parentElement;
+            return [getComputedStyle(e).color, getComputedStyle(box).backgroundColor]; }""")
+        assert inks == ["rgb(17, 17, 17)", "rgb(255, 255, 255)"]
+    assert said == []
+    page.close()
 
 
 def test_reports_of_long_prompts_are_quick_and_whole():

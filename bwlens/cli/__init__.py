@@ -1,4 +1,4 @@
-"""The `bwlens` command: `demo`, `lens`, `check`, `sweep`, `edit`, `evaluate` and `statistics`.
+"""The `bwlens` command: `demo`, `lens`, `heads`, `check`, `sweep`, `edit`, ....
 
 Errors that a user can mend are one readable line and exit code 1; `--debug` shows the traceback.
 Wrong usage exits with 2, as every command does.
@@ -11,6 +11,7 @@ import typer
 from bwlens.cli.checking import check
 from bwlens.cli.counting import statistics
 from bwlens.cli.editing import edit, evaluate
+from bwlens.cli.heads import heads
 from bwlens.cli.reading import demo, lens
 from bwlens.cli.sweeping import sweep
 
@@ -43,7 +44,7 @@ def _options(
     """Read what a language model learns: the Backward Lens for TransformerLens."""
 
 
-for _command in (demo, lens, check, sweep, edit, evaluate, statistics):
+for _command in (demo, lens, heads, check, sweep, edit, evaluate, statistics):
     app.command()(_command)
 
 

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bwlens.attention.maps import ReversedAttention, reversed_attention
 from bwlens.gradient.capturing import Gradients, captured
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL, as_objective
@@ -105,6 +106,31 @@ class BackwardLens:
     positions: tuple[int, ...] | None = None
     _trust: dict[str, dict[int, Trust]] = field(default_factory=dict, repr=False)
     follow_ids: tuple[int, ...] = ()
+    _attention: ReversedAttention | None = field(default=None, repr=False)
+
+    @property
+    def attention(self) -> ReversedAttention:
+        """The reversed and forward maps of the heads.
+
+        Raises:
+            ValueError: The lens was made without them.
+        """
+        if self._attention is None:
+            raise ValueError(
+                "this lens has no attention; make it with backward_lens(attention=True)"
+            )
+        return self._attention
+
+    def reversed_attention(self, layer: int, head: int) -> Float[Tensor, "query key"]:
+        """R of one head."""
+        return self.attention.map(layer, head)
+
+    def heads(self, top_k: int = 10) -> list[tuple[int, int, float]]:
+        """(layer, head, ||R||_F) of the heads that the loss asks most of."""
+        return [
+            (*place, float(self.attention.map(*place).norm()))
+            for place in self.attention.strongest(top_k)
+        ]
 
     @property
     def trust(self) -> Trust:
@@ -509,6 +535,7 @@ def backward_lens(
     jacobian: Any = None,
     trust: bool | Positions = False,
     follow: str | Sequence[str] = (),
+    attention: bool = False,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -544,6 +571,7 @@ def backward_lens(
             read, or at positions named as in `positions` (`BackwardLens.trust_at`).
         follow: Further words, as they are written, whose rank every cell is to hold, as those of
             the target and the answer: " Madrid". Of a word of several tokens, the first one's.
+        attention: Also take R and A of every head (`bwlens.reversed_attention`), a pass more.
 
     Raises:
         ValueError: An unknown reading, or `normalize` without the plain one; positions out of
@@ -652,6 +680,9 @@ def backward_lens(
         positions=task.positions,
         _trust=known,
         follow_ids=follow_ids,
+        _attention=reversed_attention(model, prompt, target, layers=layers, prepend_bos=prepend_bos)
+        if attention
+        else None,
     )
 
 

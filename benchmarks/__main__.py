@@ -16,6 +16,7 @@ from benchmarks.batch import batch
 from benchmarks.capture import capture
 from benchmarks.edits import edits, searches
 from benchmarks.evaluate import evaluate
+from benchmarks.heads import heads
 from benchmarks.lens import lens
 from benchmarks.measure import Note, Row, count_cpu_seconds
 from benchmarks.model import SMALL, TINY
@@ -44,6 +45,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "values": searches,
     "rank": rank,
     "batch": batch,
+    "heads": heads,
     "sweep": sweep,
     "evaluate": evaluate,
     "table": table,

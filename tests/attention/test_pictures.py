@@ -24,7 +24,7 @@ def test_a_table_of_heads_has_every_head_and_its_maps(bridge):
     shown = [int(n) for n in re.findall(r'">(\d+)<div class="pop">', html)]
     expected = (100 * norms.flip(0) / norms.max()).round().int().flatten().tolist()
     assert shown == expected
-    assert "http" not in head_table(maps).page()
+    assert not re.search(r"(src|href)=.https?:", head_table(maps).page())
     scores = bwlens.head_scores(model, [PROMPT], [17])
     assert head_table(scores, "forward")._repr_html_().count("<td") == 12
 
@@ -110,7 +110,7 @@ def test_tasks():
     prompts, targets = in_context([relation], n_prompts=2, shots=2)
     assert re.fullmatch(r"(s\d) is o\d\. (s\d) is o\d\. (s\d) is", prompts[0])
     assert targets[0] == " o" + re.findall(r"s(\d)", prompts[0])[-1]
-    (row, *_), (target, *_) = induction(61, n_prompts=2, length=4)
+    (row, *_), (target, *_) = induction(61, n_prompts=2, length=4, lowest=4)
     assert row[:3] == row[4:]
     assert target == [row[3]]
 

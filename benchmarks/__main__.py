@@ -17,6 +17,7 @@ from benchmarks.capture import capture
 from benchmarks.changes import changes
 from benchmarks.edits import edits, searches
 from benchmarks.evaluate import evaluate
+from benchmarks.heads import heads
 from benchmarks.lens import lens
 from benchmarks.measure import Note, Row, count_cpu_seconds
 from benchmarks.model import SMALL, TINY
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Row | Note]]] = {
     "values": searches,
     "rank": rank,
     "batch": batch,
+    "heads": heads,
     "sweep": sweep,
     "evaluate": evaluate,
     "changes": changes,

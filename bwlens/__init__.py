@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from bwlens import experiments as experiments
     from bwlens import knowledge as knowledge
     from bwlens import show as show
+    from bwlens.attention.maps import ReversedAttention as ReversedAttention
+    from bwlens.attention.maps import reversed_attention as reversed_attention
+    from bwlens.attention.patching import attention_patching as attention_patching
+    from bwlens.attention.scores import HeadScores as HeadScores
+    from bwlens.attention.scores import head_scores as head_scores
+    from bwlens.attention.words import head_words as head_words
     from bwlens.changes.change import WeightChange as WeightChange
     from bwlens.changes.dataset import DatasetLens as DatasetLens
     from bwlens.changes.dataset import explain as explain
@@ -64,6 +70,10 @@ if TYPE_CHECKING:
 # Where each name above is; a test holds the two lists against each other.
 _ROOMS = ("checking", "demo", "edit", "experiments", "knowledge", "show")
 _HOMES = {
+    "attention.maps": ("ReversedAttention", "reversed_attention"),
+    "attention.patching": ("attention_patching",),
+    "attention.scores": ("HeadScores", "head_scores"),
+    "attention.words": ("head_words",),
     "changes.change": ("WeightChange",),
     "changes.dataset": ("DatasetLens", "explain", "read_dataset"),
     "changes.lens": ("ChangeLens", "read_change"),

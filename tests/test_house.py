@@ -17,9 +17,9 @@ import bwlens
 ROOT = Path(bwlens.__file__).parent
 
 FLOORS = {
-    "runs": 0, "demo": 0, "model": 1, "data": 2, "gradient": 2, "reading": 3, "lens": 4, "show": 5,
-    "changes": 4.5, "checking": 5, "edit": 6, "knowledge": 6, "evaluation": 7, "experiments": 8,
-    "cli": 9,
+    "runs": 0, "demo": 0, "model": 1, "data": 2, "gradient": 2, "reading": 3, "attention": 3.5,
+    "lens": 4, "show": 5, "changes": 4.5, "checking": 5, "edit": 6, "knowledge": 6, "evaluation": 7,
+    "experiments": 8, "cli": 9,
 }  # fmt: skip
 """A room may import from itself and from rooms on lower floors; the command line the public API."""
 

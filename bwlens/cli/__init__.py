@@ -1,4 +1,4 @@
-"""The `bwlens` command: read, check, sweep, edit, evaluate, count, changes and data sets.
+"""The `bwlens` command: read, check, sweep, edit, evaluate, count, heads, changes and data sets.
 
 Errors that a user can mend are one readable line and exit code 1; `--debug` shows the traceback.
 Wrong usage exits with 2, as every command does.
@@ -12,6 +12,7 @@ from bwlens.cli.change import change, dataset
 from bwlens.cli.checking import check
 from bwlens.cli.counting import statistics
 from bwlens.cli.editing import edit, evaluate
+from bwlens.cli.heads import heads
 from bwlens.cli.reading import demo, lens
 from bwlens.cli.sweeping import sweep
 
@@ -44,7 +45,7 @@ def _options(
     """Read what a language model learns: the Backward Lens for TransformerLens."""
 
 
-for _command in (demo, lens, check, sweep, edit, evaluate, statistics, change, dataset):
+for _command in (demo, lens, heads, check, sweep, edit, evaluate, statistics, change, dataset):
     app.command()(_command)
 
 

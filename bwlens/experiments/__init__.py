@@ -7,6 +7,8 @@
 
 from bwlens.experiments._gradient_rank import GradientRank as GradientRank
 from bwlens.experiments._gradient_rank import gradient_rank as gradient_rank
+from bwlens.experiments._head_ranking import HeadRanking as HeadRanking
+from bwlens.experiments._head_ranking import head_ranking as head_ranking
 from bwlens.experiments._imprint_shift import ImprintShift as ImprintShift
 from bwlens.experiments._imprint_shift import imprint_shift as imprint_shift
 from bwlens.experiments._layer_cosine import LayerCosine as LayerCosine

@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bwlens.attention.maps import ReversedAttention, reversed_attention
 from bwlens.gradient.capturing import Gradients, captured
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL, as_objective
@@ -107,6 +108,31 @@ class BackwardLens:
     _trust: dict[str, dict[int, Trust]] = field(default_factory=dict, repr=False)
     follow_ids: tuple[int, ...] = ()
     _neurons: dict[neurons_.Key, int] = field(default_factory=dict, repr=False)
+    _attention: ReversedAttention | None = field(default=None, repr=False)
+
+    @property
+    def attention(self) -> ReversedAttention:
+        """The reversed and forward maps of the heads.
+
+        Raises:
+            ValueError: The lens was made without them.
+        """
+        if self._attention is None:
+            raise ValueError(
+                "this lens has no attention; make it with backward_lens(attention=True)"
+            )
+        return self._attention
+
+    def reversed_attention(self, layer: int, head: int) -> Float[Tensor, "query key"]:
+        """R of one head."""
+        return self.attention.map(layer, head)
+
+    def heads(self, top_k: int = 10) -> list[tuple[int, int, float]]:
+        """(layer, head, ||R||_F) of the heads that the loss asks most of."""
+        return [
+            (*place, float(self.attention.map(*place).norm()))
+            for place in self.attention.strongest(top_k)
+        ]
 
     @property
     def trust(self) -> Trust:
@@ -549,6 +575,7 @@ def backward_lens(
     trust: bool | Positions = False,
     follow: str | Sequence[str] = (),
     neurons: int = 0,
+    attention: bool = False,
 ) -> BackwardLens:
     """Read what one gradient step would write: every layer, every token, in the vocabulary.
 
@@ -586,6 +613,7 @@ def backward_lens(
             the target and the answer: " Madrid". Of a word of several tokens, the first one's.
         neurons: Of how many neurons, those that the step moves most, to read the word in each cell
             (`BackwardLens.neurons`); that takes about as long as to read so many more vectors.
+        attention: Also take R and A of every head (`bwlens.reversed_attention`), a pass more.
 
     Raises:
         ValueError: An unknown reading, or `normalize` without the plain one; positions out of
@@ -709,6 +737,9 @@ def backward_lens(
         _trust=known,
         follow_ids=follow_ids,
         _neurons=of_neurons,
+        _attention=reversed_attention(model, prompt, target, layers=layers, prepend_bos=prepend_bos)
+        if attention
+        else None,
     )
 
 

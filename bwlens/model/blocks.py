@@ -97,6 +97,11 @@ def mixtures(block: nn.Module) -> list[nn.Module]:
     return [part for part in _parts(block)[0] if _experts_of(part) is not None]
 
 
+def attention_of(block: nn.Module) -> nn.Module | None:
+    """The attention of a block, or whatever stands in its place; None without one."""
+    return next(iter(_parts(block)[1]), None)
+
+
 def contents(block: nn.Module) -> str:
     """What a block is made of, for people: names of its parts and their kinds."""
     parts = _unwrapped(block).named_children()

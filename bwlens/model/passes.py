@@ -75,6 +75,7 @@ def run(
     positions: Int[Tensor, "*batch position"] | None = None,
     keeping: Collection[nn.Module] = (),
     giving: Mapping[nn.Module, Any] | None = None,
+    around: Mapping[nn.Module, Callable[[Any, Any, Any], Any]] | None = None,
     kept: Any = None,
     partly: Partly | None = None,
     until: nn.Module | None = None,
@@ -91,6 +92,7 @@ def run(
         positions: The only positions that pass the unembedding, every row's or each row's own.
         keeping: Modules of which what leaves them is kept.
         giving: Modules that do not run, with what they give instead.
+        around: Modules with what is called instead, with their forward and its arguments.
         kept: Keys and values (`bwlens.model.earlier`): those of earlier positions are taken from
             it, those of the tokens go to it.
         partly: Modules that only some tokens pass.
@@ -117,13 +119,15 @@ def run(
         note = _Notes(seen)
         for point in sorted(noted, key=lambda point: point.branch):
             hooks.at(point, note.of(point))
-        if graph and noted:
+        if graph and (noted or around):
             _root(model, hooks)
         left: dict[nn.Module, list[Any]] = {}
         for module in keeping:
             hooks.after(module, lambda m, output: left.setdefault(m, []).append(output))
         for module, given in (giving or {}).items():
             hooks.instead(module, lambda forward, args, kwargs, given=given: given)
+        for module, act in (around or {}).items():
+            hooks.instead(module, act)
         if partly is not None:
             for module in partly.left:
                 hooks.instead(module, partial(partly.passing, module))

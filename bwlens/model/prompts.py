@@ -126,15 +126,15 @@ class Batch:
         """Number of real tokens in all."""
         return int(self.lengths.sum())
 
-    def only(self, index: int) -> Batch:
-        """One prompt of the batch, without padding."""
-        keep = slice(index, index + 1)
+    def only(self, *indices: int) -> Batch:
+        """Some prompts of the batch, without padding that none of them needs."""
+        keep = list(indices)
+        lengths = self.lengths[keep]
         return Batch(
-            self.tokens[keep, : int(self.lengths[index])],
-            self.lengths[keep],
+            self.tokens[keep, : int(lengths.max())],
+            lengths,
             self.prompt_lengths[keep],
-            self.targets[keep],
-            self.others[keep],
+            *(tuple(ids[i] for i in keep if ids) for ids in (self.targets, self.others)),
         )
 
 

@@ -1,0 +1,1 @@
+"""Attention's half of a block: its reversed maps, scores of heads, and patching them in."""

@@ -1,0 +1,294 @@
+"""Does a ranking of heads find those that a task needs? Only the top of it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bwlens.attention.patching import without_heads
+from bwlens.attention.scores import head_scores
+from bwlens.gradient.objectives import NLL
+from bwlens.model.attention import attended
+from bwlens.model.passes import run, wide
+from bwlens.model.prompts import Batch, make_batch
+from bwlens.runs.intervals import mean_ci
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+RANKINGS = ("reversed", "warm", "forward", "ablation", "reversed order", "random", "index")
+"""Orders of heads, the most needed first.
+
+- `reversed`: ||R||_F, the mean over the prompts that rank; `reversed order` is from its end.
+- `warm`: the same through a warmer softmax.
+- `forward`: ||A||_F.
+- `ablation`: how much the loss rises without the head, one at a time (one pass of each prompt for
+  each head: the mean over the prompts that rank).
+- `random`: by chance, an order of its own for each seed.
+- `index`: from the first layer's first head on.
+"""
+
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRanking:
+    """How a task goes with the top of each ranking of heads.
+
+    Attributes:
+        rows: `ranking`, `kept` (share of heads), `prompt`, `rank` of the target's first token
+            (0: the answer), and `top1`, `top2`, `top3`.
+        orders: Each ranking's heads, the first kept first.
+        seconds: CPU seconds that each ranking took to make; orders of one score share its pass.
+    """
+
+    rows: pd.DataFrame
+    orders: dict[str, list[Place]]
+    seconds: dict[str, float]
+
+    def summary(self, top: int = 1) -> pd.DataFrame:
+        """Accuracy with its 95 % bootstrap interval over prompts, by ranking and share kept."""
+        import pandas as pd
+
+        out: list[dict[str, Any]] = []
+        for (ranking, kept), group in self.rows.groupby(["ranking", "kept"], sort=False):
+            values = group.groupby("prompt")[f"top{top}"].mean().to_numpy(float)
+            ci = mean_ci(values[:, None])
+            out.append(
+                {
+                    "ranking": ranking, "kept": kept, "mean": ci.mean[0], "low": ci.low[0],
+                    "high": ci.high[0], "n": int(ci.n[0]),
+                }
+            )  # fmt: skip
+        return pd.DataFrame(out)
+
+    def area(self, top: int = 1) -> pd.DataFrame:
+        """The mean accuracy over the shares kept, one figure each, with its interval."""
+        import pandas as pd
+
+        out: list[dict[str, Any]] = []
+        for ranking, group in self.rows.groupby("ranking", sort=False):
+            ci = mean_ci(group.groupby("prompt")[f"top{top}"].mean().to_numpy(float)[:, None])
+            out.append(
+                {
+                    "ranking": ranking, "mean": ci.mean[0], "low": ci.low[0], "high": ci.high[0],
+                    "seconds": self.seconds.get(str(ranking)),
+                }
+            )  # fmt: skip
+        return pd.DataFrame(out)
+
+    def plot(self, top: int = 1) -> Figure:
+        """Accuracy over the share of heads kept, a line for each ranking."""
+        from bwlens.show.drawing import axes, plain
+
+        figure, ax = axes(None, (3.6, 2.6))
+        summary = self.summary(top)
+        styles = ["-", "--", "-.", ":", (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 1))]
+        for ranking, style in zip(RANKINGS, styles, strict=True):
+            line = summary[summary["ranking"] == ranking].sort_values("kept")
+            if len(line):
+                (drawn,) = ax.plot(line["kept"], line["mean"], linestyle=style, label=ranking, lw=1)
+                ax.fill_between(
+                    line["kept"], line["low"], line["high"], color=drawn.get_color(), alpha=0.08
+                )
+        ax.set_xlabel("share of heads kept")
+        ax.set_ylabel(f"top-{top} accuracy")
+        ax.set_ylim(-0.02, 1.02)
+        ax.legend(fontsize=5, frameon=False)
+        plain(ax)
+        return figure
+
+
+def head_ranking(
+    model: Any,
+    prompts: Sequence[Any],
+    targets: Sequence[Any],
+    *,
+    n_ranking: int,
+    rankings: Sequence[str] = RANKINGS,
+    kept: Sequence[float] = (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0),
+    temperature: float = 4.0,
+    seeds: int = 3,
+    batch_size: int = 64,
+    prepend_bos: bool | None = None,
+    out: str | Path | None = None,
+) -> HeadRanking:
+    """Keep the top of each ranking of heads and see whether the task is still done.
+
+    The first `n_ranking` prompts rank the heads, the others judge: none does both. A head that is
+    not kept hands nothing to W_O. The cost of each ranking is measured with it.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer; it is left as it was.
+        prompts: Texts or token ids.
+        targets: Each prompt's target; its first token is judged.
+        n_ranking: How many of the prompts rank.
+        rankings: Names out of `RANKINGS`.
+        kept: Shares of the heads that are kept, 0 to 1.
+        temperature: Of the warm score.
+        seeds: How many random orders.
+        batch_size: Prompts, or prompts without a head, that pass at once.
+        prepend_bos: As for `capture`.
+        out: A folder: what is there is taken from it, the rest goes there, a file for each ranking.
+
+    Raises:
+        ValueError: An unknown ranking, a share outside 0 to 1, too few prompts.
+
+    Source: Katz and Wolf, "Reversed Attention", NAACL 2025, section on heads.
+    """
+    import pandas as pd
+
+    _check(rankings, kept, n_ranking, len(prompts), len(targets))
+    batch = make_batch(model, list(prompts), list(targets), prepend_bos=prepend_bos)
+    first = [ids[0] for ids in batch.targets]
+    rows_of = [batch.tokens[i, : int(batch.prompt_lengths[i])].tolist() for i in range(len(batch))]
+    rank, judge = range(n_ranking), range(n_ranking, len(batch))
+    ranked = make_batch(model, [rows_of[i] for i in rank], [[first[i]] for i in rank])
+    judged = make_batch(model, [rows_of[i] for i in judge], [[first[i]] for i in judge])
+    orders: dict[str, list[Place]] = {}
+    seconds: dict[str, float] = {}
+    scores: dict[str, Any] = {}
+    parts: list[pd.DataFrame] = []
+    folder = None if out is None else Path(out)
+    for ranking in rankings:
+        names = [f"random {seed}" for seed in range(seeds)] if ranking == "random" else [ranking]
+        for name in names:
+            file = None if folder is None else folder / f"{name.replace(' ', '_')}.json"
+            if file is not None and file.exists():
+                saved: Any = pd.read_json(file, orient="index", typ="series")
+                orders[name] = [(int(a), int(b)) for a, b in saved["order"]]
+                seconds[ranking] = float(saved["seconds"])
+                parts.append(pd.DataFrame(saved["rows"]))
+                continue
+            start = process_time()
+            if ranking != "ablation" and ranking not in scores:
+                warmer = temperature if ranking == "warm" else None
+                same = scores.get("reversed") if warmer is None else None
+                scores[ranking] = same or head_scores(
+                    model, ranked.tokens, NLL([list(ids) for ids in ranked.targets]),
+                    temperature=warmer, batch_size=batch_size, attention_mask=ranked.mask,
+                )  # fmt: skip
+                scores.setdefault("reversed", scores[ranking])
+            order = _order(model, name, ranked, scores.get(ranking), batch_size)
+            cost = 0.0 if ranking in ("random", "index") else process_time() - start
+            orders[name], seconds[ranking] = order, cost
+            part = _judged(model, ranking, order, judged, kept)
+            parts.append(part)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                saved = {"order": order, "seconds": cost, "rows": part.to_dict("list")}
+                pd.Series(saved).to_json(file, orient="index")
+    return HeadRanking(pd.concat(parts, ignore_index=True), orders, seconds)
+
+
+def in_context(
+    relations: Sequence[dict[str, Any]], *, n_prompts: int, shots: int = 3, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Prompts of some examples of a relation and then a subject alone, and what follows.
+
+    Args:
+        relations: As the LRE data has them: `prompt_templates`, and `samples` of `subject` and
+            `object`.
+        n_prompts: How many, in turns from each relation.
+        shots: Examples before each.
+        seed: Which.
+    """
+    rng = np.random.default_rng(seed)
+    prompts, targets = [], []
+    for at in range(n_prompts):
+        relation = relations[at % len(relations)]
+        template = relation["prompt_templates"][0]
+        picked = rng.choice(len(relation["samples"]), shots + 1, replace=False)
+        facts = [relation["samples"][i] for i in picked]
+        lines = [f"{template.format(f['subject'])} {f['object']}." for f in facts[:-1]]
+        prompts.append(" ".join([*lines, template.format(facts[-1]["subject"])]))
+        targets.append(f" {facts[-1]['object']}")
+    return prompts, targets
+
+
+def induction(
+    n_vocab: int, *, n_prompts: int, length: int = 8, seed: int = 0, lowest: int = 100
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Random tokens, then the same again but for the last, which is the target."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(lowest, n_vocab, (n_prompts, length)).tolist()
+    return [row + row[:-1] for row in rows], [[row[-1]] for row in rows]
+
+
+def _order(model: Any, name: str, ranked: Batch, scores: Any, batch_size: int) -> list[Place]:
+    """Every head, the first to be kept first."""
+    if name == "ablation":
+        return _by_ablation(model, ranked, batch_size)
+    every = [(layer, head) for layer in scores.layers for head in scores.heads]
+    if name.startswith("random"):
+        chance = np.random.default_rng(int(name.split()[1])).permutation(len(every))
+        return [every[i] for i in chance]
+    if name == "index":
+        return every
+    if name == "reversed order":
+        return scores.order("reversed")[::-1]
+    return scores.order(name)
+
+
+def _by_ablation(model: Any, ranked: Batch, batch_size: int) -> list[Place]:
+    """Heads by the mean rise of the loss without each."""
+    _, passed = attended(model, ranked.only(0), NLL(ranked.targets[0]))
+    every = [
+        (layer, head)
+        for layer, one in passed.items()
+        for head in range(one.by_head(one.product).shape[1])
+    ]
+    losses = torch.zeros(len(every))
+    for prompt in range(len(ranked)):
+        one = ranked.only(prompt)
+        for at in range(0, len(every), batch_size):
+            some = every[at : at + batch_size]
+            with without_heads(model, [[place] for place in some]):
+                passed_logits = run(model, one.tokens.expand(len(some), -1), positions=one.last)
+            scores = wide(passed_logits.logits[:, 0]).log_softmax(-1)
+            losses[at : at + len(some)] -= scores[:, one.targets[0][0]].cpu()
+    return [every[i] for i in losses.argsort(descending=True, stable=True).tolist()]
+
+
+def _judged(
+    model: Any, ranking: str, order: list[Place], judged: Batch, kept: Sequence[float]
+) -> pd.DataFrame:
+    """The target's rank for each prompt with the top of the order."""
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+    targets = torch.tensor([ids[0] for ids in judged.targets], device=judged.tokens.device)
+    for share in kept:
+        with without_heads(model, order[round(share * len(order)) :]):
+            logits = run(model, judged.tokens, positions=judged.last[:, None]).logits[:, 0]
+        goal = logits.gather(1, targets[:, None].to(logits.device))
+        ranks = (logits > goal).sum(1).tolist()
+        rows += [
+            {"ranking": ranking, "kept": share, "prompt": i, "rank": r}
+            | {f"top{k}": r < k for k in (1, 2, 3)}
+            for i, r in enumerate(ranks)
+        ]
+    return pd.DataFrame(rows)
+
+
+def _check(
+    rankings: Sequence[str], kept: Sequence[float], n_ranking: int, n: int, n_targets: int
+) -> None:
+    if unknown := [name for name in rankings if name not in RANKINGS] or not rankings:
+        raise ValueError(f"rankings {unknown!r}; expected some of {', '.join(RANKINGS)}")
+    if bad := [share for share in kept if not 0 <= share <= 1]:
+        raise ValueError(f"kept is {bad[0]}; expected shares of the heads, 0 to 1")
+    if n != n_targets:
+        raise ValueError(f"{n} prompts but {n_targets} targets; expected one for each")
+    if not 1 <= n_ranking < n:
+        raise ValueError(
+            f"n_ranking is {n_ranking} of {n} prompts; expected at least one that ranks and one"
+            f" that judges"
+        )

@@ -142,8 +142,6 @@ def smallest_gradient_step(
     lr = float(smallest_steps(works, torch.tensor([0.01]), within=1.03, most=most))
     if math.isnan(lr):
         raise ValueError(
-        raise ValueError(
             f"no gradient step within {most} tries makes {edit.target_new!r} the answer"
-        )
         )
     return lr * unit

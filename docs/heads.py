@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import bwlens
 from bwlens.experiments._head_ranking import head_ranking, in_context, induction
@@ -23,7 +24,7 @@ def main() -> None:
     import pandas as pd
 
     model, tables = bwlens.load_model("smollm2"), []
-    tasks = {"induction": induction(model.cfg.d_vocab, n_prompts=26)}
+    tasks: dict[str, Any] = {"induction": induction(model.cfg.d_vocab, n_prompts=26)}
     if len(sys.argv) > 1:
         files = [Path(sys.argv[1]) / f"{name}.json" for name in RELATIONS]
         relations = [json.loads(file.read_text("utf-8")) for file in files]

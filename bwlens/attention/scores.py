@@ -183,9 +183,10 @@ def _of_batch(
 
     def warm(one: Attended, gradient: Tensor) -> None:
         with torch.no_grad():
-            pattern = (one.scores.detach() / temperature).softmax(-1).to(gradient)
+            pattern = (one.scores.detach() / (temperature or 1.0)).softmax(-1).to(gradient)
             slope = pattern * (gradient - (pattern * gradient).sum(-1, keepdim=True))
-        keep("warm")(one, one.through(slope) / run.scale)
+        scale: Any = run.scale
+        keep("warm")(one, one.through(slope) / scale)
 
     real = batch.mask[:, None, :, None]
     for one in passed.values():

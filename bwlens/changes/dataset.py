@@ -99,7 +99,7 @@ class DatasetLens:
             rows = rows[rows["layer"] == layer]
         exact = word.startswith(" ")
         hit = [any((w if exact else w.strip()) == word for w in words) for words in rows[which]]
-        found = rows[np.array(hit, dtype=bool)]
+        found: Any = rows[np.array(hit, dtype=bool)]
         texts = self.examples().set_index("item")["text"]
         return found.assign(text=found["item"].map(texts)).sort_values("size", ascending=False)
 
@@ -109,7 +109,7 @@ class DatasetLens:
         Raises:
             ValueError: `k` is no whole number from 1.
         """
-        rows = self.writes()
+        rows: Any = self.writes()
         rows = rows if layer is None else rows[rows["layer"] == layer]
         pairs = rows[["item", "promoted"]].explode("promoted").drop_duplicates()
         counts = pairs["promoted"].value_counts().head(whole_number(k, "k"))
@@ -369,6 +369,7 @@ def _closeness(
             continue
         gradient = grads[site]
         x, delta, prompt = gradient.x, gradient.delta, gradient.prompt
+        assert prompt is not None
         each = ((x @ part.x.to(x).T) * (delta @ part.delta.to(x).T)).sum(1).double().cpu()
         inner[keys[site]].index_add_(0, prompt.cpu(), -each)
         for i in range(n):

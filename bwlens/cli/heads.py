@@ -57,7 +57,7 @@ def heads(
         table = Table(title=escaped(f"{prompt} ->{target}"))
         for name in ("head", "||R||", "from", "to", "R", "A", "writes", "effect"):
             table.add_column(name)
-        for _, row in frame.iterrows():
+        for row in frame.to_dict("records"):
             words = [" ".join(word.strip() for word in row[key]) for key in ("writes", "effect")]
             table.add_row(
                 f"L{row['layer']} H{row['head']}", f"{row['norm']:.2e}", escaped(row["query"]),

@@ -28,7 +28,7 @@ from bwlens.runs.paths import writable_folder
 
 EXPERIMENTS = (
     "gradient_rank, segment_norms, target_rank, layer_cosine, naive_reading, imprint_shift,"
-    " step_sizes, reading_fidelity"
+    " step_sizes, reading_fidelity, residual_removal"
 )
 """The experiments there are, for `--help`, which waits for no library."""
 

@@ -280,7 +280,7 @@ def _in_parts(
 def _fitted(parts: Mapping[str, Float[Tensor, "edit _"]], ridge: float) -> dict[str, Tensor]:
     values, targets, streams = (parts[k].double() for k in ("values", "targets", "streams"))
     mean = values.mean(0)
-    kernel = _kernel((targets,) * 3, (streams,) * 3)
+    kernel = _kernel((targets, targets, targets), (streams, streams, streams))
     weights = torch.linalg.solve(kernel + ridge * torch.eye(len(kernel)), values - mean)
     tensors = {"targets": targets, "streams": streams, "weights": weights, "mean": mean}
     return {name: tensor.float() for name, tensor in tensors.items()}

@@ -58,7 +58,8 @@ class HeadRanking:
         import pandas as pd
 
         out: list[dict[str, Any]] = []
-        for (ranking, kept), group in self.rows.groupby(["ranking", "kept"], sort=False):
+        grouped: Any = self.rows.groupby(["ranking", "kept"], sort=False)
+        for (ranking, kept), group in grouped:
             values = group.groupby("prompt")[f"top{top}"].mean().to_numpy(float)
             ci = mean_ci(values[:, None])
             out.append(
@@ -74,7 +75,8 @@ class HeadRanking:
         import pandas as pd
 
         out: list[dict[str, Any]] = []
-        for ranking, group in self.rows.groupby("ranking", sort=False):
+        grouped: Any = self.rows.groupby("ranking", sort=False)
+        for ranking, group in grouped:
             ci = mean_ci(group.groupby("prompt")[f"top{top}"].mean().to_numpy(float)[:, None])
             out.append(
                 {
@@ -89,7 +91,7 @@ class HeadRanking:
         from bwlens.show.drawing import axes, plain
 
         figure, ax = axes(None, (3.6, 2.6))
-        summary = self.summary(top)
+        summary: Any = self.summary(top)
         styles = ["-", "--", "-.", ":", (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 1))]
         for ranking, style in zip(RANKINGS, styles, strict=True):
             line = summary[summary["ranking"] == ranking].sort_values("kept")

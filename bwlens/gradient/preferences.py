@@ -28,7 +28,7 @@ from bwlens.model.prompts import Batch, Prompts, Target, make_batch
 from bwlens.model.sites import Layers, Site, default_matrices
 
 if TYPE_CHECKING:
-    import pandas as pd
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ class Preference:
             )
         log_p = -NLL(self.target, "sum")(logits, batch)
         if self.needs_reference:
-            log_p = log_p - self._reference(log_p)
+            log_p = log_p - self.of_reference(log_p)
         chosen, rejected = log_p.chunk(2)
         lengths = torch.tensor([len(ids) for ids in batch.targets], device=log_p.device).view(2, -1)
         pair = self.value(chosen, rejected, lengths)
         return torch.cat([pair, pair]) / 2
 
-    def _reference(self, log_p: Tensor) -> Tensor:
+    def of_reference(self, log_p: Tensor) -> Tensor:
+        """The reference's log-probabilities of the answers."""
         if self.reference is None:
             return log_p.detach()
         reference = torch.as_tensor(self.reference, device=log_p.device, dtype=log_p.dtype)
@@ -179,7 +180,7 @@ class PreferenceGradients:
         Raises:
             ValueError: There is no such pair.
         """
-        import pandas as pd
+        import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
 
         n = len(self.losses)
         if pair is not None and not 0 <= pair < n:
@@ -277,8 +278,9 @@ def weights_of_pairs(
     lengths = torch.tensor([len(ids) for ids in batch.targets], device=log_p.device).view(2, -1)
     with torch.enable_grad():
         own = log_p.detach().requires_grad_()
-        reward = own - objective._reference(own) if objective.needs_reference else own
-        loss = objective.value(*reward.chunk(2), lengths).sum()
+        reward = own - objective.of_reference(own) if objective.needs_reference else own
+        chosen, rejected = reward.chunk(2)
+        loss = objective.value(chosen, rejected, lengths).sum()
         return torch.autograd.grad(loss, own)[0].view(2, -1).detach()
 
 

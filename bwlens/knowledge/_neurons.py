@@ -41,7 +41,7 @@ class Neuron(NamedTuple):
     """One row of a store: its layer, its index in W_out and, in a mixture, its expert."""
 
     layer: int
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
     expert: int | str | None = None
 
     @property

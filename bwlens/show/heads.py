@@ -123,7 +123,8 @@ def head_maps(maps: ReversedAttention, *, top_k: int = 4, prompt: int = 0) -> Of
 
     places = maps.strongest(top_k)
     drawn: list[Any] = []
-    for kind, title in (("reversed", "Reversed"), ("forward", "Forward")):
+    kinds: tuple[tuple[Any, str], ...] = (("reversed", "Reversed"), ("forward", "Forward"))
+    for kind, title in kinds:
         several = torch.stack([maps.map(*p, kind=kind, prompt=prompt) for p in places])
         labels = [f"L{layer} H{head}" for layer, head in places]
         drawn += [f"<h4>{title}</h4>", attention_maps(maps.tokens[prompt], several, labels)]

@@ -1,6 +1,7 @@
 """A data set's gradients: what is stored is what each example alone gives; explain is exact."""
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,7 +171,7 @@ def test_examples_of_every_kind(tmp_path, demo):
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join([*map(json.dumps, lines), "{broken"]))
-    read = [*examples_of(path)]
+    read: list[Any] = [*examples_of(path)]
     assert [one.text for one in read[:3]] == ["A text.", "Say it", "user: Hi\nassistant: Yo"]
     assert [one[0] for one in read[3:]] == ["messages", "line", "answer", "line"]
     (tmp_path / "pairs.csv").write_text("question,answer\nWho?, me\n")

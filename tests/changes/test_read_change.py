@@ -170,8 +170,8 @@ def test_an_optimisers_step_is_what_torch_does(boot, steps):
         return -hf(TOKENS).logits[0, -1].log_softmax(0)[targets[0]]
 
     own = model.original_model
-    mine = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=1e-2)
-    theirs = torch.optim.Adam(hf.parameters(), lr=1e-2)
+    mine = torch.optim.Adam([p for p in own.parameters() if p.requires_grad], lr=1e-3)
+    theirs = torch.optim.Adam(hf.parameters(), lr=1e-3)
     torch.optim.lr_scheduler.ConstantLR(mine, factor=1.0)  # which hangs on the optimiser's step
     for _ in range(steps):  # both come to the same state, by torch alone
         for optimizer, net in ((mine, own), (theirs, hf)):

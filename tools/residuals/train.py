@@ -60,9 +60,10 @@ class Small(GPT2LMHeadModel):
         super().__init__(config)
         self.product: torch.Tensor | None = None
         self.means: dict[int, torch.Tensor] = {}
-        for layer, block in enumerate(self.transformer.h):
+        blocks: Any = self.transformer.h
+        for layer, block in enumerate(blocks):
             block.mlp.register_forward_hook(self._replace(layer))
-        last = self.transformer.h[-1]
+        last = blocks[-1]
         last.mlp.register_forward_hook(self._keep)
         if not config.last_residual:
             last.register_forward_hook(self._alone)
@@ -81,7 +82,7 @@ class Small(GPT2LMHeadModel):
 
 def main() -> None:
     """Train what is not trained yet, measure, write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
@@ -125,7 +126,8 @@ def train(settings: Settings, corpus: Corpus, tokenizer: Any, out: Path, device:
         activation_function="gelu_pytorch_tanh",
     )  # fmt: skip
     config.last_residual = settings.arm == "with"
-    model = Small(config).to(device).train()
+    model: Any = Small(config)
+    model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), settings.lr, (0.9, 0.98), weight_decay=0.05)
     checkpoint, first = out / f"{settings.arm}-{settings.seed}.pt", 0
     if checkpoint.exists():
@@ -188,6 +190,10 @@ def measure(
     return out
 
 
+def _blocks(model: Any) -> Any:
+    return model.transformer.h
+
+
 def _means(model: Small, tokenizer: Any, known: Sequence[Fact]) -> dict[int, torch.Tensor]:
     """Each layer's mean product over the facts' phrasings."""
     sums: dict[int, list[torch.Tensor]] = {}
@@ -195,7 +201,7 @@ def _means(model: Small, tokenizer: Any, known: Sequence[Fact]) -> dict[int, tor
         block.mlp.register_forward_hook(
             lambda m, a, out, layer=layer: sums.setdefault(layer, []).append(out.flatten(0, 1))
         )
-        for layer, block in enumerate(model.transformer.h)
+        for layer, block in enumerate(_blocks(model))
     ]
     for fact in known[::3]:
         _logits(model, tokenizer, fact.prompts("trained")[0])

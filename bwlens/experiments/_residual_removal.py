@@ -51,8 +51,19 @@ class ResidualRemoval(Experiment):
     source: ClassVar[str] = "not in the paper"
     caption: ClassVar[str] = "What is left when one block hands on its product alone, and controls."
     in_paper: ClassVar[bool] = False
+    published: ClassVar[str] = "Nothing: the claim was made without the controls."
     by: ClassVar[tuple[str, ...]] = ("layer", "condition")
     values: ClassVar[tuple[str, ...]] = ("loss", "top_1", "kl")
+
+    def wanted(self, model: Any) -> tuple[str, ...]:
+        """No gradients, but a feed-forward part.
+
+        Raises:
+            ValueError: No block has one.
+        """
+        if not self._with_a_part(model, None):
+            raise ValueError(f"{self.name}: no block of this model has a feed-forward part")
+        return super().wanted(model)
 
     def measure(self, reading: Reading) -> pd.DataFrame:
         """Rows of a batch."""

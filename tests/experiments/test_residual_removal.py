@@ -70,7 +70,7 @@ def test_by_hand(layer, boot):
         handle.remove()
     for name, logits in losses.items():
         expected = -logits[0, -1].log_softmax(-1)[41]  # the true answer's
-        assert mean(result, "loss", layer, name) == pytest.approx(float(expected), rel=1e-4)
+        assert mean(result, "loss", layer, name) == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_prose_is_cut_before_a_word():

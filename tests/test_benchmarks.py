@@ -22,6 +22,7 @@ WORDS = {
     "sweep": "prompts swept",
     "evaluate": "a copy of the model each",
     "changes": "adapter on all matrices",
+    "heads": "R of all heads",
     "table": "table, build",
 }
 QUICK = ["--quick", "--repeats", "1", "--prompts", "1"]

@@ -7,7 +7,8 @@ gradient is w_c dl_c/dW + w_r dl_r/dW: its rows of the chosen answers, and those
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
-# (torch leaves functions untyped.)
+# pyright: reportMissingTypeStubs=false
+# (torch and pandas leave functions untyped.)
 
 from __future__ import annotations
 
@@ -72,13 +73,18 @@ class Preference:
             )
         log_p = -NLL(self.target, "sum")(logits, batch)
         if self.needs_reference:
-            log_p = log_p - self._reference(log_p)
+            log_p = log_p - self.reference_of(log_p)
         chosen, rejected = log_p.chunk(2)
         lengths = torch.tensor([len(ids) for ids in batch.targets], device=log_p.device).view(2, -1)
         pair = self.value(chosen, rejected, lengths)
         return torch.cat([pair, pair]) / 2
 
-    def _reference(self, log_p: Tensor) -> Tensor:
+    def reference_of(self, log_p: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The reference's log-probabilities, in the order of the rows.
+
+        Raises:
+            ValueError: They are given and of another number.
+        """
         if self.reference is None:
             return log_p.detach()
         reference = torch.as_tensor(self.reference, device=log_p.device, dtype=log_p.dtype)
@@ -277,8 +283,9 @@ def weights_of_pairs(
     lengths = torch.tensor([len(ids) for ids in batch.targets], device=log_p.device).view(2, -1)
     with torch.enable_grad():
         own = log_p.detach().requires_grad_()
-        reward = own - objective._reference(own) if objective.needs_reference else own
-        loss = objective.value(*reward.chunk(2), lengths).sum()
+        reward = own - objective.reference_of(own) if objective.needs_reference else own
+        chosen, rejected = reward.chunk(2)
+        loss = objective.value(chosen, rejected, lengths).sum()
         return torch.autograd.grad(loss, own)[0].view(2, -1).detach()
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from bwlens.attention.words import head_words as head_words
     from bwlens.changes.change import WeightChange as WeightChange
     from bwlens.changes.dataset import DatasetLens as DatasetLens
-    from bwlens.changes.dataset import explain as explain
     from bwlens.changes.dataset import read_dataset as read_dataset
+    from bwlens.changes.explaining import explain as explain
     from bwlens.changes.lens import ChangeLens as ChangeLens
     from bwlens.changes.lens import read_change as read_change
     from bwlens.changes.steps import OptimizerStep as OptimizerStep
@@ -75,7 +75,8 @@ _HOMES = {
     "attention.scores": ("HeadScores", "head_scores"),
     "attention.words": ("head_words",),
     "changes.change": ("WeightChange",),
-    "changes.dataset": ("DatasetLens", "explain", "read_dataset"),
+    "changes.dataset": ("DatasetLens", "read_dataset"),
+    "changes.explaining": ("explain",),
     "changes.lens": ("ChangeLens", "read_change"),
     "changes.steps": ("OptimizerStep", "optimizer_step"),
     "checking": ("CheckReport", "check"),

@@ -3,13 +3,6 @@
 Examples stream: a batch is read with one forward and one backward pass, its rows go to Parquet, and
 what is kept of the gradients is a sketch of each and of their sum, so that memory does not grow.
 Stopped and started again a run carries on (`bwlens.runs.parts`).
-
-The sum G of all gradients of a matrix is kept as Y = G A and Z = B G with random A and B, out of
-which its best rows come (Tropp et al., SIAM J. Matrix Anal. 2017, algorithm 4). An example's own
-gradient x^T delta is kept as (x P)^T (delta Q), P and Q random with k = `SKETCH` columns. The inner
-product of two such sketches is right on average; its standard deviation is at most
-||g|| ||h|| sqrt((1 + 2/k)^2 - 1) for each matrix, mostly about ||g|| ||h|| / sqrt(k), and averages
-out over matrices. `explain` needs no sketch: its inner products are exact.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -18,9 +11,7 @@ out over matrices. `explain` needs no sketch: its inner products are exact.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,29 +22,22 @@ from torch import Tensor
 
 from bwlens.changes.change import WeightChange
 from bwlens.changes.lens import READINGS
-from bwlens.changes.taking import as_change
-from bwlens.data.examples import Example, examples_of
-from bwlens.gradient.capturing import Gradients, capture
+from bwlens.changes.sketches import RANK, SKETCH, SUM, Summing, projections, sketching, widths
+from bwlens.changes.streaming import Parts, captured, counted, tokenised
+from bwlens.gradient.capturing import Gradients
 from bwlens.gradient.matrix import LowRankMatrix
-from bwlens.gradient.objectives import SFT
 from bwlens.lens.asking import whole_number
-from bwlens.model.context import check_length
 from bwlens.model.identity import fingerprint, model_label
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site, resolve_layers, resolve_matrices
 from bwlens.model.tokens import token_texts
 from bwlens.reading.readouts import readout
 from bwlens.reading.standardised import head_by
-from bwlens.runs.parts import Failure, Part, Process, Run, progress_bar, read_failures, read_table
-from bwlens.runs.tensors import read_tensors, write_tensors
+from bwlens.runs.parts import Failure, Part, Process, Run, read_failures, read_table
+from bwlens.runs.tensors import read_tensors
 
 if TYPE_CHECKING:
     import pandas as pd
-
-SKETCH = 24
-"""Columns of the projections that keep an example's gradient."""
-_RANK = 16
-_SUM = "sum.safetensors"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,7 +83,7 @@ class DatasetLens:
             rows = rows[rows["layer"] == layer]
         exact = word.startswith(" ")
         hit = [any((w if exact else w.strip()) == word for w in words) for words in rows[which]]
-        found: Any = rows[np.array(hit, dtype=bool)]
+        found: Any = rows.loc[np.array(hit, dtype=bool)]  # pandas' types are wider
         texts = self.examples().set_index("item")["text"]
         return found.assign(text=found["item"].map(texts)).sort_values("size", ascending=False)
 
@@ -121,17 +105,17 @@ class DatasetLens:
         Example:
             >>> bwlens.read_change(model, dataset.summed()).promoted()  # doctest: +SKIP
         """
-        state, _ = read_tensors(self.folder / _SUM, "DatasetSum", "read_dataset")
+        state, _ = read_tensors(self.folder / SUM, "DatasetSum", "read_dataset")
         parts: dict[Site, LowRankMatrix] = {}
         for i, site in enumerate(self.sites):
             Y, Z = state[f"Y{i}"].double(), state[f"Z{i}"].double()
-            B = _projections(site, *_widths(state, i))[1].double()
+            B = projections(site, *widths(state, i))[1].double()
             Q = torch.linalg.qr(Y).Q
             inner = torch.linalg.lstsq(B @ Q, Z).solution
             U, S, Vh = torch.linalg.svd(inner, full_matrices=False)
-            keep = S[:_RANK] > S[0] * 1e-6
-            root = S[:_RANK][keep, None].sqrt()
-            x, delta = root * (Q @ U[:, :_RANK][:, keep]).T, -root * Vh[:_RANK][keep]
+            keep = S[:RANK] > S[0] * 1e-6
+            root = S[:RANK][keep, None].sqrt()
+            x, delta = root * (Q @ U[:, :RANK][:, keep]).T, -root * Vh[:RANK][keep]
             parts[site] = LowRankMatrix(x.float(), delta.float())
         return WeightChange(parts, f"minus the summed gradient of {self.folder.name}")
 
@@ -238,7 +222,7 @@ def read_dataset(
         whole_number(number, name)
     wanted = resolve_layers(model, layers)
     head = head_by(model, reading, False)
-    sizes, mark = _counted(examples, part_size)
+    sizes, mark = counted(examples, part_size)
     settings = {
         "model": model_label(model), "weights": fingerprint(model), "examples": mark,
         "matrix": matrix, "layers": wanted, "top_k": top_k, "positions": positions,
@@ -247,19 +231,19 @@ def read_dataset(
     }  # fmt: skip
     run = Run(folder, settings, sizes)
     sites: list[Site] = [Site(matrix, layer) for layer in wanted]
-    summing = _Summing(Path(folder) / _SUM, sites)
-    reader = _Parts(examples, part_size)
+    summing = Summing(Path(folder) / SUM, sites)
+    reader = Parts(examples, part_size)
 
     def work(part: int) -> Part:
         import pandas as pd
 
         tables: dict[str, list[Any]] = {"examples": [], "writes": [], "sketches": []}
         failures: list[Failure] = []
-        rows = _tokenised(model, reader.part(part), max_tokens, prepend_bos, failures)
+        rows = tokenised(model, reader.part(part), max_tokens, prepend_bos, failures)
         rows.sort(key=lambda row: len(row[2]))
         for at in range(0, len(rows), batch_size):
             batch = rows[at : at + batch_size]
-            grads = _captured(model, batch, matrix, wanted)
+            grads = captured(model, batch, matrix, wanted)
             _rows_of(model, head, grads, batch, sites, top_k, positions, tables)
             summing.add(part, grads)
         summing.save(part)
@@ -277,207 +261,6 @@ def read_dataset(
             f" {failures[0].message if failures else 'there is none'}"
         )
     return DatasetLens(Path(folder), model_label(model), matrix, failures, tuple(sites))
-
-
-def explain(
-    model: LensModel,
-    change: Any,
-    examples: Any,
-    *,
-    matrices: Sequence[str] | str | None = None,
-    layers: Layers = None,
-    batch_size: int = 16,
-    max_tokens: int = 256,
-    prepend_bos: bool | None = None,
-    by: str = "all",
-    progress: bool = False,
-) -> pd.DataFrame:
-    """The examples whose descent steps lie closest to a change, the closest first.
-
-    `cosine` is that of -dL/dW of the example and the change, over all matrices of the change that
-    are read, exact from the factors; nothing is kept of an example but its figures. With `by`
-    "layer", "matrix" or "site" there is a column for each as well.
-
-    Args:
-        model: The model before the change.
-        change: As for `read_change`.
-        examples: As for `read_dataset`.
-        matrices: Which of the change's matrices; None for all.
-        layers: Which layers; None for all.
-        batch_size: Examples read at once.
-        max_tokens: Longer examples are cut.
-        prepend_bos: As for `capture`.
-        by: "all", "layer", "matrix" or "site".
-        progress: Whether to show a bar.
-
-    Raises:
-        ValueError: A change of none of these matrices, an unknown `by`, or no example that could be
-            read. Examples that cannot be read are left out.
-    """
-    import pandas as pd
-
-    if by not in ("all", "layer", "matrix", "site"):
-        raise ValueError(f"by is {by!r}; expected 'all', 'layer', 'matrix' or 'site'")
-    given = as_change(model, change)
-    names = None if matrices is None else resolve_matrices(matrices)
-    wanted = None if layers is None else resolve_layers(model, layers)
-    parts = {
-        site: part
-        for site, part in given.items()
-        if (names is None or site.matrix in names) and (wanted is None or site.layer in wanted)
-    }
-    if not parts:
-        raise ValueError(f"{given!r} changes none of the matrices asked for")
-    keys = {site: _key(site, by) for site in parts}
-    squares: dict[str, float] = {}
-    for site, part in parts.items():
-        squares[keys[site]] = squares.get(keys[site], 0.0) + float(part.norm()) ** 2
-    chosen = list(dict.fromkeys(site.matrix for site in parts))
-    at_layers = sorted({site.layer for site in parts})
-    sizes, _ = _counted(examples, 10**9)
-    failures: list[Failure] = []
-    table: list[dict[str, Any]] = []
-    with progress_bar("Explaining", sum(sizes), shown=progress) as advance:
-        for some in _chunks(_numbered(examples), 8 * batch_size):
-            rows = _tokenised(model, some, max_tokens, prepend_bos, failures)
-            rows.sort(key=lambda row: len(row[2]))
-            for at in range(0, len(rows), batch_size):
-                batch = rows[at : at + batch_size]
-                grads = _captured(model, batch, chosen, at_layers)
-                table += _closeness(grads, batch, parts, keys, squares)
-            advance(len(some))
-    if not table:
-        why = failures[0].message if failures else "there is none"
-        raise ValueError(f"no example could be read: {why}")
-    frame = pd.DataFrame(table).sort_values("cosine", ascending=False, kind="stable")
-    return frame.reset_index(drop=True)
-
-
-def _key(site: Site, by: str) -> str:
-    named = {"layer": f"layer {site.layer}", "matrix": site.matrix, "site": str(site)}
-    return named.get(by, "")
-
-
-def _closeness(
-    grads: Gradients, batch: Any, parts: Any, keys: Any, squares: dict[str, float]
-) -> list[dict[str, Any]]:
-    n = len(batch)
-    inner = {key: torch.zeros(n, dtype=torch.float64) for key in squares}
-    norms = {key: torch.zeros(n, dtype=torch.float64) for key in squares}
-    for site, part in parts.items():
-        if site not in grads:
-            continue
-        gradient = grads[site]
-        x, delta, prompt = gradient.x, gradient.delta, gradient.prompt
-        assert prompt is not None
-        each = ((x @ part.x.to(x).T) * (delta @ part.delta.to(x).T)).sum(1).double().cpu()
-        inner[keys[site]].index_add_(0, prompt.cpu(), -each)
-        for i in range(n):
-            own = (prompt == i).nonzero().flatten()
-            gram = (x[own] @ x[own].T).double() * (delta[own] @ delta[own].T).double()
-            norms[keys[site]][i] += float(gram.sum().clamp_min(0))
-    total = sum(squares.values()) ** 0.5
-    rows = []
-    for i, (item, example, ids, _) in enumerate(batch):
-        norm = float(sum(v[i] for v in norms.values())) ** 0.5
-        dot = float(sum(v[i] for v in inner.values()))
-        row = {
-            "item": item,
-            "text": example.text,
-            "tokens": len(ids),
-            "loss": float(grads.losses[i]),
-            "cosine": dot / max(norm * total, 1e-300),
-            "inner": dot,
-        }
-        for key in squares:
-            if key:
-                length = float(norms[key][i]) ** 0.5 * squares[key] ** 0.5
-                row[key] = float(inner[key][i]) / max(length, 1e-300)
-        rows.append(row)
-    return rows
-
-
-# Examples, in order, never all at once.
-
-
-def _numbered(examples: Any) -> Iterator[tuple[int, Any]]:
-    yield from enumerate(examples_of(examples))
-
-
-def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    chunk: list[Any] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _counted(examples: Any, part_size: int) -> tuple[list[int], str]:
-    """How many there are in each part, and a mark of what they say."""
-    if isinstance(examples, Iterator):
-        raise TypeError(
-            "examples are an iterator, which can be walked through once; give a list or a file, so"
-            " that a run can be carried on"
-        )
-    mark, n = hashlib.sha256(), 0
-    for _, one in _numbered(examples):
-        said = one.prompt + "\0" + one.text if isinstance(one, Example) else repr(one)
-        mark.update(said.encode("utf-8", "surrogatepass"))
-        n += 1
-    if not n:
-        raise ValueError("there is no example")
-    return [min(part_size, n - at) for at in range(0, n, part_size)], mark.hexdigest()[:16]
-
-
-class _Parts:
-    """The parts of the examples, read in order; a part before the last one read starts anew."""
-
-    def __init__(self, examples: Any, part_size: int) -> None:
-        self._examples, self._size = examples, part_size
-        self._next, self._chunks = 0, _chunks(_numbered(examples), part_size)
-
-    def part(self, number: int) -> list[tuple[int, Any]]:
-        if number < self._next:
-            self._next, self._chunks = 0, _chunks(_numbered(self._examples), self._size)
-        while True:
-            chunk = next(self._chunks)
-            self._next += 1
-            if self._next == number + 1:
-                return chunk
-
-
-def _tokenised(
-    model: LensModel,
-    some: Sequence[tuple[int, Any]],
-    max_tokens: int,
-    prepend_bos: bool | None,
-    failures: list[Failure],
-) -> list[tuple[int, Example, list[int], int]]:
-    """Index, example, token ids and the first token that is learned."""
-    rows = []
-    for item, one in some:
-        if not isinstance(one, Example):
-            failures.append(Failure(item, f"{one[0]} {one[1]}"))
-            continue
-        try:
-            ids, start = one.tokens(model, prepend_bos)
-            ids = ids[:max_tokens]
-            if len(ids) <= start:
-                raise ValueError(f"its answer begins after {max_tokens} tokens (max_tokens)")
-            check_length(model, [ids])
-        except (ValueError, TypeError) as error:
-            failures.append(Failure(item, str(error)))
-            continue
-        rows.append((item, one, ids, start))
-    return rows
-
-
-def _captured(model: LensModel, batch: Any, matrices: Any, layers: Any) -> Gradients:
-    masks = [[i >= start for i in range(len(ids))] for _, _, ids, start in batch]
-    return capture(model, [ids for _, _, ids, _ in batch], SFT(masks), matrices, layers)
 
 
 # What is kept of a batch.
@@ -504,7 +287,7 @@ def _rows_of(
         assert prompt is not None
         assert pos is not None
         sizes = x.norm(dim=1) * delta.norm(dim=1)
-        P, Q = _sketching(site, x.shape[1], delta.shape[1])
+        P, Q = sketching(site, x.shape[1], delta.shape[1])
         left, right = x @ P.to(x), delta @ Q.to(x)
         own = torch.zeros(n, SKETCH, SKETCH)
         for i in range(n):
@@ -551,51 +334,3 @@ def _rows_of(
                 "suppressed": row[top_k:],
             }
         )
-
-
-def _seed(site: Site, what: str) -> torch.Generator:
-    digest = hashlib.sha256(json.dumps([str(site), what]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
-
-
-def _sketching(site: Site, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
-    P = torch.randn(d_in, SKETCH, generator=_seed(site, "P")) / SKETCH**0.5
-    return P, torch.randn(d_out, SKETCH, generator=_seed(site, "Q")) / SKETCH**0.5
-
-
-def _projections(site: Site, d_in: int, d_out: int) -> tuple[Tensor, Tensor]:
-    """A [d_out, r + 8] and B [2 (r + 8), d_in] of the sum's sketch."""
-    k = min(_RANK + 8, d_in, d_out)
-    A = torch.randn(d_out, k, generator=_seed(site, "A"))
-    return A, torch.randn(min(2 * k, d_in), d_in, generator=_seed(site, "B"))
-
-
-def _widths(state: dict[str, Tensor], i: int) -> tuple[int, int]:
-    return state[f"Y{i}"].shape[0], state[f"Z{i}"].shape[1]
-
-
-class _Summing:
-    """The sum's sketch on the disk, with the parts that are in it."""
-
-    def __init__(self, path: Path, sites: Sequence[Site]) -> None:
-        self._path, self._sites = path, sites
-        self._state: dict[str, Tensor] = {}
-        self._parts: list[int] = []
-        if path.exists():
-            self._state, about = read_tensors(path, "DatasetSum", "read_dataset")
-            self._parts = json.loads(about["parts"])
-
-    def add(self, part: int, grads: Gradients) -> None:
-        if part in self._parts:
-            return
-        for i, site in enumerate(self._sites):
-            x, delta = grads[site].x.cpu().float(), grads[site].delta.cpu().float()
-            A, B = _projections(site, x.shape[1], delta.shape[1])
-            for name, new in ((f"Y{i}", x.T @ (delta @ A)), (f"Z{i}", (B @ x.T) @ delta)):
-                self._state[name] = self._state[name] + new if name in self._state else new
-
-    def save(self, part: int) -> None:
-        if part not in self._parts:
-            self._parts.append(part)
-            about = {"parts": json.dumps(self._parts)}
-            write_tensors(self._path, self._state, "DatasetSum", about)

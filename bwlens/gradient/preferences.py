@@ -7,7 +7,8 @@ gradient is w_c dl_c/dW + w_r dl_r/dW: its rows of the chosen answers, and those
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
-# (torch leaves functions untyped.)
+# pyright: reportMissingTypeStubs=false
+# (torch and pandas leave functions untyped.)
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from bwlens.model.prompts import Batch, Prompts, Target, make_batch
 from bwlens.model.sites import Layers, Site, default_matrices
 
 if TYPE_CHECKING:
-    import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,18 @@ class Preference:
             )
         log_p = -NLL(self.target, "sum")(logits, batch)
         if self.needs_reference:
-            log_p = log_p - self.of_reference(log_p)
+            log_p = log_p - self.reference_of(log_p)
         chosen, rejected = log_p.chunk(2)
         lengths = torch.tensor([len(ids) for ids in batch.targets], device=log_p.device).view(2, -1)
         pair = self.value(chosen, rejected, lengths)
         return torch.cat([pair, pair]) / 2
 
-    def of_reference(self, log_p: Tensor) -> Tensor:
-        """The reference's log-probabilities of the answers."""
+    def reference_of(self, log_p: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The reference's log-probabilities, in the order of the rows.
+
+        Raises:
+            ValueError: They are given and of another number.
+        """
         if self.reference is None:
             return log_p.detach()
         reference = torch.as_tensor(self.reference, device=log_p.device, dtype=log_p.dtype)
@@ -180,7 +185,7 @@ class PreferenceGradients:
         Raises:
             ValueError: There is no such pair.
         """
-        import pandas as pd  # pyright: ignore[reportMissingTypeStubs]
+        import pandas as pd
 
         n = len(self.losses)
         if pair is not None and not 0 <= pair < n:
@@ -278,7 +283,7 @@ def weights_of_pairs(
     lengths = torch.tensor([len(ids) for ids in batch.targets], device=log_p.device).view(2, -1)
     with torch.enable_grad():
         own = log_p.detach().requires_grad_()
-        reward = own - objective.of_reference(own) if objective.needs_reference else own
+        reward = own - objective.reference_of(own) if objective.needs_reference else own
         chosen, rejected = reward.chunk(2)
         loss = objective.value(chosen, rejected, lengths).sum()
         return torch.autograd.grad(loss, own)[0].view(2, -1).detach()

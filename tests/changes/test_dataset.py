@@ -104,10 +104,10 @@ def test_sketched_cosines_are_near_the_exact_ones(demo, data):
 
 
 def test_a_run_is_carried_on(demo, tmp_path, monkeypatch):
-    from bwlens.changes import dataset
+    from bwlens.changes import streaming
 
     whole = bwlens.read_dataset(demo, EXAMPLES, tmp_path / "whole", part_size=2, progress=False)
-    captured, calls = dataset.capture, []
+    captured, calls = streaming.capture, []
 
     def failing(*args, **options):
         calls.append(1)
@@ -115,7 +115,7 @@ def test_a_run_is_carried_on(demo, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return captured(*args, **options)
 
-    monkeypatch.setattr(dataset, "capture", failing)
+    monkeypatch.setattr(streaming, "capture", failing)
     with pytest.raises(KeyboardInterrupt):
         bwlens.read_dataset(demo, EXAMPLES, tmp_path / "cut", part_size=2, progress=False)
     n = len(calls)

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from bwlens.gradient.preferences import SimPO as SimPO
     from bwlens.gradient.preferences import capture_preference as capture_preference
     from bwlens.lens.backward import BackwardLens as BackwardLens
-    from bwlens.lens.backward import backward_lens as backward_lens
+    from bwlens.lens.making import backward_lens as backward_lens
     from bwlens.lens.preference import PreferenceLens as PreferenceLens
     from bwlens.lens.preference import preference_lens as preference_lens
     from bwlens.model.chat import chat as chat
@@ -88,7 +88,8 @@ _HOMES = {
     "gradient.low_rank": ("LowRankGradient", "LowRankMatrix"),
     "gradient.objectives": ("KL", "NLL", "SFT", "LogitDifference", "Objective"),
     "gradient.preferences": ("DPO", "IPO", "KTO", "SimPO", "capture_preference"),
-    "lens.backward": ("BackwardLens", "backward_lens"),
+    "lens.backward": ("BackwardLens",),
+    "lens.making": ("backward_lens",),
     "lens.preference": ("PreferenceLens", "preference_lens"),
     "model.chat": ("chat",),
     "model.loading": ("load_model",),

@@ -23,9 +23,9 @@ FLOORS = {
 }  # fmt: skip
 """A room may import from itself and from rooms on lower floors; the command line the public API."""
 
-CALLED_LATE = {("lens", "show"), ("changes", "show"), ("model", "knowledge")}
+CALLED_LATE = {("lens", "show"), ("changes", "show")}
 """What a user holds draws itself: its methods import the display wing when they are called, never
-before. The loader brings in the architecture of bwlens' own when a folder has it."""
+before."""
 
 
 def module_of(path):

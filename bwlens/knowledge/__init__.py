@@ -45,10 +45,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'bwlens.knowledge' has no attribute {name!r}")
-    home = import_module(f"bwlens.knowledge.{_HOME_OF[name]}")
-    if hasattr(home, "register"):
-        home.register()
-    return getattr(home, name)
+    return getattr(import_module(f"bwlens.knowledge.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -347,7 +347,7 @@ def neurons(
     given = dict.fromkeys(shares.layers, 0.0)
     for store in shares.stores:
         given[store.site.layer] += float((store.weights * store.gains).double().sum())
-    texts = token_texts_of(model, [*tokens[0].tolist(), shares.target])
+    texts = token_texts(model.tokenizer, [*tokens[0].tolist(), shares.target])
     return Neurons(
         prompt=prompt if isinstance(prompt, str) else "".join(texts[:-1]),
         target=texts[-1],
@@ -368,13 +368,6 @@ def neurons(
     )
 
 
-def token_texts_of(model: LensModel, ids: Sequence[int]) -> list[str]:
-    """What each token says; its id where the model has no tokenizer."""
-    if model.tokenizer is None:
-        return [f"<{i}>" for i in ids]
-    return token_texts(model.tokenizer, ids)
-
-
 def _rows(model: LensModel, shares: Shares, top_k: int) -> tuple[Row, ...]:
     """The rows with the largest shares of each store."""
     chosen, added, increases = [], [], []
@@ -390,7 +383,7 @@ def _rows(model: LensModel, shares: Shares, top_k: int) -> tuple[Row, ...]:
     read = readout(shares.head, torch.cat(added), top_k=k, normalize=True)
     tops, bottoms = read.top_ids.tolist(), read.bottom_ids.tolist()
     words = {i for ids in (*tops, *bottoms) for i in ids if i >= 0}
-    texts = dict(zip(words, token_texts_of(model, list(words)), strict=True))
+    texts = dict(zip(words, token_texts(model.tokenizer, list(words)), strict=True))
     out = []
     for (store, indices), rises in zip(chosen, increases, strict=True):
         for index, rise in zip(indices.tolist(), rises.tolist(), strict=True):

@@ -12,12 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.data.prose import read_prose
-from bwlens.knowledge._neurons import N_WORDS, Neuron, token_texts_of
+from bwlens.knowledge._neurons import N_WORDS, Neuron
 from bwlens.model.flows import as_rows
 from bwlens.model.passes import run
 from bwlens.model.prompts import Batch, make_batch
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import find_taps, resolve_layer
+from bwlens.model.tokens import token_texts
 from bwlens.model.weights import weights_of
 from bwlens.reading.readouts import readout
 from bwlens.runs.paths import writable
@@ -120,13 +121,15 @@ def neuron_page(
     found.sort(key=lambda context: -abs(context[0]))
     contexts = []
     for value, ids, pos in found[:top_k]:
-        texts = token_texts_of(model, ids)
+        texts = token_texts(model.tokenizer, ids)
         low = max(0, pos - _BESIDE)
         after = texts[pos + 1 : pos + 1 + _BESIDE // 2]
         contexts.append(Context(value, tuple(texts[low:pos]), texts[pos], tuple(after)))
     row = weight.live[one.index].detach()
     read = readout(model, row[None], top_k=min(N_WORDS, model.cfg.d_vocab), normalize=True)
-    ends = [token_texts_of(model, ids[0].tolist()) for ids in (read.top_ids, read.bottom_ids)]
+    ends = [
+        token_texts(model.tokenizer, ids[0].tolist()) for ids in (read.top_ids, read.bottom_ids)
+    ]
     return NeuronPage(one, tuple(ends[0]), tuple(ends[1]), tuple(contexts), n_tokens)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from bwlens.gradient.capturing import Gradients
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.lens.rows import Expert
+from bwlens.lens.rows import Expert, by_expert
 from bwlens.model.sites import Site
 from bwlens.model.weights import weights_of
 from bwlens.reading.readouts import readout
@@ -71,12 +73,33 @@ def moved(
     return [sorted(cell, key=lambda each: -each.length)[:k] for cell in found]
 
 
+def moved_anywhere(
+    grads: Gradients,
+    matrices: Iterable[str],
+    layers: Iterable[int],
+    positions: Sequence[int] | None,
+    k: int,
+) -> set[Key]:
+    """The k neurons moved most by each of these matrices, layers and positions (None for all)."""
+    n_pos = grads.batch.tokens.shape[1]
+    return {
+        each.key
+        for matrix, layer in product(matrices, layers)
+        for pos, cell in enumerate(moved(by_expert(grads, matrix, layer), matrix, layer, n_pos, k))
+        if positions is None or pos in positions
+        for each in cell
+    }
+
+
 def read_neurons(model: Any, keys: Iterable[Key], bias: bool = True) -> dict[Key, int]:
     """The token that each neuron's row of W_out promotes most, read plainly at unit length."""
     by_site: dict[Site, list[Key]] = {}
+    words: dict[Key, int] = {}
     for key in sorted(set(keys), key=str):
         by_site.setdefault(Site("W_out", key[0], key[1]), []).append(key)
-    head, words = head_by(model, "plain", bias), {}
+    if not by_site:
+        return words
+    head = head_by(model, "plain", bias)
     for site, weight in weights_of(model, by_site).items():
         rows = weight.live.reshape(weight.shape)[[index for *_, index in by_site[site]]]
         read = readout(head, rows, 1, normalize=True)

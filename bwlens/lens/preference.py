@@ -12,7 +12,8 @@ from bwlens.gradient.preferences import (
     PreferenceGradients,
     capture_preference,
 )
-from bwlens.lens.backward import BackwardLens, backward_lens
+from bwlens.lens.backward import BackwardLens
+from bwlens.lens.making import backward_lens
 from bwlens.model.prompts import one_prompt
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from bwlens.model.blocks import attention_of, contents
 from bwlens.model.locking import alone_with, for_this_thread
 from bwlens.model.losses import Run, forward
-from bwlens.model.passes import all_modules
+from bwlens.model.passes import all_modules, called_instead
 from bwlens.model.prompts import Batch
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, check_model, resolve_layers
@@ -305,7 +305,7 @@ def changed_patterns(
                 new = new.reshape(*one.pattern.shape[:-1], n_key)
                 return torch.cat([new, one.pattern[..., n_key:]], dim=-1)
 
-            stack.enter_context(_instead(part, _around(layer, act)))
+            stack.enter_context(called_instead(part, _around(layer, act)))
         yield
 
 
@@ -316,24 +316,6 @@ def _around(layer: int, act: Callable[[Attended], Tensor | None]) -> Callable[[A
             return forward(*args, **kwargs)
 
     return around
-
-
-@contextmanager
-def _instead(module: nn.Module, act: Callable[[Any, Any, Any], Any]) -> Generator[None, None, None]:
-    """A module's forward is what `act` makes of it and its arguments, meanwhile."""
-    forward, before = module.forward, vars(module).get("forward")
-
-    def instead(*args: Any, **kwargs: Any) -> Any:
-        return act(forward, args, kwargs)
-
-    vars(module)["forward"] = instead
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
 
 
 @contextmanager

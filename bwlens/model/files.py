@@ -72,10 +72,12 @@ def _check_type(folder: Path, config: Any) -> None:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(kind, str):
         raise ValueError(f"{path!r} names no model_type, so that nobody knows what it is")
-    if kind == "backpack":  # bwlens' own
-        from bwlens.knowledge.backpack.adapter import register
+    if kind not in CONFIG_MAPPING:  # plugins of TransformerLens, bwlens' own among them, bring some
+        from transformer_lens.factories.architecture_adapter_factory import (
+            ArchitectureAdapterFactory,
+        )
 
-        register()
+        ArchitectureAdapterFactory.discover_entry_points()
     if kind not in CONFIG_MAPPING and "auto_map" not in config:
         raise ValueError(
             f"{path!r} names the model_type {kind!r}, which transformers {version} does not know;"

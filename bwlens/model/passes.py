@@ -184,6 +184,26 @@ def _passes() -> list[Any]:
     return vars(_thread).setdefault("passes", [])
 
 
+@contextmanager
+def called_instead(
+    module: nn.Module, act: Callable[[Any, Any, Any], Any]
+) -> Generator[None, None, None]:
+    """What `act` makes of a module's forward and the arguments is called in its place, meanwhile."""
+    forward, before = module.forward, vars(module).get("forward")
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        return act(forward, args, kwargs)
+
+    vars(module)["forward"] = instead
+    try:
+        yield
+    finally:
+        if before is None:
+            del vars(module)["forward"]
+        else:
+            vars(module)["forward"] = before
+
+
 class _Hooks(ExitStack):
     """Hooks that act in one pass, not in another thread's, nor in one within this one."""
 
@@ -226,20 +246,11 @@ class _Hooks(ExitStack):
 
     def instead(self, module: nn.Module, act: Callable[[Any, Any, Any], Any]) -> None:
         """Give what `act` makes of the module's own forward and its arguments."""
-        forward = module.forward
-        before = vars(module).get("forward")
 
-        def instead(*args: Any, **kwargs: Any) -> Any:
+        def acting(forward: Any, args: Any, kwargs: Any) -> Any:
             return act(forward, args, kwargs) if self._acting else forward(*args, **kwargs)
 
-        def back() -> None:
-            if before is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = before
-
-        module.__dict__["forward"] = instead
-        self.callback(back)
+        self.enter_context(called_instead(module, acting))
 
 
 class _Notes:

@@ -119,8 +119,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     r"""What each token says by itself, leading space included.
 
     Tokens that hold part of a character show its bytes (`\xe2\x80`) rather than a replacement
-    sign; an id past the tokenizer's own vocabulary, as padded embeddings have, shows as `<id>`.
+    sign; an id past the tokenizer's own vocabulary, as padded embeddings have, shows as `<id>`, as
+    do all where a model has no tokenizer.
     """
+    if tokenizer is None:
+        return [f"<{int(i)}>" for i in ids]
     pieces = tokenizer.convert_ids_to_tokens([int(i) for i in ids])
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     byte_level = type(decoder).__name__ == "ByteLevel"

@@ -51,7 +51,7 @@ def test_a_row_s_words_and_log_prob_by_hand(found, demo):
         return demo.unembed(demo.ln_final(v[None, None]))[0, 0].log_softmax(-1)
 
     rise = log_p(stream + vector)[found.target_id] - log_p(stream)[found.target_id]
-    assert row.log_prob == pytest.approx(float(rise), rel=1e-3, abs=1e-5)
+    assert row.log_prob == pytest.approx(rise.item(), rel=1e-3, abs=1e-5)
     read = bwlens.readout(demo, vector[None].detach(), normalize=True).top_ids[0, 0]
     assert row.promoted[0] == demo.tokenizer.decode([int(read)])
 

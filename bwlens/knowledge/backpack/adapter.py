@@ -73,12 +73,5 @@ class BackpackAdapter(GPT2ArchitectureAdapter):
             backpack.stack = nn.ModuleList(backpack.stack)
 
 
-def register() -> None:
-    """Make TransformerLens know the Backpack, also where bwlens' entry points are not installed."""
-    ArchitectureAdapterFactory.discover_entry_points()
-    if "Backpack" not in ArchitectureAdapterFactory._adapters:
-        ArchitectureAdapterFactory.register_adapter("Backpack", BackpackAdapter)
-
-
 # `boot_transformers` looks names up here, where no entry point is put.
 SUPPORTED_ARCHITECTURES["Backpack"] = BackpackAdapter

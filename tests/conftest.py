@@ -50,6 +50,8 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+    # What torch warns of once a process would else fail one test or none, by their order.
+    torch.set_warn_always(True)
 
 
 @pytest.fixture(scope="session")

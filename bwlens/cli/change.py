@@ -8,9 +8,20 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bwlens.cli.reading import _layers
-from bwlens.cli.shared import Bos, Debug, Dtype, Model, importing, load, quiet, readable_errors
-from bwlens.runs.paths import writable, writable_folder
+from bwlens.cli.shared import (
+    Bos,
+    Debug,
+    Dtype,
+    Layers,
+    Model,
+    importing,
+    layers_of,
+    load,
+    quiet,
+    readable_errors,
+    writable_outputs,
+)
+from bwlens.runs.paths import writable_folder
 
 
 def change(
@@ -36,7 +47,7 @@ def change(
     reading: Annotated[str, typer.Option(help="dual, cosine or plain.")] = "dual",
     directions: Annotated[int, typer.Option(min=1, help="Read so many of each matrix.")] = 4,
     rank: Annotated[int, typer.Option(min=1, help="Rows kept of a full difference.")] = 16,
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
+    layers: Layers = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A .txt file, a prompt a line, to measure the effect on.")
     ] = None,
@@ -49,10 +60,8 @@ def change(
     """Say in words what a change of a model's weights answers to, writes and does."""
     console = Console()
     with readable_errors(debug):
-        for path, ending in ((html, ".html"), (json, ".json")):
-            if path is not None:
-                writable(path, [ending])
-        chosen = _layers(layers)
+        writable_outputs(html, json)
+        chosen = layers_of(layers)
         if not Path(what).expanduser().exists():
             raise ValueError(f"there is no {what!r}; name an adapter's or a checkpoint's folder")
         lines = None
@@ -90,7 +99,7 @@ def dataset(
     out: Annotated[Path, typer.Option(help="The folder of the results; carried on if there.")],
     model: Model = "demo",
     matrix: Annotated[str, typer.Option(help="W_out or W_O.")] = "W_out",
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
+    layers: Layers = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples read at once.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Longer examples are cut.")] = 256,
     search: Annotated[
@@ -104,7 +113,7 @@ def dataset(
     console = Console()
     with readable_errors(debug):
         writable_folder(out)
-        chosen = _layers(layers)
+        chosen = layers_of(layers)
         with importing(console):
             import bwlens
             from bwlens.runs.parts import Process

@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bwlens.cli.reading import _layers
 from bwlens.cli.shared import (
     Debug,
     DeviceMap,
     Dtype,
+    Layers,
     importing,
+    layers_of,
     load,
     quiet,
     readable_errors,
@@ -30,7 +31,7 @@ def check(
     matrix: Annotated[
         list[str] | None, typer.Option(help="A matrix to check; all that there are otherwise.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
+    layers: Layers = None,
     json: Annotated[
         Path | None, typer.Option(help="Write the report as JSON to this file.")
     ] = None,
@@ -46,7 +47,7 @@ def check(
     with readable_errors(debug):
         if json is not None:
             writable(json)
-        chosen = _layers(layers)
+        chosen = layers_of(layers)
         with importing(console):
             import bwlens
             from bwlens.runs.parts import Process

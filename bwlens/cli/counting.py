@@ -8,14 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from bwlens.cli.reading import _layers
 from bwlens.cli.shared import (
     Bos,
     Debug,
     DeviceMap,
     Dtype,
+    Layers,
     Model,
     importing,
+    layers_of,
     load,
     quiet,
     readable_errors,
@@ -41,7 +42,7 @@ def statistics(
     matrix: Annotated[
         str, typer.Option(help="Whose inputs, with commas between, e.g. W_out,W_O.")
     ] = "W_out,W_O",
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
+    layers: Layers = None,
     tokens: Annotated[
         int | None,
         typer.Option(
@@ -61,7 +62,7 @@ def statistics(
     with readable_errors(debug):
         if out is not None:
             writable(out, [".safetensors"])
-        chosen = _layers(layers)
+        chosen = layers_of(layers)
         with importing(console):
             import bwlens
             from bwlens.data.texts import read_texts

@@ -69,4 +69,4 @@ def heads(
         if html is not None:
             maps = bwlens.reversed_attention(loaded, prompt, target, prepend_bos=bos)
             html.write_text(head_table(maps).page(), encoding="utf-8")
-            console.print(f"Written to {html}")
+            console.print(f"Wrote [bold]{html}[/]", highlight=False, soft_wrap=True)

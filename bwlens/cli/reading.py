@@ -13,10 +13,13 @@ from bwlens.cli.shared import (
     Debug,
     DeviceMap,
     Dtype,
+    Layers,
     Model,
+    layers_of,
     load,
     quiet,
     readable_errors,
+    writable_outputs,
 )
 from bwlens.runs.paths import writable
 
@@ -52,7 +55,7 @@ def lens(
     subject: Annotated[str | None, typer.Option(help="What the fact is about.")] = None,
     model: Model = "demo",
     matrix: Annotated[str, typer.Option(help=f"The matrix to print: {MATRICES}.")] = "W_out",
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")] = None,
+    layers: Layers = None,
     top_k: Annotated[int, typer.Option(min=1, help="Words kept at each end.")] = 10,
     normalize: Annotated[bool, typer.Option(help="Read vectors at unit length.")] = False,
     reading: Annotated[
@@ -89,10 +92,8 @@ def lens(
     """Print what one gradient step towards a target would write, layer by token."""
     console = Console()
     with readable_errors(debug):
-        for path, ending in ((html, ".html"), (json, ".json")):
-            if path is not None:
-                writable(path, [ending])
-        wanted = _layers(layers)
+        writable_outputs(html, json)
+        wanted = layers_of(layers)
         _check(prompt, target, subject, matrix)
         readings = reading.split(",")
         if unknown := {*readings} - {"plain", "dual", "cosine", "effect"}:
@@ -178,27 +179,6 @@ def _lens(
         progress.update(task, advance=1, description="Reading the gradients")
         found = bwlens.backward_lens(model, prompt, target, subject=subject, **options)
         progress.update(task, advance=1)
-    return found
-
-
-def _layers(text: str | None) -> list[int] | None:
-    """Layers from '0-5', '0,3,7', '-1' or a mixture.
-
-    Raises:
-        ValueError: The text says no such thing.
-    """
-    if text is None:
-        return None
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().lstrip("-").partition("-")
-        negative = part.strip().startswith("-")
-        if not first.isdigit() or (dash and (negative or not last.isdigit())):
-            raise ValueError(f"--layers {text!r}: expected layers such as '0-5', '0,3,7' or '-1'")
-        low = -int(first) if negative else int(first)
-        found += range(low, int(last) + 1) if dash else [low]
-    if not found:
-        raise ValueError(f"--layers {text!r} names no layer; write '0-5', not '5-0'")
     return found
 
 

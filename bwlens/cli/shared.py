@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bwlens.runs.paths import writable
+
 # transformers' bar over a GGUF file's tensors heeds nothing else, and this only from the beginning.
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -39,6 +41,7 @@ Bos = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="The weights' dtype: float32, bfloat16, float16 or float64.")
 ]
+Layers = Annotated[str | None, typer.Option(help="Layers, e.g. '0-5' or '0,3,7'.")]
 DeviceMap = Annotated[
     str | None, typer.Option(help="Spread one model over devices: 'auto', as TransformerLens does.")
 ]
@@ -148,3 +151,35 @@ def escaped(error: Exception | str) -> str:
     from rich.markup import escape
 
     return escape(" ".join(str(error).split()))
+
+
+def layers_of(text: str | None) -> list[int] | None:
+    """Layers from '0-5', '0,3,7', '-1' or a mixture.
+
+    Raises:
+        ValueError: The text says no such thing.
+    """
+    if text is None:
+        return None
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().lstrip("-").partition("-")
+        negative = part.strip().startswith("-")
+        if not first.isdigit() or (dash and (negative or not last.isdigit())):
+            raise ValueError(f"--layers {text!r}: expected layers such as '0-5', '0,3,7' or '-1'")
+        low = -int(first) if negative else int(first)
+        found += range(low, int(last) + 1) if dash else [low]
+    if not found:
+        raise ValueError(f"--layers {text!r} names no layer; write '0-5', not '5-0'")
+    return found
+
+
+def writable_outputs(html: Path | None, json: Path | None) -> None:
+    """Refuse before the work what could not be written after it.
+
+    Raises:
+        ValueError: Another ending, or a folder that is not there.
+    """
+    for path, ending in ((html, ".html"), (json, ".json")):
+        if path is not None:
+            writable(path, [ending])

@@ -188,7 +188,7 @@ def _passes() -> list[Any]:
 def called_instead(
     module: nn.Module, act: Callable[[Any, Any, Any], Any]
 ) -> Generator[None, None, None]:
-    """What `act` makes of a module's forward and the arguments is called in its place, meanwhile."""
+    """What `act` makes of a module's forward and the arguments is called in its place meanwhile."""
     forward, before = module.forward, vars(module).get("forward")
 
     def instead(*args: Any, **kwargs: Any) -> Any:

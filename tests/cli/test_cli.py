@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import bwlens
 from bwlens.cli import app, editing, reading, sweeping
-from bwlens.cli.reading import _layers
+from bwlens.cli.shared import layers_of
 from bwlens.evaluation.methods import editing_methods
 from tests import tiny
 
@@ -164,9 +164,9 @@ def test_demo(run, tmp_path):
 
 
 def test_layers():
-    assert _layers("0-3") == [0, 1, 2, 3]
-    assert _layers("0,2, -1") == [0, 2, -1]
-    assert _layers(None) is None
+    assert layers_of("0-3") == [0, 1, 2, 3]
+    assert layers_of("0,2, -1") == [0, 2, -1]
+    assert layers_of(None) is None
     for bad in ("x", "1-", "5-3", "-1-3", ""):
         with pytest.raises(ValueError, match="--layers"):
-            _layers(bad)
+            layers_of(bad)

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from transformer_lens.factories.architecture_adapter_factory import (
     SUPPORTED_ARCHITECTURES,
-    ArchitectureAdapterFactory,
 )
 from transformer_lens.model_bridge.generalized_components import (
     BlockBridge,

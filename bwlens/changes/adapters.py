@@ -74,9 +74,8 @@ def read_peft_model(model: LensModel, peft: Any, adapter: Adapters) -> WeightCha
     state: dict[str, Tensor] = peft.state_dict()
 
     def read(name: str) -> WeightChange:
-        ending = f".{name}.weight"
-        own = {n: t for n, t in state.items() if ".lora_" in n and f".{name}" in n}
-        own = {n.replace(ending, ".weight"): t for n, t in own.items()}
+        its = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+        own = {n: tensor for n, tensor in state.items() if its.search(n)}
         config = peft.peft_config[name]
         return change_of(model, config.to_dict(), own, f"adapter {name}")
 

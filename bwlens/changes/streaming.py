@@ -81,7 +81,7 @@ def tokenised(
     rows = []
     for item, one in some:
         if not isinstance(one, Example):
-            failures.append(Failure(item, f"{one[0]} {one[1]}"))
+            failures.append(Failure(item, f"{one.field} {one.message}"))
             continue
         try:
             ids, start = one.tokens(model, prepend_bos)

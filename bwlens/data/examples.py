@@ -86,22 +86,20 @@ def examples_of(source: Any) -> Iterator[Example | Unread]:
 
 def _example(entry: Any) -> Example | Unread:
     entry = getattr(entry, "edit", entry)
-    if isinstance(entry, Example):
+    if isinstance(entry, Example | Unread):
         return entry
     if isinstance(entry, Edit):
         return Example(entry.target_new, entry.text)
     if isinstance(entry, str):
-        return Example(entry) if entry.strip() else ("text", "is empty")
+        return Example(entry) if entry.strip() else Unread("text", "is empty")
     if isinstance(entry, Mapping):
         return _of_fields(entry)
     if isinstance(entry, Sequence) and len(entry) == 2 and all(isinstance(e, str) for e in entry):
-        if entry[0] in ("line", "row"):  # what the file's reader could not read
-            return entry[0], entry[1]
         if not entry[0].strip() or not entry[1].strip():
-            return "answer" if entry[0].strip() else "prompt", "is empty"
+            return Unread("answer" if entry[0].strip() else "prompt", "is empty")
         return Example(entry[1], entry[0])
     kind = type(entry).__name__
-    return "row", f"is a {kind}; expected a text, a (prompt, answer) pair, or a mapping"
+    return Unread("row", f"is a {kind}; expected a text, a (prompt, answer) pair, or a mapping")
 
 
 def _of_fields(entry: Mapping[str, Any]) -> Example | Unread:
@@ -110,18 +108,20 @@ def _of_fields(entry: Mapping[str, Any]) -> Example | Unread:
         turns = messages if isinstance(messages, list | tuple) else []
         good = all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in turns)
         if not turns or not good:
-            return "messages", "is no list of turns with role and content"
+            return Unread("messages", "is no list of turns with role and content")
         if turns[-1]["role"] != "assistant" or not str(turns[-1]["content"]).strip():
-            return "messages", "has no assistant's turn at its end to be learned"
+            return Unread("messages", "has no assistant's turn at its end to be learned")
         return Example(str(turns[-1]["content"]), "", tuple(turns))
     answer = next((entry[name] for name in _ANSWERS if name in entry), None)
     prompt = next((entry[name] for name in _PROMPTS if name in entry), None)
     if answer is None:
         answer, prompt = entry.get("text"), None
     if not isinstance(answer, str) or not isinstance(prompt, str | None):
-        return "row", f"has {sorted(map(str, entry))[:6]}; expected text, or prompt and answer"
+        return Unread(
+            "row", f"has {sorted(map(str, entry))[:6]}; expected text, or prompt and answer"
+        )
     if not answer.strip():
-        return "answer" if prompt else "text", "is empty"
+        return Unread("answer" if prompt else "text", "is empty")
     if prompt and entry.get("subject") and "{}" in prompt:
         prompt = prompt.replace("{}", str(entry["subject"]))
     return Example(answer, prompt or "")

@@ -219,7 +219,7 @@ def _record(entry: Entry | Unread, index: int) -> Record:
     Raises:
         _Unusable: A field is missing or is not what it should be.
     """
-    if isinstance(entry, tuple):
+    if isinstance(entry, Unread):
         raise _Unusable(*entry)
     if not isinstance(entry, Mapping):
         raise _Unusable("record", f"expected a mapping of fields, found {entry!r:.60}")
@@ -356,7 +356,8 @@ def _with_new_targets(entries: Iterable[Entry | Unread]) -> Iterator[Entry | Unr
         key = _relation_and_subject(entry)
         others = sorted(answers[key[0]] - own[key])
         if not others:
-            yield "attribute", f"no other answer to relation {key[0]} in the file to change it to"
+            why = f"no other answer to relation {key[0]} in the file to change it to"
+            yield Unread("attribute", why)
             continue
         digest = hashlib.sha256("|".join(map(str, key)).encode()).digest()
         yield {

@@ -7,13 +7,18 @@ import io
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Entry = Mapping[str, Any]
 """A record as it was written down: nested as CounterFact's, or flat."""
 
-Unread = tuple[str, str]
-"""Why a line could not be read: the field (here "line" or "row"), and the message."""
+
+class Unread(NamedTuple):
+    """Why an entry could not be read: the field ("line" or "row", of files), and the message."""
+
+    field: str
+    message: str
+
 
 SUFFIXES = (".json", ".jsonl", ".csv")
 
@@ -104,13 +109,13 @@ def _json_line(line: str) -> Entry | Unread:
     try:
         return _mapping(json.loads(line), "line")
     except json.JSONDecodeError as error:
-        return "line", f"is no JSON: {error}"
+        return Unread("line", f"is no JSON: {error}")
 
 
 def _mapping(entry: Any, what: str) -> Entry | Unread:
     if isinstance(entry, Mapping):
         return entry
-    return what, f"is a JSON {_kind(entry)}; expected an object with the record's fields"
+    return Unread(what, f"is a JSON {_kind(entry)}; expected an object with the record's fields")
 
 
 def _kind(value: Any) -> str:
@@ -141,11 +146,13 @@ def _csv_rows(reader: csv.DictReader[str], n_columns: int) -> Iterator[Entry | U
         except StopIteration:
             return
         except csv.Error as error:
-            yield "row", f"cannot be read: {error}"
+            yield Unread("row", f"cannot be read: {error}")
             continue
         if None in row:
             more = n_columns + len(row[None])  # pyright: ignore[reportArgumentType]
-            yield "row", f"has {more} cells under {n_columns} columns; quote cells with commas"
+            yield Unread(
+                "row", f"has {more} cells under {n_columns} columns; quote cells with commas"
+            )
         else:
             yield {name: cell for name, cell in row.items() if cell}
 

@@ -37,7 +37,7 @@ from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
 from bwlens.model.tokens import text_to_ids
-from bwlens.runs.parts import Part, Run, read_table
+from bwlens.runs.parts import Part, in_parts
 from bwlens.runs.tensors import read_tensors, write_tensors
 
 _READ_DEPTH = 16 / 29  # Layer 16 of SmolLM2's 0 to 29, of 8, 12, 16 and 20 on other edits.
@@ -205,14 +205,17 @@ class ValueMap:
             **{"prepend_bos": prepend_bos, "edits": [repr(edit) for edit in listed]},
         }
 
-        def found(part: int) -> dict[str, Tensor]:
+        def found(part: int) -> Part:
             several = listed[part * _AT_ONCE : (part + 1) * _AT_ONCE]
             contexts = contexts_of(model, several, prefixes, "subject", prepend_bos)
             values, _ = values_of(Aims(model, contexts, site), steps, goal, clamp)
             _, streams = _read(model, several, site, read, (), prepend_bos)
-            return {"values": values, "targets": _targets(model, several), "streams": streams}
+            tensors = {"values": values, "targets": _targets(model, several), "streams": streams}
+            return Part({name: _table(tensor) for name, tensor in tensors.items()})
 
-        parts = _in_parts(found, len(listed), settings, folder, progress)
+        sizes = [min(_AT_ONCE, len(listed) - at) for at in range(0, len(listed), _AT_ONCE)]
+        tables = in_parts(found, sizes, settings, folder, progress=progress, label="Values")
+        parts = {name: torch.from_numpy(np.array(table)) for name, table in tables.items()}
         return ValueMap(
             site.layer, read, _fitted(parts, ridge), settings["model"], model_label(model)
         )
@@ -258,23 +261,8 @@ def _loaded(path: str, written: int) -> ValueMap:
     return ValueMap.load(path)
 
 
-def _in_parts(
-    found: Any, n: int, settings: Mapping[str, Any], folder: Any, progress: bool
-) -> dict[str, Tensor]:
-    """What each part of the edits gave, joined; kept in a folder where there is one."""
-    from tempfile import TemporaryDirectory
-
-    def work(part: int) -> Part:
-        tables = {k: pd.DataFrame(t.float().cpu().numpy()) for k, t in found(part).items()}
-        return Part({k: table.set_axis(map(str, table), axis=1) for k, table in tables.items()})
-
-    with TemporaryDirectory() as scratch:
-        place = Path(scratch) / "values" if folder is None else Path(folder)
-        sizes = [min(_AT_ONCE, n - start) for start in range(0, n, _AT_ONCE)]
-        kept = Run(place, settings, sizes)
-        kept.work(work, progress=progress, label="Values")
-        tables = {k: read_table(place, k) for k in ("values", "targets", "streams")}
-    return {k: torch.from_numpy(np.array(table)) for k, table in tables.items()}
+def _table(rows: Float[Tensor, "edit d"]) -> pd.DataFrame:
+    return pd.DataFrame(rows.float().cpu().numpy(), columns=[str(i) for i in range(rows.shape[1])])
 
 
 def _fitted(parts: Mapping[str, Float[Tensor, "edit _"]], ridge: float) -> dict[str, Tensor]:

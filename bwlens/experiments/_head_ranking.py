@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from time import process_time
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +12,14 @@ import numpy as np
 import torch
 
 from bwlens.attention.patching import without_heads
-from bwlens.attention.scores import head_scores
+from bwlens.attention.scores import HeadScores, head_scores
 from bwlens.gradient.objectives import NLL
 from bwlens.model.attention import attended
+from bwlens.model.identity import fingerprint
 from bwlens.model.passes import run, wide
 from bwlens.model.prompts import Batch, make_batch
 from bwlens.runs.intervals import mean_ci
+from bwlens.runs.parts import Part, in_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +122,8 @@ def head_ranking(
     seeds: int = 3,
     batch_size: int = 64,
     prepend_bos: bool | None = None,
-    out: str | Path | None = None,
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = True,
 ) -> HeadRanking:
     """Keep the top of each ranking of heads and see whether the task is still done.
 
@@ -138,10 +141,12 @@ def head_ranking(
         seeds: How many random orders.
         batch_size: Prompts, or prompts without a head, that pass at once.
         prepend_bos: As for `capture`.
-        out: A folder: what is there is taken from it, the rest goes there, a file for each ranking.
+        out: A folder to keep each ranking in, so that what was stopped is carried on.
+        progress: Show a bar.
 
     Raises:
-        ValueError: An unknown ranking, a share outside 0 to 1, too few prompts.
+        ValueError: An unknown ranking, a share outside 0 to 1, too few prompts, a folder that
+            holds a run of other settings.
 
     Source: Katz and Wolf, "Reversed Attention", NAACL 2025, section on heads.
     """
@@ -154,40 +159,51 @@ def head_ranking(
     rank, judge = range(n_ranking), range(n_ranking, len(batch))
     ranked = make_batch(model, [rows_of[i] for i in rank], [[first[i]] for i in rank])
     judged = make_batch(model, [rows_of[i] for i in judge], [[first[i]] for i in judge])
-    orders: dict[str, list[Place]] = {}
-    seconds: dict[str, float] = {}
-    scores: dict[str, Any] = {}
-    parts: list[pd.DataFrame] = []
-    folder = None if out is None else Path(out)
-    for ranking in rankings:
-        names = [f"random {seed}" for seed in range(seeds)] if ranking == "random" else [ranking]
-        for name in names:
-            file = None if folder is None else folder / f"{name.replace(' ', '_')}.json"
-            if file is not None and file.exists():
-                saved: Any = pd.read_json(file, orient="index", typ="series")
-                orders[name] = [(int(a), int(b)) for a, b in saved["order"]]
-                seconds[ranking] = float(saved["seconds"])
-                parts.append(pd.DataFrame(saved["rows"]))
-                continue
-            start = process_time()
-            if ranking != "ablation" and ranking not in scores:
-                warmer = temperature if ranking == "warm" else None
-                same = scores.get("reversed") if warmer is None else None
-                scores[ranking] = same or head_scores(
-                    model, ranked.tokens, NLL([list(ids) for ids in ranked.targets]),
-                    temperature=warmer, batch_size=batch_size, attention_mask=ranked.mask,
-                )  # fmt: skip
-                scores.setdefault("reversed", scores[ranking])
-            order = _order(model, name, ranked, scores.get(ranking), batch_size)
-            cost = 0.0 if ranking in ("random", "index") else process_time() - start
-            orders[name], seconds[ranking] = order, cost
-            part = _judged(model, ranking, order, judged, kept)
-            parts.append(part)
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                saved = {"order": order, "seconds": cost, "rows": part.to_dict("list")}
-                pd.Series(saved).to_json(file, orient="index")
-    return HeadRanking(pd.concat(parts, ignore_index=True), orders, seconds)
+    named = [
+        (ranking, name)
+        for ranking in rankings
+        for name in (
+            [f"random {seed}" for seed in range(seeds)] if ranking == "random" else [ranking]
+        )
+    ]
+    scores: dict[str, HeadScores] = {}
+
+    def scored(ranking: str) -> HeadScores:
+        """By the warm score's pass, or by one that all others share."""
+        kind = "warm" if ranking == "warm" else "reversed"
+        if kind not in scores:
+            scores[kind] = head_scores(
+                model, ranked.tokens, NLL([list(ids) for ids in ranked.targets]),
+                temperature=temperature if kind == "warm" else None, batch_size=batch_size,
+                attention_mask=ranked.mask,
+            )  # fmt: skip
+        return scores[kind]
+
+    def measured(part: int) -> Part:
+        ranking, name = named[part]
+        start = process_time()
+        if ranking == "ablation":
+            order = _by_ablation(model, ranked, batch_size)
+        else:
+            order = _order(name, scored(ranking))
+        seconds = 0.0 if ranking in ("random", "index") else process_time() - start
+        heads = pd.DataFrame(order, columns=["layer", "head"])
+        heads = heads.assign(name=name, ranking=ranking, seconds=seconds)
+        return Part({"rows": _judged(model, ranking, order, judged, kept), "heads": heads})
+
+    settings = {
+        **{"model": fingerprint(model), "prompts": rows_of, "targets": first},
+        **{"n_ranking": n_ranking, "rankings": [name for _, name in named]},
+        **{"kept": list(kept), "temperature": temperature},
+    }
+    tables = in_parts(measured, [1] * len(named), settings, out, progress=progress, label="Heads")
+    heads: Any = tables["heads"].astype({"name": str, "ranking": str})
+    orders = {
+        name: list(zip(own["layer"].tolist(), own["head"].tolist(), strict=True))
+        for name, own in heads.groupby("name", sort=False)
+    }
+    rows = tables["rows"].astype({"ranking": str})
+    return HeadRanking(rows, orders, heads.groupby("ranking")["seconds"].first().to_dict())
 
 
 def in_context(
@@ -224,10 +240,8 @@ def induction(
     return [row + row[:-1] for row in rows], [[row[-1]] for row in rows]
 
 
-def _order(model: Any, name: str, ranked: Batch, scores: Any, batch_size: int) -> list[Place]:
+def _order(name: str, scores: HeadScores) -> list[Place]:
     """Every head, the first to be kept first."""
-    if name == "ablation":
-        return _by_ablation(model, ranked, batch_size)
     every = [(layer, head) for layer in scores.layers for head in scores.heads]
     if name.startswith("random"):
         chance = np.random.default_rng(int(name.split()[1])).permutation(len(every))
@@ -236,7 +250,8 @@ def _order(model: Any, name: str, ranked: Batch, scores: Any, batch_size: int) -
         return every
     if name == "reversed order":
         return scores.order("reversed")[::-1]
-    return scores.order(name)
+    kind: Any = name if name in ("warm", "forward") else "reversed"
+    return scores.order(kind)
 
 
 def _by_ablation(model: Any, ranked: Batch, batch_size: int) -> list[Place]:

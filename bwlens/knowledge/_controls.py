@@ -16,8 +16,11 @@ from bwlens.knowledge._neurons import Neuron, Neurons
 from bwlens.knowledge._pages import activations
 from bwlens.model.losses import last_logits
 from bwlens.model.passes import run, wide
+from bwlens.model.places import ExpertTap
 from bwlens.model.prompts import make_batch
 from bwlens.model.protocol import LensModel
+from bwlens.model.sites import find_taps
+from bwlens.model.weights import parameter_of
 from bwlens.runs.intervals import summarize
 
 if TYPE_CHECKING:
@@ -152,10 +155,6 @@ def firing_rates(
     model: LensModel, layers: set[int], text: str | Sequence[str] = "demo"
 ) -> dict[tuple[int, Any], Float[Tensor, " d_mlp"]]:
     """How often each neuron is among the strongest tenth of its layer, by layer and expert."""
-    from bwlens.model.places import ExpertTap
-    from bwlens.model.sites import find_taps
-    from bwlens.model.weights import parameter_of
-
     lines = read_prose(text) if isinstance(text, str) else list(text)
     rates: dict[tuple[int, Any], Tensor] = {}
     for layer in layers:

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -195,6 +196,26 @@ class Run:
         """Remove what a killed process left half written."""
         for path in self.folder.glob(f"*/.part-{part:05d}.*.tmp"):
             path.unlink(missing_ok=True)
+
+
+def in_parts(
+    work: Callable[[int], Part],
+    sizes: Sequence[int],
+    settings: Mapping[str, Any],
+    folder: str | os.PathLike[str] | None,
+    *,
+    progress: bool = True,
+    label: str = "Working",
+) -> dict[str, pd.DataFrame]:
+    """The tables of work in parts; what a folder holds is carried on, without one nothing is kept.
+
+    Raises:
+        ValueError: The folder holds a run of other settings, or something else.
+    """
+    with TemporaryDirectory() as scratch:
+        place = Path(scratch) / "run" if folder is None else Path(folder)
+        Run(place, settings, sizes).work(work, progress=progress, label=label)
+        return read_tables(place)
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:

@@ -176,6 +176,10 @@ def test_examples_of_every_kind(tmp_path, demo):
     assert [one[0] for one in read[3:]] == ["messages", "line", "answer", "line"]
     (tmp_path / "pairs.csv").write_text("question,answer\nWho?, me\n")
     assert [one.text for one in examples_of(tmp_path / "pairs.csv")] == ["Who? me"]
+    assert [one.text for one in examples_of([("row", " and line"), ("line", " it")])] == [
+        "row and line",
+        "line it",
+    ]
     ids, start = next(iter(examples_of([("The sky is", " blue")]))).tokens(demo)
     assert demo.tokenizer.decode(ids[start:]) == " blue"
     with pytest.raises(ValueError, match="none of the 2 examples could be read"):

@@ -118,7 +118,8 @@ def test_a_peft_model_in_memory_is_read_as_its_folder(boot, tmp_path):
             from safetensors.torch import load_file
 
             own = load_file(tmp_path / "adapter_model.safetensors")
-            return {n.replace(".weight", ".mine.weight"): t for n, t in own.items()}
+            mine = {n.replace(".weight", ".mine.weight"): t for n, t in own.items()}
+            return mine | {n.replace(".weight", ".mine2.weight"): 3 * t for n, t in own.items()}
 
     change = as_change(model, Peft())
     assert list(change) == list(tensors)

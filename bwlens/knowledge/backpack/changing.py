@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.changes.change import WeightChange
+from bwlens.data.given import OneEdit, as_edits
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.knowledge.backpack.senses import mixing_of, sense_vectors, token_of
 from bwlens.model.locking import alone_with
-from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site
 from bwlens.model.tokens import subject_positions, text_to_ids
@@ -267,7 +267,7 @@ def _replaced(
 
 def sense_edit(
     model: LensModel,
-    edit: Edit,
+    edit: OneEdit,
     *,
     strength: float = 1.0,
     gain: float = 1.0,
@@ -288,6 +288,7 @@ def sense_edit(
         >>> bwlens.evaluate(model, methods, records)  # doctest: +SKIP
     """
     mixing_of(model)
+    (edit,) = as_edits(edit)
     if edit.target_true is None:
         raise ValueError(f"{edit.text!r}: to project the old answer out it must be known; give"
                          " target_true")  # fmt: skip

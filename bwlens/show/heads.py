@@ -15,7 +15,7 @@ import numpy as np
 
 from bwlens.show.colors import css, ink, shade, signed
 from bwlens.show.sheet import document
-from bwlens.show.words import visible
+from bwlens.show.words import quoted, visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,17 +25,18 @@ if TYPE_CHECKING:
     from bwlens.show.circuits import OfflineHTML
 
 _STYLE = """
-.bwlens-heads{font:13px system-ui,sans-serif;color-scheme:light dark;position:relative;
-color:light-dark(#1c2128,#e6e9ee);overflow-x:auto;padding-bottom:150px}
+.bwlens-heads{font:13px system-ui,sans-serif;color-scheme:light dark;
+color:light-dark(#1c2128,#e6e9ee)}
+.bwlens-heads .both{position:relative;display:inline-block;min-height:190px;padding-right:280px}
 .bwlens-heads table{border-collapse:separate;border-spacing:2px;width:auto}
 .bwlens-heads th{font-weight:400;padding:0 4px;text-align:right;border:0}
 .bwlens-heads td{width:2.6em;height:1.5em;padding:0;text-align:center;border:0;font-size:11px;
-background:light-dark(var(--l),var(--d));color:light-dark(var(--a),var(--b));position:relative}
+background:light-dark(var(--l),var(--d));color:light-dark(var(--a),var(--b))}
 .bwlens-heads td:focus,.bwlens-heads td:hover{outline:2px solid light-dark(#c9400a,#ffa94d)}
-.bwlens-heads .pop{display:none;position:absolute;z-index:9;left:50%;top:100%;padding:8px;
-background:#fff;color:#111;border:1px solid #999;border-radius:6px;white-space:nowrap;
-text-align:left}
-.bwlens-heads tr :nth-last-child(-n+4) .pop{left:auto;right:0}
+.bwlens-heads .pop{display:none;position:absolute;right:0;top:4px;width:250px;padding:8px;
+background:#fff;color:#111;border:1px solid #999;border-radius:6px;text-align:left}
+@media(max-width:700px){.bwlens-heads .both{padding:0 0 200px}
+.bwlens-heads .pop{right:auto;left:0;top:auto;bottom:0}}
 .bwlens-heads td:hover .pop,.bwlens-heads td:focus .pop{display:block}
 .bwlens-heads .pop img{width:110px;height:110px;image-rendering:pixelated;margin-right:6px;
 border:1px solid #ccc}
@@ -63,8 +64,8 @@ class HeadTable:
         foot = "".join(f"<th>{head}</th>" for head in heads)
         return (
             f'<div class="bwlens-heads"><style>{_STYLE}</style><p>{escape(self._name)}, layer by'
-            f" head; in hundredths of the largest, {high:.3g}</p><table>{''.join(rows)}"
-            f"<tr><th></th>{foot}</tr></table></div>"
+            f' head; in hundredths of the largest, {high:.3g}</p><div class="both"><table>'
+            f"{''.join(rows)}<tr><th></th>{foot}</tr></table></div></div>"
         )
 
     def _cell(self, place: tuple[int, int], high: float) -> str:
@@ -101,8 +102,8 @@ def head_table(found: ReversedAttention | HeadScores, score: Any = "reversed") -
             query, key = divmod(int(r.abs().argmax()), len(r))
             pops[place] = (
                 f"{_image(r / high, True)}{_image(a, False)}<br>reversed, forward; largest R"
-                f" {float(r[query, key]):.2g}, from {escape(visible(tokens[query]))} to"
-                f" {escape(visible(tokens[key]))}"
+                f" {float(r[query, key]):.2g}, from {escape(quoted(tokens[query]))} to"
+                f" {escape(quoted(tokens[key]))}"
             )
     else:
         scores: Any = found

@@ -1,7 +1,7 @@
-"""How docs/residual_removal-*.csv and .png are made: a block without its residual, and controls.
+"""How results/residual_removal-*.* are made: a block without its residual, and controls.
 
-    python docs/knowledge.py smollm2 counterfact_requests.json wikitext2_test.txt runs/knowledge 24
-    python docs/knowledge.py demo demo demo runs/knowledge-demo 60
+    python docs/scripts/knowledge.py smollm2 counterfact_requests.json wikitext.txt runs/smollm2 24
+    python docs/scripts/knowledge.py demo demo demo runs/demo 60
 
 So many facts in a seeded order, and two thirds as many lines of prose, each cut before a word.
 Nothing was tuned on either. Stopped and started again it carries on; `--write` only writes what is
@@ -20,7 +20,7 @@ import bwlens
 from bwlens.data.prose import read_prose
 from bwlens.experiments import prose_edits, read_sweep, sweep
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(name: str, facts: str, prose: str, folder: str, n: str) -> None:
@@ -39,12 +39,12 @@ def main(name: str, facts: str, prose: str, folder: str, n: str) -> None:
             sweep("residual_removal", model, chosen, where, max_memory=2**27, page=False)
         result = read_sweep(where)["residual_removal"]
         tables.append(result.summary.assign(text=kind))
-        result.figure().savefig(HERE / f"residual_removal-{name}-{kind}.png", dpi=110)
+        result.figure().savefig(RESULTS / f"residual_removal-{name}-{kind}.png", dpi=110)
         print(f"{kind}: {result.rows['item'].nunique()} prompts")
     table = pd.concat(tables)[
         ["text", "layer", "condition", "quantity", "mean", "low", "high", "n"]
     ]
-    table.round(3).to_csv(HERE / f"residual_removal-{name}.csv", index=False)
+    table.round(3).to_csv(RESULTS / f"residual_removal-{name}.csv", index=False)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How docs/backpack.png and docs/backpack-editing.csv are made.
+"""How results/backpack.png and results/backpack-editing.csv are made.
 
-    python docs/backpack.py            # the picture, of docs/backpack.csv (tools/backpack/arms.py)
-    python docs/backpack.py editing    # edits of backpack-demo; some minutes
+    python docs/scripts/backpack.py            # the picture, of what tools/backpack/arms.py wrote
+    python docs/scripts/backpack.py editing    # edits of backpack-demo; some minutes
 
 Edits: the records of the demo whose subject is one token. The sense edit of 30 of them with every
 strength; ROME of the 13 others in every layer, at the subject's and at the prompt's last token.
@@ -24,7 +24,7 @@ from bwlens.knowledge import sense_edit
 from bwlens.model.prompts import make_batch
 from bwlens.show.drawing import Drawing, plain
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 OTHERS = 13
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 4.0)
 COLUMNS = ("ES", "PS", "NS", "S", "efficacy", "paraphrase", "neighbourhood", "perplexity")
@@ -135,13 +135,13 @@ def main() -> None:
     """The command line."""
     if sys.argv[1:] == ["editing"]:
         table = editing()
-        table.to_csv(HERE / "backpack-editing.csv")
+        table.to_csv(RESULTS / "backpack-editing.csv")
         print(table.to_string())
         return
-    rows = pd.read_csv(HERE / "backpack.csv")
+    rows = pd.read_csv(RESULTS / "backpack.csv")
     arms = rows[~rows["arm"].str.startswith("demo")]
     print(summary(arms).to_string())
-    picture(arms).savefig(HERE / "backpack.png", dpi=150)
+    picture(arms).savefig(RESULTS / "backpack.png", dpi=150)
 
 
 if __name__ == "__main__":

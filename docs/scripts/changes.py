@@ -1,7 +1,7 @@
-"""How docs/changes.md's figures are made: adapters that were trained to a known end, read in words.
+"""How results/changes.md's figures are made: adapters trained to a known end, read in words.
 
-    python -m docs.changes runs/changes            # SmolLM2, a minute an adapter and five to read
-    python -m docs.changes runs/changes demo       # the demo model, a minute
+    python -m docs.scripts.changes runs/changes       # SmolLM2, a minute an adapter, five to read
+    python -m docs.scripts.changes runs/changes demo  # the demo model, a minute
 
 The adapters are those of tools/adapters.py; a change with the same singular values and random
 directions is the control. What lies in the folder already is not made again.
@@ -20,7 +20,7 @@ import bwlens
 from bwlens.changes.reading import random_change
 from tools.adapters import FACTS, KINDS, TOPIC_WORDS, adapter
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 READINGS: tuple[Any, ...] = ("dual", "cosine", "plain")
 
 
@@ -81,7 +81,7 @@ def main(folder: str, name: str = "smollm2") -> None:
             print(file.name, flush=True)
     for table, made in rows.items():
         frame = pd.DataFrame(made)
-        frame.to_csv(HERE / f"{table}-{name}.csv", index=False, float_format="%.3g")
+        frame.to_csv(RESULTS / f"{table}-{name}.csv", index=False, float_format="%.3g")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""How docs/table1-smollm2.csv is made: the paper's Table 1 on a real model.
+"""How results/table1-smollm2.csv is made: the paper's Table 1 on a real model.
 
-    python docs/table1.py counterfact_requests.json wikitext.txt runs/table1 [METHOD ...]
+    python docs/scripts/table1.py counterfact_requests.json wikitext.txt runs/table1 [METHOD ...]
 
 Records are made of CounterFact's requests, and only facts that the model knows are kept (the true
 answer more probable than the new one). The first 60 of a seeded sample were for tuning, the 100
 after them are reported. CounterFact's requests have no beginnings to continue, so that n-gram
 entropy (GE) is of the edit's own prompt and two paraphrases. Each method has a folder of its own: a
 method added later costs its own time alone, and what was stopped carries on. MEND is what
-docs/mend.py fits, in runs/table1/mend.safetensors. The mapped shift's map is fitted first, to 1,504
-edits of other subjects (40 CPU minutes).
+mend.py fits, in runs/table1/mend.safetensors. Mapped shift's map is fitted first, to 1,504 edits
+of other subjects (40 CPU minutes).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from bwlens.evaluation import Evaluation, Table1, known_records
 from bwlens.evaluation.methods import Method
 from bwlens.evaluation.presets import smallest_gradient_step
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 TUNING, REPORTED, MAPPED = 60, 100, 1504
 TOKENS = 16_640
 LAYER = 5  # Where `bwlens.edit.where` says to write, measured on tuning records.
@@ -107,7 +107,9 @@ def write(result: Evaluation) -> None:
         for name in (name for name in result.methods if name not in ("ROME", "original")):
             pairs = result[name].compare(result["ROME"]).rename(columns={"difference": "mean"})
             tables.append(pairs.assign(method=f"{name} - ROME"))
-    pd.concat(tables, ignore_index=True).round(2).to_csv(HERE / "table1-smollm2.csv", index=False)
+    pd.concat(tables, ignore_index=True).round(2).to_csv(
+        RESULTS / "table1-smollm2.csv", index=False
+    )
     print(Table1(result).text())
 
 

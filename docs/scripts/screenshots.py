@@ -1,4 +1,4 @@
-"""Make the README's pictures: `python docs/screenshots.py` (needs Chromium and playwright)."""
+"""Make the README's pictures: `python docs/scripts/screenshots.py` (needs Chromium)."""
 
 import shutil
 import tempfile
@@ -9,7 +9,7 @@ from playwright.sync_api import sync_playwright
 
 import bwlens
 
-HERE = Path(__file__).parent
+DOCS = Path(__file__).parents[1]
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def draw(lenses: dict[str, tuple[bwlens.BackwardLens, int, int]]) -> None:
         for name, (lens, width, height) in lenses.items():
             page_file = lens.save(Path(folder) / f"{name}.html")
             for dark in (False, True):
-                picture = HERE / f"{name}{'-dark' if dark else ''}.png"
+                picture = DOCS / f"{name}{'-dark' if dark else ''}.png"
                 page = browser.new_page(
                     viewport={"width": width, "height": height},
                     color_scheme="dark" if dark else "light",

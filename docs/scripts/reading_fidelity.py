@@ -1,7 +1,7 @@
-"""How docs/reading_fidelity-*.csv and .png are made: which reading says what a step does.
+"""How results/reading_fidelity-*.csv and .png are made: which reading says what a step does.
 
-    python docs/reading_fidelity.py smollm2 counterfact_requests.json runs/smollm2
-    python docs/reading_fidelity.py demo demo runs/demo
+    python docs/scripts/reading_fidelity.py smollm2 counterfact_requests.json runs/smollm2
+    python docs/scripts/reading_fidelity.py demo demo runs/demo
 
 A seeded order of the records: the first 60 are for tuning, the 100 after them are reported (of the
 demo's, which nothing was tuned on, the first 100). Stopped and started again it carries on; of an
@@ -17,7 +17,7 @@ from pathlib import Path
 import bwlens
 from bwlens.experiments import read_sweep, sweep
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 KEPT = ("in_ten", "r", "r_plausible", "promoted", "median_place")
 TUNING, REPORTED = 60, 100
 
@@ -35,8 +35,8 @@ def main(name: str, data: str, folder: str) -> None:
     summary = result.summary
     bare = summary["quantity"].str.replace("_(random|other|object)$", "", regex=True)
     table = summary[bare.isin(KEPT)].round(3)
-    table.to_csv(HERE / f"reading_fidelity-{name}.csv", index=False)
-    result.figure().savefig(HERE / f"reading_fidelity-{name}.png", dpi=110)
+    table.to_csv(RESULTS / f"reading_fidelity-{name}.csv", index=False)
+    result.figure().savefig(RESULTS / f"reading_fidelity-{name}.png", dpi=110)
     print(f"{result.rows['item'].nunique()} prompts")
 
 

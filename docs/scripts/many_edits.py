@@ -1,6 +1,6 @@
-"""How docs/many_edits-smollm2.csv and .png are made: many facts written at once, on a real model.
+"""How results/many_edits-smollm2.* are made: many facts written at once, on a real model.
 
-    python docs/many_edits.py counterfact_requests.json wikitext.txt runs/many 300
+    python docs/scripts/many_edits.py counterfact_requests.json wikitext.txt runs/many 300
 
 The text may also be key statistics that were saved (`bwlens statistics`).
 
@@ -35,7 +35,7 @@ from bwlens.edit.value import ValueSearch, ValueSettings
 from bwlens.evaluation import Evaluation, known_records
 from bwlens.show import drawing
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 TUNING, ASKED, PART = 60, 50, 20
 NUMBERS = (1000, 300, 100, 10, 1)
 TOKENS = 16_640
@@ -116,7 +116,7 @@ def asked(model: Any, records: Sequence[Record], change: WeightChange) -> pd.Dat
 def write(table: pd.DataFrame) -> None:
     """The table and its picture."""
     table = table.sort_values(["method", "edits"], kind="stable")
-    table.to_csv(HERE / "many_edits-smollm2.csv", index=False)
+    table.to_csv(RESULTS / "many_edits-smollm2.csv", index=False)
     print(table[table["metric"] == "S"].to_string(), flush=True)
     figure, axes = drawing.axes(None, (drawing.COLUMN, 2.4))
     for name, rows in table[table["metric"] == "S"].groupby("method"):
@@ -127,7 +127,7 @@ def write(table: pd.DataFrame) -> None:
     axes.set(xscale="log", xlabel="edits at once", ylabel="S", ylim=(0, 100))
     drawing.plain(axes)
     drawing.legend(axes, "")
-    figure.savefig(HERE / "many_edits-smollm2.png", dpi=150, bbox_inches="tight")
+    figure.savefig(RESULTS / "many_edits-smollm2.png", dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""How docs/mend-*.csv are made: MEND fitted on facts, and tried on others.
+"""How results/mend-*.csv are made: MEND fitted on facts, and tried on others.
 
-    python docs/mend.py demo runs/mend-demo
-    python docs/mend.py smollm2 runs/mend counterfact_requests.json wikitext.txt
+    python docs/scripts/mend.py demo runs/mend-demo
+    python docs/scripts/mend.py smollm2 runs/mend counterfact_requests.json wikitext.txt
 
 Of the demo's records the even ones are trained on, each with some other answers of its relation as
-new ones, and the odd ones are reported. Of SmolLM2 the first 70 of docs/table1.py's records are
+new ones, and the odd ones are reported. Of SmolLM2 the first 70 of table1.py's records are
 reported, and none of their subjects is trained on. Stopped and started again it carries on. The
 files hold the first 50 of the demo's records and all 70 of SmolLM2's, fitted in 200 steps.
 """
@@ -26,8 +26,8 @@ from bwlens.data.records import Record
 from bwlens.edit import Mend, mend
 from bwlens.evaluation import known_records
 
-HERE = Path(__file__).parent
-TUNING, REPORTED = 60, 70  # As docs/table1.py cuts them.
+RESULTS = Path(__file__).parents[1] / "results"
+TUNING, REPORTED = 60, 70  # As table1.py cuts them.
 TRAINED, HELD_OUT = 1200, 40
 ANSWERS = 5
 WAYS: dict[str, dict[str, Any]] = {
@@ -62,7 +62,7 @@ def main(name: str, folder: str, *sources: str) -> None:
         methods[way] = partial(mend, fitted=fitted)
         curves.append(pd.DataFrame(fitted.history).assign(method=way))
     curve = pd.concat(curves)
-    curve.round(4).to_csv(HERE / f"mend-{name}-curve.csv", index=False)
+    curve.round(4).to_csv(RESULTS / f"mend-{name}-curve.csv", index=False)
     result = bwlens.evaluate(
         model,
         methods,
@@ -73,7 +73,7 @@ def main(name: str, folder: str, *sources: str) -> None:
         perplexity_every=0,
     )
     table = result.summary[result.summary["metric"] != "seconds"]
-    table.round(2).to_csv(HERE / f"mend-{name}.csv", index=False)
+    table.round(2).to_csv(RESULTS / f"mend-{name}.csv", index=False)
     print(curve.to_string(), table.to_string(), sep="\n")
 
 

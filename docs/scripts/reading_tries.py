@@ -1,7 +1,7 @@
-"""How docs/reading_tries.csv is made: tries to read lower layers of SmolLM2 better than `effect`.
+"""How reading_tries.csv is made: tries to read lower layers of SmolLM2 better than `effect`.
 
-    python docs/reading_tries.py counterfact_requests.json rows.csv [seconds]
-    python docs/reading_tries.py --write rows.csv
+    python docs/scripts/reading_tries.py counterfact_requests.json rows.csv [seconds]
+    python docs/scripts/reading_tries.py --write rows.csv
 
 W_out's delta at the prompt's last token; the target's place from the promoted end. The records are
 those of `reading_fidelity.py`: the first 60 of a seeded order are for tuning, what is reported
@@ -125,7 +125,7 @@ def write(file: str) -> None:
         n=("place", "size"), in_ten=("in_ten", "mean"), error=("in_ten", "sem"),
         median_place=("place", "median"),
     )  # fmt: skip
-    table.round(3).to_csv(Path(__file__).with_name("reading_tries.csv"))
+    table.round(3).to_csv(Path(__file__).parents[1] / "results" / "reading_tries.csv")
 
 
 def main(data: str, file: str, seconds: float = 1e9) -> None:

@@ -1,6 +1,6 @@
 """Executes the notebooks and keeps their outputs as GitHub shows them.
 
-`python docs/notebooks.py [01 03 ...]`. GitHub runs no script: of a lens and of a comparison a
+`python docs/scripts/notebooks.py [01 03 ...]`. GitHub runs no script: of a lens and a comparison a
 picture is kept, not the live table, which the notebook shows whoever runs it. What is larger than
 `MOST` bytes is left out.
 """
@@ -18,7 +18,7 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
-NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 MOST = 150_000
 
 # Run in the kernel before the first cell.

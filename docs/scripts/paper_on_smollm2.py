@@ -1,10 +1,10 @@
-"""How docs/paper_on_smollm2.csv, the claims in docs/paper.md and their figures are made.
+"""How results/paper_on_smollm2.csv, the claims in results/paper.md and their figures are made.
 
-    python docs/paper_on_smollm2.py smollm2 counterfact_requests.json runs/paper
-    python docs/paper_on_smollm2.py demo demo runs/paper
-    python docs/paper_on_smollm2.py --write runs/paper
+    python docs/scripts/paper_on_smollm2.py smollm2 counterfact_requests.json runs/paper
+    python docs/scripts/paper_on_smollm2.py demo demo runs/paper
+    python docs/scripts/paper_on_smollm2.py --write runs/paper
 
-The same hundred records as those of docs/reading_fidelity.py. Each run is a sweep: stopped and
+The same hundred records as those of reading_fidelity.py. Each run is a sweep: stopped and
 started again it carries on. `--only NAME` takes one run of `RUNS`.
 """
 
@@ -39,7 +39,7 @@ from bwlens.show.drawing import cosine_maps, panels
 
 Claimed = Iterator[tuple[str, Any, dict[str, Any]]]
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 TUNING, REPORTED = 60, 100
 ENDS = ("first subject", "last subject", "last")
 LAYERS = (*range(0, 30, 2), -1)
@@ -129,10 +129,10 @@ def write(folder: Path) -> None:
         table[column] = table[column].astype("Int64")
     for column in ("mean", "low", "high"):
         table[column] = table[column].where(table[column].abs() < 100, table[column].round())
-    table.round(4).to_csv(HERE / "paper_on_smollm2.csv", index=False)
+    table.round(4).to_csv(RESULTS / "paper_on_smollm2.csv", index=False)
     print(pd.DataFrame(claims).to_string(float_format="%.3g"))
     for name, figure in figures(table[table["claim"].isna()]).items():
-        figure.savefig(HERE / f"paper_on_smollm2-{name}.png", dpi=110)
+        figure.savefig(RESULTS / f"paper_on_smollm2-{name}.png", dpi=110)
 
 
 class Claims:

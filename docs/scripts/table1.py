@@ -7,8 +7,8 @@ answer more probable than the new one). The first 60 of a seeded sample were for
 after them are reported. CounterFact's requests have no beginnings to continue, so that n-gram
 entropy (GE) is of the edit's own prompt and two paraphrases. Each method has a folder of its own: a
 method added later costs its own time alone, and what was stopped carries on. MEND is what
-mend.py fits, in runs/table1/mend.safetensors. Mapped shift's map is fitted first, to 1,504 edits
-of other subjects (40 CPU minutes).
+mend.py fits, in runs/table1/mend.safetensors. First the mapped shift's map is fitted, to 1,504
+edits of other subjects (40 CPU minutes).
 """
 
 from __future__ import annotations

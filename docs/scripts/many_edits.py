@@ -7,14 +7,15 @@ The text may also be key statistics that were saved (`bwlens statistics`).
 Records are made of CounterFact's requests, and only facts that the model knows are kept; of a
 subject only one. The first 60, by which layers and settings were chosen, are left out. An edit's
 value does not depend on the others, so that each is searched once, in parts that are kept; for each
-number of edits it is spread anew, and a sample of the edited records is asked.
+number of edits it is spread anew, and a sample of the edited records is asked. The subject shift
+writes in one layer; "weighted" solves its rows beside the text's keys, as MEMIT does.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,18 @@ import torch
 from torch import Tensor
 
 import bwlens
-from bwlens import WeightChange
+from bwlens import Edit, WeightChange
 from bwlens.data.records import Record
-from bwlens.edit import key_statistics, load_statistics
+from bwlens.edit import key_statistics, load_statistics, subject_shift
 from bwlens.edit._alpha_edit import null_space, projected_rows
 from bwlens.edit._memit import normal_rows
 from bwlens.edit.keys import PREFIXES
 from bwlens.edit.known import open_edits
-from bwlens.edit.spread import spread
+from bwlens.edit.spread import Places, spread
 from bwlens.edit.value import ValueSearch, ValueSettings
 from bwlens.evaluation import Evaluation, known_records
+from bwlens.gradient.matrix import LowRankMatrix
+from bwlens.model.passes import device_of
 from bwlens.show import drawing
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -55,22 +58,47 @@ def main(requests: str, text: str, folder: str, most: str) -> None:
     sites = [bwlens.Site("W_out", layer) for layer in range(best - 2, best + 1)]
     print("layers", [site.layer for site in sites], flush=True)
     edited = records[TUNING:]
-    shifts = searched(model, edited, sites, room)
-    weight = 20_000 * statistics[sites[0]].second_moment.shape[0] / 6_400
+    top, weight = sites[-1], 20_000 * statistics[sites[0]].second_moment.shape[0] / 6_400
+
+    def by_adam(edits: list[Edit]) -> Tensor:
+        values = SEARCH.values(model, edits, top, of_stream=True)
+        return torch.stack([value.delta for value in values])
+
+    def by_newton(edits: list[Edit]) -> Tensor:
+        change = subject_shift(model, edits, layer=top.layer, statistics=statistics)
+        return change[top].delta
+
+    shifts = searched(model, by_adam, edited, room, "values")
+    own = searched(model, by_newton, edited, room, "own")
     spans = {site: null_space(statistics[site], 1.0) for site in sites}
     solvers: dict[str, Any] = {
         "memit": lambda site, keys: normal_rows(statistics[site], keys, weight),
         "alpha_edit": lambda site, keys: projected_rows(spans[site], keys, 0.1, len(keys)),
     }
+
+    def one_layer(edits: list[Edit], values: Tensor, weight: float) -> WeightChange:
+        keys, _ = Places(model, edits, SEARCH, top.layer).passed(top)
+        rows = normal_rows(statistics[top], keys, weight)
+        return WeightChange({top: LowRankMatrix(rows.to(values), values)})
+
+    writers: dict[str, Callable[[list[Edit], int], WeightChange]] = {
+        name: lambda edits, start, rows=rows: spread(
+            model, edits, sites, SEARCH, shifts[start : start + len(edits)], rows
+        )[0]
+        for name, rows in solvers.items()
+    }
+    for name, of_text in (("subject_shift", 0.0), ("subject_shift, weighted", weight)):
+        writers[name] = lambda edits, start, of_text=of_text: one_layer(
+            edits, own[start : start + len(edits)], of_text
+        )
     tables = []
     for n in [n for n in NUMBERS if n <= len(edited)]:
-        for name, rows in solvers.items():
+        for name, written in writers.items():
             answers = []
             # Of few edits several sets, so that as many records are asked.
             for start in range(0, max(n, min(ASKED, len(edited) - n + 1)), n):
                 some = edited[start : start + n]
-                edits, here = [record.edit for record in some], shifts[start : start + n]
-                change, _ = spread(model, edits, sites, SEARCH, here, rows)
+                change = written([record.edit for record in some], start)
                 answers.append(asked(model, some[:: max(1, n // ASKED)][:ASKED], change))
             result = Evaluation(pd.concat(answers, ignore_index=True), (), len(answers))
             table = result.summary[result.summary["metric"].isin(METRICS)]
@@ -92,18 +120,23 @@ def chosen(model: Any, requests: str, room: Path, most: int) -> list[Record]:
     return list(by_subject.values())[: TUNING + most]
 
 
-def searched(model: Any, records: Sequence[Record], sites: Any, room: Path) -> Tensor:
-    """The shift of each edit, in parts on disk."""
-    shifts = []
+def searched(
+    model: Any,
+    search: Callable[[list[Edit]], Tensor],
+    records: Sequence[Record],
+    room: Path,
+    name: str,
+) -> Tensor:
+    """What is to be written for each edit, in parts on disk."""
+    values = []
     for start in range(0, len(records), PART):
-        path = room / f"values-{start}.pt"
+        path = room / f"{name}-{start}.pt"
         if not path.exists():
             edits = [record.edit for record in records[start : start + PART]]
-            values = SEARCH.values(model, edits, sites[-1], of_stream=True)
-            torch.save(torch.stack([value.delta for value in values]), path)
-            print("values", start, flush=True)
-        shifts.append(torch.load(path))
-    return torch.cat(shifts)
+            torch.save(search(edits).cpu(), path)
+            print(name, start, flush=True)
+        values.append(torch.load(path))
+    return torch.cat(values).to(device_of(model))
 
 
 def asked(model: Any, records: Sequence[Record], change: WeightChange) -> pd.DataFrame:

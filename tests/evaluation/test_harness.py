@@ -327,6 +327,17 @@ def test_methods_in_any_form():
     assert methods_of("forward_pass_shift")[0].name == "forward_pass_shift"
 
 
+def test_a_file_among_the_settings_is_what_it_holds(tmp_path):
+    def described(path, holds):
+        path.write_bytes(holds)
+        return methods_of(nudge, {"scale": path})[0].described()
+
+    first = described(tmp_path / "a", b"one")
+    assert described(tmp_path / "b", b"one") == first
+    assert methods_of(nudge, {"scale": str(tmp_path / "b")})[0].described() == first
+    assert described(tmp_path / "a", b"two") != first
+
+
 def test_statistics_for_the_methods_that_take_some(demo):
     stories = read_prose("demo")
     first, second = (key_statistics(demo, stories[i:60], cache=False) for i in (0, 1))

@@ -310,7 +310,7 @@ TRANSFORMER_LENS_CANNOT = {
 
 
 def table() -> str:
-    """What docs/architectures.md says: python -m tests.architectures > docs/architectures.md."""
+    """What docs/results/architectures.md says: python -m tests.architectures > that page."""
     from tests import tiny
 
     exact = sorted([*tiny.CONFIGS, *(n for n, a in ARCHITECTURES.items() if not a.unread)])

@@ -62,7 +62,7 @@ def mapped_shift(
     `W += sum_i outer(u_i, scale * v(t_i, c_i))` with the whitened keys u_i of `subject_shift`, and
     v the `ValueMap` that was fitted to the values found for other edits: of the target t and of the
     stream c at the prompt's last token, halfway up. Weaker than what is searched for (see
-    docs/editing.md), it needs one pass up to there.
+    docs/results/editing.md), it needs one pass up to there.
 
     Args:
         model: The model that the map was fitted on.

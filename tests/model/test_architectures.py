@@ -76,6 +76,8 @@ def test_models_without_a_known_matrix(name, boot):
 
 
 def test_the_page_says_what_the_tests_show():
-    page = Path(__file__).parents[2] / "docs/architectures.md"
-    assert page.read_text() == table(), "python -m tests.architectures > docs/architectures.md"
+    page = Path(__file__).parents[2] / "docs/results/architectures.md"
+    assert page.read_text() == table(), (
+        "python -m tests.architectures > docs/results/architectures.md"
+    )
     assert len(ARCHITECTURES) + len(tiny.CONFIGS) >= 35

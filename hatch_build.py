@@ -8,7 +8,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 
 class LongDescription(MetadataHookInterface):
-    """PyPI shows neither pictures nor pages by a path within the repository, and installs by name."""
+    """PyPI shows no pictures and pages by a path in the repository, and installs by name."""
 
     def update(self, metadata: dict[str, Any]) -> None:
         """Leave the pictures out, and of relative links all but their words."""

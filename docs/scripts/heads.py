@@ -1,9 +1,9 @@
 """Which rankings of heads find those that a task needs; and what R does in other prompts' patterns.
 
-    python docs/scripts/heads.py ranking FOLDER [--device cuda] [--seeds 3] [--rank 25] [--judge 100]
-    python docs/scripts/heads.py alpha FOLDER [--device cuda] [--train 25] [--judge 100]
+    python docs/scripts/heads.py ranking LRE [--device cuda] [--seeds 3] [--rank 25] [--judge 100]
+    python docs/scripts/heads.py alpha LRE [--device cuda] [--train 25] [--judge 100]
 
-FOLDER holds the LRE relations. Writes results/heads*.csv and .png; what was measured before is
+LRE is the folder of its relations. Writes results/heads*.csv and .png; what was measured before is
 taken from docs/.heads.
 """
 

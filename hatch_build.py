@@ -1,7 +1,7 @@
 """What of the package's metadata depends on where it is built: its addresses, and PyPI's page.
 
-The repository's address is what `BWLENS_REPOSITORY` says, or on GitHub what a workflow is told there
-(`GITHUB_SERVER_URL`, `GITHUB_REPOSITORY`). Built elsewhere, the package names no address.
+The repository's address is what `BWLENS_REPOSITORY` says, or on GitHub what a workflow is told
+there (`GITHUB_SERVER_URL`, `GITHUB_REPOSITORY`). Built elsewhere, the package names no address.
 """
 
 import os

@@ -38,9 +38,12 @@ def test_the_changelog_begins_with_this_version():
 def test_a_page_without_an_address_has_no_dead_links(hatch_build):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     page = hatch_build.long_description(readme, hatch_build.repository(), "main")
-    assert "<picture>" in readme and not re.search(r"<(picture|img|source)", page)
+    assert "<picture>" in readme
+    assert not re.search(r"<(picture|img|source)", page)
     assert all(link.startswith("https:") for link in re.findall(r"\]\((.*?)\)", page))
-    assert "[Start]" in readme and "Start" in page and 'pip install "bwlens[gguf]"' in page
+    assert "[Start]" in readme
+    assert "| Start, " in page
+    assert 'pip install "bwlens[gguf]"' in page
 
 
 def test_a_page_with_one_shows_its_picture(hatch_build, monkeypatch):

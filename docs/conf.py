@@ -32,10 +32,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
-os.environ.setdefault("PYTHONWARNINGS", "ignore::DeprecationWarning")
+os.environ["PYTHONWARNINGS"] = "ignore::DeprecationWarning,ignore:IProgress not found"
 
 project = "bwlens"
-author = "The bwlens authors"
+author = copyright = "The bwlens authors"
 release = importlib.metadata.version("bwlens")
 
 extensions = [
@@ -56,6 +56,7 @@ html_css_files = ["site.css"]
 html_extra_path = ["llms.txt"]
 html_copy_source = False
 html_show_sphinx = False
+smartquotes = False  # " Paris" is written with these very marks
 templates_path: list[str] = []
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -68,6 +69,7 @@ nb_execution_excludepatterns = ["tutorials/*"]
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove-warn"  # and so a page that is warned fails the build
 
 # Reference.
 autodoc_member_order = "bysource"

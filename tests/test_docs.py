@@ -108,7 +108,7 @@ def test_the_code_of_pages_is_python_and_of_names_that_are_there():
     cells = 0
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for cell in re.findall(r"```\{code-cell\}.*?\n\n?(.*?)```", text, re.DOTALL):
+        for cell in re.findall(r"```(?:\{code-cell\}|python).*?\n\n?(.*?)```", text, re.DOTALL):
             code = re.sub(r"^:tags:.*\n", "", cell)
             cells += 1
             for node in ast.walk(ast.parse(code, str(page))):

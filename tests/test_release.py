@@ -1,7 +1,13 @@
-"""What is released: one version, a page that PyPI shows, and in the wheel the package alone."""
+"""What would be published: one version, and packages that are whole without the repository."""
 
+import email
+import os
 import re
+import subprocess
+import sys
+import tarfile
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,73 +15,76 @@ import pytest
 import bwlens
 
 ROOT = Path(bwlens.__file__).parents[1]
-ADDRESS = "https://code.example/bwlens"
 
 
-@pytest.fixture
-def hatch_build(monkeypatch):
-    pytest.importorskip("hatchling")
-    monkeypatch.syspath_prepend(str(ROOT))
-    for name in ("BWLENS_REPOSITORY", "GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_REF_NAME"):
-        monkeypatch.delenv(name, raising=False)
-    import hatch_build
-
-    return hatch_build
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_citation_is_of_this_version():
-    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
-    assert re.findall(r"^version: (.*)$", citation, re.MULTILINE) == [bwlens.__version__]
+def test_every_place_names_one_version():
+    (declared,) = re.findall(r'^version = "(.+)"$', read("pyproject.toml"), re.MULTILINE)
+    assert bwlens.__version__ == version("bwlens") == declared
+    assert re.findall(r"^version: (.+)$", read("CITATION.cff"), re.MULTILINE) == [declared]
+    assert re.findall(r"^## (\S+)", read("CHANGELOG.md"), re.MULTILINE)[0] == declared
 
 
-def test_the_changelog_begins_with_this_version():
-    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    headings = re.findall(r"^## (\S+)", changes, re.MULTILINE)
-    assert headings[0] in (bwlens.__version__, "Unreleased")
-    assert bwlens.__version__ in headings
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """A source distribution, and the wheel that is built out of it alone."""
+    pytest.importorskip("hatchling", reason="the builder is not installed: pip install hatchling")
+    folder = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(folder), "-t"]
+    subprocess.run([*build, "sdist"], cwd=ROOT, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    source = folder / sdist.name.removesuffix(".tar.gz")
+    subprocess.run([*build, "wheel"], cwd=source, check=True, capture_output=True)
+    (wheel,) = folder.glob("*.whl")
+    return source, wheel
 
 
-def test_a_page_without_an_address_has_no_dead_links(hatch_build):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = hatch_build.long_description(readme, hatch_build.repository(), "main")
-    assert "<picture>" in readme
-    assert not re.search(r"<(picture|img|source)", page)
-    assert all(link.startswith("https:") for link in re.findall(r"\]\((.*?)\)", page))
-    assert "[Start]" in readme
-    assert "| Start, " in page
-    assert 'pip install "bwlens[gguf]"' in page
+def test_what_the_packages_hold(packages):
+    source, wheel = packages
+    assert {"bwlens", "tests", "tools", "docs", "LICENSE"} <= {p.name for p in source.iterdir()}
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"bwlens"}
+    here = {path for path in (ROOT / "bwlens").rglob("*") if path.is_file()}
+    here = {str(path.relative_to(ROOT)) for path in here if "__pycache__" not in path.parts}
+    assert {name for name in names if name.startswith("bwlens/")} == here
+    assert wheel.stat().st_size < 20_000_000
 
 
-def test_a_page_with_one_shows_its_picture(hatch_build, monkeypatch):
-    monkeypatch.setenv("GITHUB_SERVER_URL", "https://code.example")
-    monkeypatch.setenv("GITHUB_REPOSITORY", "us/bwlens")
-    assert hatch_build.repository() == "https://code.example/us/bwlens"
-    monkeypatch.setenv("BWLENS_REPOSITORY", ADDRESS + "/")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    page = hatch_build.long_description(readme, hatch_build.repository(), "v1")
-    assert f'src="{ADDRESS}/raw/v1/docs/smollm2.png"' in page
-    assert f"[Start]({ADDRESS}/blob/v1/docs/start.md)" in page
-    assert "https://arxiv.org/abs/2402.12865" in page
-    metadata = {}
-    hatch_build.AddressesAndDescription(str(ROOT), {}).update(metadata)
-    assert metadata["urls"]["Issues"] == f"{ADDRESS}/issues"
-
-
-def test_the_wheel_holds_the_package_alone(hatch_build, tmp_path):
-    from hatchling.builders.wheel import WheelBuilder
-
-    wheel = next(iter(WheelBuilder(str(ROOT)).build(directory=str(tmp_path))))
+def test_the_description_suits_an_index(packages):
+    _, wheel = packages
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        metadata = archive.read(f"bwlens-{bwlens.__version__}.dist-info/METADATA").decode()
-    package = {name for name in names if ".dist-info/" not in name}
-    here = {
-        path.relative_to(ROOT).as_posix()
-        for path in (ROOT / "bwlens").rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
-    }
-    assert package == here
-    for needed in ("py.typed", "demo/model/model.safetensors", "demo/facts.csv"):
-        assert f"bwlens/{needed}" in package
-    assert f"\nVersion: {bwlens.__version__}\n" in metadata
-    assert Path(wheel).stat().st_size < 20e6
+        (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+        text = email.message_from_bytes(archive.read(name)).get_payload()
+    assert text.startswith("# bwlens")
+    assert "<picture>" not in text
+    assert 'pip install "bwlens[gguf]"' in text
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+
+
+def test_the_wheel_runs_without_the_repository(packages, tmp_path):
+    _, wheel = packages
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
+    code = """
+import bwlens, sys
+print(bwlens.__file__, bwlens.__version__)
+bwlens.load_model("backpack-demo"), bwlens.demo.facts()
+bwlens.edit.rome(bwlens.load_model("demo"), bwlens.read_records("demo").edits[0])
+from bwlens.cli import main
+sys.argv = ["bwlens", "demo"]
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'site' / 'bwlens'}")
+    assert f" {bwlens.__version__}\n" in done.stdout
+    assert "Lionel Messi" in done.stdout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.gradient.objectives import as_objective
-from bwlens.model.attention import Attended, attended
+from bwlens.model.attention import Attended, attended, lowest
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.losses import Run, check_mode
 from bwlens.model.passes import wide
@@ -154,42 +154,64 @@ def reversed_attention(
         >>> maps.map(30, 8).shape  # doctest: +SKIP
         torch.Size([5, 5])
     """
-    maps: dict[Kind, dict[int, Tensor]] = {"reversed": {}, "forward": {}}
-    numbers: dict[int, list[int]] = {}
-
-    def keep(one: Attended, gradient: Tensor) -> None:
-        maps["reversed"][one.layer] = gradient[:, numbers[one.layer]].clone()
-
     check_mode()
     objective = as_objective(objective)
     batch = batch_of(model, prompts, objective, prepend_bos, attention_mask)
     run, passed = attended(model, batch, objective, layers)
-    numbers |= {layer: chosen(one, heads) for layer, one in passed.items()}
-    backward(run, passed, keep)
-    for layer, one in passed.items():
-        pattern = one.by_head(one.pattern.detach())[:, numbers[layer]]
-        real = batch.mask[:, None, :, None].to(pattern.device)
-        maps["reversed"][layer] = maps["reversed"].pop(layer)  # in order
-        maps["forward"][layer] = torch.where(real, pattern, 0.0)
-    tokens = [
-        token_texts(model.tokenizer, row[:n])
-        for row, n in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
-    ]
-    losses = run.losses.detach()
-    return ReversedAttention(losses, batch, tokens, numbers, len(model.blocks), maps)
+    taking = Taking(heads)
+    taking.expect(run, passed)
+    run.gradients(*lowest(passed))
+    return taking.taken(model, batch)
 
 
-def backward(
+class Taking:
+    """R and A of heads out of a pass that somebody else runs (`bwlens.gradient.capturing`)."""
+
+    def __init__(self, heads: Heads = None) -> None:
+        self._heads = heads
+        self._reversed: dict[int, Tensor] = {}
+
+    def expect(self, run: Run, passed: dict[int, Attended]) -> None:
+        """A backward pass is about to come by, as far down as `lowest`."""
+        self._run, self._passed = run, passed
+        self._numbers = {layer: chosen(one, self._heads) for layer, one in passed.items()}
+        expect(run, passed, self._keep)
+
+    def _keep(self, one: Attended, gradient: Tensor) -> None:
+        self._reversed[one.layer] = gradient[:, self._numbers[one.layer]].clone()
+
+    def taken(self, model: Any, batch: Batch) -> ReversedAttention:
+        """What came.
+
+        Raises:
+            ValueError: The loss does not depend on the scores of a layer.
+        """
+        check_all_came(self._passed, self._reversed)
+        maps: dict[Kind, dict[int, Tensor]] = {"reversed": {}, "forward": {}}
+        for layer, one in self._passed.items():
+            pattern = one.by_head(one.pattern.detach())[:, self._numbers[layer]]
+            real = batch.mask[:, None, :, None].to(pattern.device)
+            maps["reversed"][layer] = self._reversed[layer]
+            maps["forward"][layer] = torch.where(real, pattern, 0.0)
+        tokens = [
+            token_texts(model.tokenizer, row[:n])
+            for row, n in zip(batch.tokens.tolist(), batch.lengths.tolist(), strict=True)
+        ]
+        losses = self._run.losses.detach()
+        del self._run, self._passed  # and with them the pass's graph
+        return ReversedAttention(losses, batch, tokens, self._numbers, len(model.blocks), maps)
+
+
+def expect(
     run: Run,
     passed: dict[int, Attended],
     arrived: Callable[[Attended, Tensor], None],
     pattern_arrived: Callable[[Attended, Tensor], None] | None = None,
 ) -> None:
-    """The backward pass; each layer's R comes by at `arrived`, before that the pattern's gradient.
+    """In a backward pass each layer's R will come by, before it the pattern's gradient.
 
     Nothing need be kept of a map, as each is shown when the backward pass gets there.
     """
-    came: set[int] = set()
 
     def arrive(one: Attended, gradient: Tensor) -> None:
         if not torch.isfinite(gradient).all():
@@ -197,15 +219,16 @@ def backward(
                 f"the gradient of layer {one.layer}'s scores is not finite; the model overflows in"
                 f" {gradient.dtype}, load it in float32 or bfloat16"
             )
-        came.add(one.layer)
         arrived(one, wide(gradient) / run.scale)
 
     for one in passed.values():
         one.arrived = partial(arrive, one)
         one.pattern_arrived = pattern_arrived and partial(pattern_arrived, one)
-    lowest = passed[min(passed)]
-    run.gradients([lowest.query], [f"the queries of layer {lowest.layer}"])
-    if missing := sorted(passed.keys() - came):
+
+
+def check_all_came(passed: Collection[int], came: Collection[int]) -> None:
+    """Refuse a loss that does not depend on the scores of a layer."""
+    if missing := sorted({*passed} - {*came}):
         raise ValueError(
             f"the loss does not depend on the scores of layer {missing[0]}, so they have no"
             f" gradient; ask for other layers, or use an objective that reads the logits"

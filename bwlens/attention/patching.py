@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,6 +100,27 @@ def without_heads(
 def every_place(maps: ReversedAttention) -> list[Place]:
     """Every (layer, head) that has maps."""
     return [(layer, head) for layer, heads in maps.heads.items() for head in heads]
+
+
+def of_other_heads(maps: ReversedAttention, seed: int = 0) -> ReversedAttention:
+    """Each head with the maps of another, drawn by chance: a control of the same sizes.
+
+    Raises:
+        ValueError: There is but one head, or layers have different numbers of heads.
+    """
+    places = every_place(maps)
+    if len(places) < 2:
+        raise ValueError("one head has no other; take the maps of several")
+    chance = torch.randperm(len(places), generator=torch.Generator().manual_seed(seed))
+    source = torch.empty_like(chance)
+    source[chance] = chance.roll(1)  # one ring, so that none keeps its own
+    given: dict[Kind, dict[int, Tensor]] = {}
+    kinds: tuple[Kind, ...] = ("reversed", "forward")
+    for kind in kinds:
+        every = getattr(maps, kind)
+        others = every.flatten(1, 2)[:, source.to(every.device)].unflatten(1, every.shape[1:3])
+        given[kind] = {layer: others[:, at] for at, layer in enumerate(maps.layers)}
+    return replace(maps, _maps=given)
 
 
 @contextmanager

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.attention.maps import Heads, backward, batch_of, chosen
+from bwlens.attention.maps import Heads, batch_of, check_all_came, chosen, expect
 from bwlens.gradient.objectives import as_objective
-from bwlens.model.attention import Attended, attended
+from bwlens.model.attention import Attended, attended, lowest
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.losses import check_mode
 from bwlens.model.passes import wide
@@ -191,7 +191,9 @@ def _of_batch(
     real = batch.mask[:, None, :, None]
     for one in passed.values():
         keep("forward")(one, one.by_head(one.pattern.detach()) * real.to(one.pattern.device))
-    backward(run, passed, keep("reversed"), warm if temperature is not None else None)
+    expect(run, passed, keep("reversed"), warm if temperature is not None else None)
+    run.gradients(*lowest(passed))
+    check_all_came(passed, norms["reversed"])
     device = run.losses.device
     stacked = {
         kind: torch.stack([of[layer].to(device) for layer in passed], dim=1)

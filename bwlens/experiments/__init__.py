@@ -17,6 +17,8 @@ from bwlens.experiments._naive_reading import NaiveMap as NaiveMap
 from bwlens.experiments._naive_reading import NaiveReading as NaiveReading
 from bwlens.experiments._naive_reading import naive_map as naive_map
 from bwlens.experiments._naive_reading import naive_reading as naive_reading
+from bwlens.experiments._patching_alphas import PatchingAlphas as PatchingAlphas
+from bwlens.experiments._patching_alphas import patching_alphas as patching_alphas
 from bwlens.experiments._reading_fidelity import ReadingFidelity as ReadingFidelity
 from bwlens.experiments._reading_fidelity import reading_fidelity as reading_fidelity
 from bwlens.experiments._residual_removal import ResidualRemoval as ResidualRemoval

@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import process_time
+from time import perf_counter, process_time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from bwlens.attention.ablating import losses_without
 from bwlens.attention.patching import without_heads
 from bwlens.attention.scores import HeadScores, head_scores
 from bwlens.gradient.objectives import NLL
-from bwlens.model.attention import attended
 from bwlens.model.identity import fingerprint
-from bwlens.model.passes import run, wide
+from bwlens.model.passes import device_of, run
 from bwlens.model.prompts import Batch, make_batch
 from bwlens.runs.intervals import mean_ci
 from bwlens.runs.parts import Part, in_parts
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-RANKINGS = ("reversed", "warm", "forward", "ablation", "reversed order", "random", "index")
+RANKINGS = (
+    "reversed", "warm", "forward", "ablation", "mean ablation", "reversed order", "random", "index",
+)  # fmt: skip
 """Orders of heads, the most needed first.
 
 - `reversed`: ||R||_F, the mean over the prompts that rank; `reversed order` is from its end.
 - `warm`: the same through a warmer softmax.
 - `forward`: ||A||_F.
 - `ablation`: how much the loss rises without the head, one at a time (one pass of each prompt for
-  each head: the mean over the prompts that rank).
+  each head: the mean over the prompts that rank); `mean ablation`: with its mean in its place.
 - `random`: by chance, an order of its own for each seed.
 - `index`: from the first layer's first head on.
 """
@@ -48,7 +50,8 @@ class HeadRanking:
         rows: `ranking`, `kept` (share of heads), `prompt`, `rank` of the target's first token
             (0: the answer), and `top1`, `top2`, `top3`.
         orders: Each ranking's heads, the first kept first.
-        seconds: CPU seconds that each ranking took to make; orders of one score share its pass.
+        seconds: CPU seconds that each ranking took to make (on another device, seconds by the
+            clock); orders of one score share its pass.
     """
 
     rows: pd.DataFrame
@@ -94,7 +97,8 @@ class HeadRanking:
 
         figure, ax = axes(None, (3.6, 2.6))
         summary: Any = self.summary(top)
-        styles = ["-", "--", "-.", ":", (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 1))]
+        styles = ["-", "--", "-.", ":", (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 1)),
+                  (0, (1, 3))]  # fmt: skip
         for ranking, style in zip(RANKINGS, styles, strict=True):
             line = summary[summary["ranking"] == ranking].sort_values("kept")
             if len(line):
@@ -167,6 +171,7 @@ def head_ranking(
         )
     ]
     scores: dict[str, HeadScores] = {}
+    clock = process_time if device_of(model).type == "cpu" else perf_counter
 
     def scored(ranking: str) -> HeadScores:
         """By the warm score's pass, or by one that all others share."""
@@ -181,12 +186,14 @@ def head_ranking(
 
     def measured(part: int) -> Part:
         ranking, name = named[part]
-        start = process_time()
-        if ranking == "ablation":
-            order = _by_ablation(model, ranked, batch_size)
+        start = clock()
+        if ranking in ("ablation", "mean ablation"):
+            instead = "mean" if ranking == "mean ablation" else "zero"
+            losses = losses_without(model, ranked, instead=instead, batch_size=batch_size)
+            order = sorted(losses, key=lambda place: -losses[place])
         else:
             order = _order(name, scored(ranking))
-        seconds = 0.0 if ranking in ("random", "index") else process_time() - start
+        seconds = 0.0 if ranking in ("random", "index") else clock() - start
         heads = pd.DataFrame(order, columns=["layer", "head"])
         heads = heads.assign(name=name, ranking=ranking, seconds=seconds)
         return Part({"rows": _judged(model, ranking, order, judged, kept), "heads": heads})
@@ -252,26 +259,6 @@ def _order(name: str, scores: HeadScores) -> list[Place]:
         return scores.order("reversed")[::-1]
     kind: Any = name if name in ("warm", "forward") else "reversed"
     return scores.order(kind)
-
-
-def _by_ablation(model: Any, ranked: Batch, batch_size: int) -> list[Place]:
-    """Heads by the mean rise of the loss without each."""
-    _, passed = attended(model, ranked.only(0), NLL(ranked.targets[0]))
-    every = [
-        (layer, head)
-        for layer, one in passed.items()
-        for head in range(one.by_head(one.product).shape[1])
-    ]
-    losses = torch.zeros(len(every))
-    for prompt in range(len(ranked)):
-        one = ranked.only(prompt)
-        for at in range(0, len(every), batch_size):
-            some = every[at : at + batch_size]
-            with without_heads(model, [[place] for place in some]):
-                passed_logits = run(model, one.tokens.expand(len(some), -1), positions=one.last)
-            scores = wide(passed_logits.logits[:, 0]).log_softmax(-1)
-            losses[at : at + len(some)] -= scores[:, one.targets[0][0]].cpu()
-    return [every[i] for i in losses.argsort(descending=True, stable=True).tolist()]
 
 
 def _judged(

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor
 from bwlens.gradient.guard import check_first_use
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import as_objective
+from bwlens.model.attention import Attended, lowest, watched
 from bwlens.model.flows import Flow, as_rows
 from bwlens.model.locking import alone_with
-from bwlens.model.losses import check_mode, forward
+from bwlens.model.losses import Run, check_mode, forward
 from bwlens.model.prompts import Batch, Mask, Prompts, make_batch
 from bwlens.model.replay import Replay, keeping
 from bwlens.model.sites import (
@@ -175,19 +177,31 @@ def captured(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     replay: bool = False,
+    attention: Callable[[Run, dict[int, Attended]], None] | None = None,
 ) -> tuple[Gradients, Replay | None]:
-    """What `capture` gives, and, asked for, its pass of one prompt, to be run again."""
+    """What `capture` gives, and, asked for, its pass of one prompt, to be run again.
+
+    `attention` is told before the backward pass what passed the attentions of the same layers.
+    """
     check_mode()
     matrices = resolve_matrices(matrices)
     taps = find_taps(model, matrices, layers)
     objective = as_objective(objective)
     batch = _batch_for(model, prompts, objective, prepend_bos, attention_mask)
     check_first_use(model, taps)
-    with alone_with(model):
+    with ExitStack() as stack:
+        stack.enter_context(alone_with(model))
         again = keeping(model) if replay and len(batch) == 1 else {}
-        run = forward(model, batch, objective, taps, **again)
+        seen = None if attention is None else stack.enter_context(watched(model, layers))
+        around = None if seen is None else seen.around
+        run = forward(model, batch, objective, taps, around=around, **again)
         flows = run.passed.flows
-        deltas = run.gradients([flow.z for flow in flows], [flow.name for flow in flows])
+        tensors, names = [flow.z for flow in flows], [flow.name for flow in flows]
+        if seen is not None and attention is not None:
+            attention(run, passed := seen.passed(batch))
+            for more, of in zip((tensors, names), lowest(passed), strict=True):
+                more += of
+        deltas = run.gradients(tensors, names)[: len(flows)]
     rows = _Rows(batch, device, dtype or torch.promote_types(run.logits.dtype, torch.float32))
     parts: dict[Site, LowRankGradient] = {}
     for flow, delta in zip(flows, deltas, strict=True):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from bwlens.attention.maps import reversed_attention
+from bwlens.attention.maps import Taking
 from bwlens.gradient.capturing import captured
 from bwlens.gradient.objectives import NLL, as_objective
 from bwlens.lens import neurons as neurons_
@@ -84,7 +84,8 @@ def backward_lens(
             the target and the answer: " Madrid". Of a word of several tokens, the first one's.
         neurons: Of how many neurons, those that the step moves most, to read the word in each cell
             (`BackwardLens.neurons`); that takes about as long as to read so many more vectors.
-        attention: Also take R and A of every head (`bwlens.reversed_attention`), a pass more.
+        attention: Also take R and A of every head (`bwlens.reversed_attention`),
+            in the same pass.
 
     Raises:
         ValueError: An unknown reading, or `normalize` without the plain one; positions out of
@@ -124,13 +125,13 @@ def backward_lens(
         head_of(model)  # refused before the work, where there is none
     if "transported" in readings:
         check_jacobian(model, jacobian, matrices, wanted)
-    maps = None
-    if attention:
-        maps = reversed_attention(model, prompt, target, layers=layers, prepend_bos=prepend_bos)
-    again = wants_trust or "effect" in readings
+    taking = Taking() if attention else None
     grads, every = captured(
-        model, prompt, target, matrices, wanted, prepend_bos=prepend_bos, replay=again
-    )
+        model, prompt, target, matrices, None if layers is None else wanted,
+        prepend_bos=prepend_bos, replay=wants_trust or "effect" in readings,
+        attention=taking and taking.expect,
+    )  # fmt: skip
+    maps = taking and taking.taken(model, grads.batch)
     ids = grads.batch.tokens[0].tolist()
     probabilities = torch.softmax(grads.next_logits[0].float(), -1)
     answer_id = int(probabilities.argmax())

@@ -227,7 +227,6 @@ def attended(
     batch: Batch,
     objective: Callable[[Tensor, Batch], Tensor],
     layers: Layers = None,
-    watch: Callable[[Attended], None] = lambda attended: None,
 ) -> tuple[Run, dict[int, Attended]]:
     """A forward pass with its losses, and what passed the attention of each layer.
 
@@ -236,50 +235,81 @@ def attended(
         batch: The prompts.
         objective: Gives their losses.
         layers: Which; None is all that have a map.
-        watch: Called with each, before a backward pass.
 
     Raises:
         NotImplementedError: As `attentions`; a layer asked for takes no softmax of queries times
             keys (a recurrence), several, or not of one key for each token.
     """
+    with watched(model, layers) as seen:
+        run = forward(model, batch, objective, around=seen.around)
+    return run, seen.passed(batch)
+
+
+@dataclass(eq=False)
+class Watched:
+    """Attentions that a pass is to be watched at.
+
+    Attributes:
+        around: What the pass calls instead of each (`passes.run`).
+    """
+
+    around: dict[nn.Module, Callable[[Any, Any, Any], Any]]
+    _seen: dict[int, list[Attended]]
+    _contents: dict[int, str]
+    _named: bool
+
+    def passed(self, batch: Batch) -> dict[int, Attended]:
+        """What has passed each layer's attention.
+
+        Raises:
+            NotImplementedError: As `attended`.
+        """
+        n_pos = batch.tokens.shape[1]
+        maps: dict[int, Attended] = {}
+        for layer, several in self._seen.items():
+            if not several and not self._named:
+                continue
+            what = f"the attention of layer {layer} ({self._contents[layer]})"
+            if len(several) != 1:
+                raise NotImplementedError(
+                    f"{what} took {len(several)} softmaxes of queries times keys; expected one, so"
+                    f" it has no attention map that bwlens can read; ask for other layers"
+                )
+            one = several[0]
+            if one.product.shape[-2:] != (n_pos, n_pos):
+                raise NotImplementedError(
+                    f"{what} scores {one.product.shape[-1]} keys for {n_pos} tokens, so they are no"
+                    f" map from token to token; ask for other layers"
+                )
+            maps[layer] = one
+        if not maps:
+            raise NotImplementedError(
+                "no layer of this model took a softmax of queries times keys, so it has no"
+                " attention maps (a recurrence has none)"
+            )
+        return maps
+
+
+@contextmanager
+def watched(model: LensModel, layers: Layers = None) -> Generator[Watched, None, None]:
+    """Whatever pass is run within may be watched; its scores are shown meanwhile.
+
+    Raises:
+        ValueError, NotImplementedError: As `attentions`.
+    """
     parts = attentions(model, layers)
     seen: dict[int, list[Attended]] = {layer: [] for layer in parts}
 
-    def around(layer: int) -> Callable[[Any, Any, Any], Any]:
-        def note(one: Attended) -> None:
-            seen[layer].append(one)
-            watch(one)
-
-        return _around(layer, note)
-
+    around = {part: _around(layer, seen[layer].append) for layer, part in parts.items()}
+    what = {layer: contents(model.blocks[layer]) for layer in parts}
     with shown_scores(model):
-        run = forward(
-            model, batch, objective, around={parts[layer]: around(layer) for layer in parts}
-        )
-    n_pos = batch.tokens.shape[1]
-    maps: dict[int, Attended] = {}
-    for layer, several in seen.items():
-        if not several and layers is None:
-            continue
-        what = f"the attention of layer {layer} ({contents(model.blocks[layer])})"
-        if len(several) != 1:
-            raise NotImplementedError(
-                f"{what} took {len(several)} softmaxes of queries times keys; expected one, so it"
-                f" has no attention map that bwlens can read; ask for other layers"
-            )
-        one = several[0]
-        if one.product.shape[-2:] != (n_pos, n_pos):
-            raise NotImplementedError(
-                f"{what} scores {one.product.shape[-1]} keys for {n_pos} tokens, so they are no map"
-                f" from token to token; ask for other layers"
-            )
-        maps[layer] = one
-    if not maps:
-        raise NotImplementedError(
-            "no layer of this model took a softmax of queries times keys, so it has no attention"
-            " maps (a recurrence has none)"
-        )
-    return run, maps
+        yield Watched(around, seen, what, layers is not None)
+
+
+def lowest(passed: Mapping[int, Attended]) -> tuple[list[Tensor], list[str]]:
+    """How far down a backward pass must go for every R to come by, as `Run.gradients` takes it."""
+    layer = min(passed)
+    return [passed[layer].query], [f"the queries of layer {layer}"]
 
 
 @contextmanager

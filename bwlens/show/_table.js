@@ -117,9 +117,13 @@ function start(root, lenses) {
   });
 
   for (const each of widget.views) listen(widget, each);
+  widget.current = recalled ?? opening(widget);
   paint(widget);
-  look(widget, recalled ?? opening(widget));
-  for (const each of widget.views) enter(widget, each);
+  look(widget, widget.current);
+  new ResizeObserver(() => {
+    widget.room = root.clientWidth;
+    widget.views.forEach((each) => drawSeen(widget, each));
+  }).observe(root);
   new IntersectionObserver(([{ isIntersecting }]) => {
     widget.panelSeen = isIntersecting;
   }, { threshold: 0.5 }).observe(widget.views[0].detail.element.querySelector(".bw-cell"));
@@ -193,13 +197,13 @@ function opening({ lenses: [lens], state, columns }) {
 // frame of its own lies over it, and headings are marked at a key or a click alone.
 function look(widget, at, passing = false) {
   for (const each of widget.views) {
-    const { rows, heads, lens } = each;
+    const { rows, lens } = each;
     for (const [cell, on] of [[widget.current, false], [at, true]]) {
       if (cell < 0) continue;
       cellOf(widget, each, cell)?.classList.toggle("bw-at", on);
       if (on ? passing : cell !== widget.here) continue;
       rows[lens.layerOf(cell)].cells[0].classList.toggle("bw-here", on);
-      heads[widget.columns.indexOf(lens.posOf(cell))]?.classList.toggle("bw-here", on);
+      headOf(widget, each, cell)?.classList.toggle("bw-here", on);
     }
     frame(widget, each, at);
     each.detail.fill(at, widget.pinned);
@@ -210,13 +214,13 @@ function look(widget, at, passing = false) {
   widget.memory.keep();
 }
 
-// Makes the current cell the one that the Tab key finds.
+// Makes the current cell the one that the Tab key finds, or its table where it is not drawn.
 function enter(widget, each) {
-  const cell = cellOf(widget, each, widget.current);
-  if (each.entry === cell || !cell) return;
+  const entry = cellOf(widget, each, widget.current) ?? each.scroll;
+  if (each.entry === entry) return;
   each.entry?.removeAttribute("tabindex");
-  each.entry = cell;
-  cell.tabIndex = 0;
+  each.entry = entry;
+  entry.tabIndex = 0;
 }
 
 function listen(widget, each) {
@@ -259,7 +263,7 @@ function listen(widget, each) {
   // Two tables side by side scroll as one.
   scroll.addEventListener("scroll", () => {
     each.scrolled = scroll.scrollLeft;
-    if (each.stale.size) fill(widget, each, seenColumns(widget, each));
+    drawSeen(widget, each);
     for (const other of widget.views) {
       if (other !== each) other.scroll.scrollTo(scroll.scrollLeft, scroll.scrollTop);
     }

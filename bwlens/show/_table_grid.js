@@ -15,24 +15,13 @@ function view(widget, part, which) {
 }
 
 function build(widget, each) {
-  const { lens, scroll } = each;
-  const { columns } = widget;
+  const { lens } = each;
   const table = make("table", "bw-grid");
   const attributes = {
     role: "grid", dir: "ltr", "aria-readonly": "true", "aria-labelledby": each.caption.id,
     "aria-colcount": lens.width + 1,
   };
   for (const [name, value] of Object.entries(attributes)) table.setAttribute(name, value);
-  each.cols = [0, ...columns].map(() => make("col"));
-  each.heads = columns.map((pos) => {
-    const head = make("th", pos >= lens.given ? "bw-forced" : "");
-    head.scope = "col";
-    head.title = `position ${lens.at[pos]}: ${exact(lens.tokens[pos])}`;
-    const text = bare(lens.tokens[pos]);
-    if (lens.subject.includes(pos)) head.append(say(make("u"), text));
-    else say(head, text);
-    return head;
-  });
   each.rows = lens.layers.map((layer) => {
     const name = make("th", "", String(layer));
     name.scope = "row";
@@ -41,52 +30,129 @@ function build(widget, each) {
       strip.setAttribute("role", "img");
       name.append(strip);
     }
-    return make("tr", "", name, ...columns.map(() => make("td")));
+    return make("tr", "", name);
   });
   const corner = make("th", "", "layer");
   corner.scope = "col";
-  const head = make("thead", "", make("tr", "", corner, ...each.heads));
+  each.head = make("tr", "", corner);
+  each.cols = make("colgroup", "", make("col"));
   each.body = make("tbody", "", ...each.rows);
-  table.append(make("colgroup", "", ...each.cols), head, each.body);
+  table.append(each.cols, make("thead", "", each.head), each.body);
   table.style.setProperty("--n", lens.layers.length);
   each.table = table;
-  each.entry = undefined;
+  [each.from, each.to] = [0, 0];
+  each.entry = each.scrolled = undefined;
   each.at = new Map(each.rows.map((row, at) => [row, at]));
-  each.cells = each.rows.flatMap((row) => [...row.cells].slice(1));
   each.frame = make("div", "bw-frame");
   each.frame.setAttribute("aria-hidden", "true");
-  scroll.replaceChildren(table, each.frame);
+  each.sheet = make("div", "bw-sheet", table, each.frame);
+  each.scroll.replaceChildren(each.sheet);
 }
+
+// Of a wide table the page holds the columns that are in sight and some on both sides: a browser
+// lays out and paints all that is there. The rest of the sheet is empty.
+const CELLS = 900;
+
+function draw(widget, each, from, to) {
+  const lines = [each.cols, each.head, ...each.rows]; // a column has a part in each
+  const focused = each.entry?.matches(":focus");
+  const apart = to <= each.from || from >= each.to;
+  const drop = (at) => lines.forEach(({ children }) => children[at].remove());
+  for (; apart ? each.to > each.from : each.to > to; each.to--) drop(each.to - each.from);
+  if (apart) each.from = each.to = from;
+  for (; each.from < from; each.from++) drop(1);
+  while (each.from > from) {
+    each.from--;
+    columnOf(widget, each, each.from).forEach((part, at) => lines[at].children[0].after(part));
+  }
+  for (; each.to < to; each.to++) {
+    columnOf(widget, each, each.to).forEach((part, at) => lines[at].append(part));
+  }
+  const { widths, lefts, gap } = widget;
+  each.table.style.marginLeft = `${lefts[from] - lefts[0]}px`;
+  each.table.style.width = `${lefts[to - 1] + widths[to] + gap - lefts[from] + lefts[0]}px`;
+  if (widget.current < 0) return;
+  cellOf(widget, each, widget.current)?.classList.add("bw-at");
+  if (widget.here >= 0) headOf(widget, each, widget.here)?.classList.add("bw-here");
+  enter(widget, each);
+  if (focused) each.entry.focus({ preventScroll: true });
+}
+
+// One column: its width, its heading, its cells.
+function columnOf(widget, each, column) {
+  const { lens, rows, looks } = each;
+  const pos = widget.columns[column];
+  const head = make("th", pos >= lens.given ? "bw-forced" : "");
+  head.scope = "col";
+  head.title = `position ${lens.at[pos]}: ${exact(lens.tokens[pos])}`;
+  const text = bare(lens.tokens[pos]);
+  if (lens.subject.includes(pos)) head.append(say(make("u"), text));
+  else say(head, text);
+  const col = make("col");
+  col.style.width = `${widget.widths[column + 1]}px`;
+  const cells = rows.map((_, layer) =>
+    write(make("td"), looks[layer * widget.columns.length + column]));
+  for (const cell of [head, ...cells]) cell.setAttribute("aria-colindex", pos + 2);
+  return [col, head, ...cells];
+}
+
+function seen({ widths, lefts, room, columns, current }, { lens, scrolled }) {
+  // At first, what the cell in focus will be scrolled to.
+  const from = scrolled ?? Math.max(0, (lefts[columns.indexOf(lens.posOf(current))] ?? 0) - room / 2);
+  const shown = [...columns.keys()].filter((column) =>
+    lefts[column] < from + room && lefts[column] + widths[column + 1] > from);
+  return [shown[0] ?? 0, (shown.at(-1) ?? 0) + 1];
+}
+
+// Draws what is in sight, where something of it is not drawn yet or everything `anew`.
+function drawSeen(widget, each, anew = false) {
+  const [from, to] = seen(widget, each);
+  if (!anew && from >= each.from && to <= each.to) return;
+  const n = widget.columns.length;
+  const all = CELLS / widget.views.length / each.rows.length;
+  const spare = Math.max(2, Math.ceil((all - to + from) / 2));
+  const first = Math.max(0, Math.min(from - spare, n - Math.floor(all)));
+  draw(widget, each, first, Math.min(n, Math.max(to + spare, Math.floor(all))));
+}
+
+const drawAll = (widget) => widget.views.forEach((each) =>
+  draw(widget, each, 0, widget.columns.length));
+
+const drawn = (each, column) => column >= each.from && column < each.to;
 
 // The cell of a table, if its column is drawn.
 function cellOf(widget, each, at) {
   const column = widget.columns.indexOf(each.lens.posOf(at));
-  return column < 0 ? undefined : each.cells[each.lens.layerOf(at) * widget.columns.length + column];
+  return drawn(each, column)
+    ? each.rows[each.lens.layerOf(at)].children[1 + column - each.from] : undefined;
+}
+
+function headOf(widget, each, at) {
+  const column = widget.columns.indexOf(each.lens.posOf(at));
+  return drawn(each, column) ? each.head.children[1 + column - each.from] : undefined;
 }
 
 function numberOf(widget, each, cell) {
   const row = each.at.get(cell?.parentElement);
   if (row === undefined || cell.tagName !== "TD") return undefined;
-  return row * each.lens.width + widget.columns[cell.cellIndex - 1];
+  return row * each.lens.width + widget.columns[each.from + cell.cellIndex - 1];
 }
 
 // The frame around the cell in focus.
 function frame(widget, each, at) {
   const column = widget.columns.indexOf(each.lens.posOf(at));
-  const cell = cellOf(widget, each, at);
-  each.frame.hidden = !cell;
-  if (!cell || !each.tops) return;
-  const row = cell.parentElement;
+  each.frame.hidden = column < 0;
+  if (column < 0 || !each.tops) return;
   each.frame.classList.toggle("bw-pinned", widget.pinned);
   each.frame.style.width = `${widget.widths[column + 1]}px`;
   each.frame.style.height = `${each.height}px`;
-  const top = each.tops.get(row);
+  const top = each.tops[each.lens.layerOf(at)];
   each.frame.style.transform = `translate(${widget.lefts[column]}px, ${top}px)`;
 }
 
 // What a way to show cells sets their text in, and texts' widths in it: asked once.
 function type(widget) {
-  const { state: { show, rows }, views: [{ table, heads }] } = widget;
+  const { state: { show, rows }, views: [{ table, head }] } = widget;
   const key = show === "shade" ? show : rows;
   widget.types ??= new Map();
   if (!widget.types.has(key)) {
@@ -97,7 +163,7 @@ function type(widget) {
     const family = style.fontFamily;
     widget.types.set(key, {
       size,
-      heads: parseFloat(getComputedStyle(heads[0]).fontSize),
+      heads: parseFloat(getComputedStyle(head.firstChild).fontSize),
       gap: parseFloat(style.borderSpacing) || 0,
       wide(text, weight, px = size) {
         const font = `${weight} ${px}px ${family}`;
@@ -126,62 +192,61 @@ function fit(widget, shown) {
   }).map((width) => Math.round(Math.min(Math.max(width, least), longest)));
   const first = Math.round(wide("layer", 400, heads) + 12 + 15 * views.some(({ lens }) => lens.trust));
   widget.widths = [first, ...widths];
+  widget.gap = gap;
   widget.lefts = [];
   let left = 2 * gap + first;
   for (const width of widths) {
     widget.lefts.push(left);
     left += width + gap;
   }
-  for (const { table, cols } of views) {
-    widget.widths.forEach((width, at) => {
-      const wanted = `${width}px`;
-      if (cols[at].style.width !== wanted) cols[at].style.width = wanted;
+  for (const each of views) {
+    each.sheet.style.width = `${left}px`;
+    widget.widths.slice(each.from + 1, each.to + 1).forEach((width, at) => {
+      each.cols.children[at + 1].style.width = `${width}px`;
     });
-    table.style.width = `${left}px`;
+    each.cols.children[0].style.width = `${first}px`;
   }
+  widget.wide = left;
 }
 
 // Where rows are, once they are laid out.
 function measure(widget) {
-  const { gap } = type(widget);
   for (const each of widget.views) {
-    each.gap = gap;
-    each.tops = new Map([...each.body.rows].map((row) => [row, row.offsetTop]));
+    each.tops = each.rows.map((row) => row.offsetTop);
     each.height = each.rows[0].offsetHeight;
   }
 }
 
 // Scrolls a table, and nothing around it, to the current cell; a column is seen whole or not.
-function bringIntoView(widget, { lens, table, scroll }) {
+function bringIntoView(widget, each) {
+  const { lens, scroll, sheet, tops, height } = each;
   const column = widget.columns.indexOf(lens.posOf(widget.current));
   if (column < 0) return;
-  const { gap } = viewOf(widget, table);
-  const ends = [0];
-  for (const width of widget.widths.slice(1)) ends.push(ends.at(-1) + width + gap);
+  const { gap } = widget;
+  const ends = [...widget.lefts, widget.wide].map((left) => left - widget.lefts[0]);
   const room = scroll.clientWidth - widget.widths[0] - 2 * gap;
   const left = ends[column] < scroll.scrollLeft;
   if (left || ends[column + 1] > scroll.scrollLeft + room) {
     const from = left ? ends[column] : ends.find((end) => end >= ends[column + 1] - room) ?? 0;
     const to = Math.min(from, ends[column]);
-    const edge = `${Math.max(0, to + room - ends.at(-1))}px`;
-    if (table.style.marginRight !== edge) table.style.marginRight = edge;
+    sheet.style.width = `${widget.wide + Math.max(0, to + room - ends.at(-1))}px`;
     scroll.scrollLeft = to;
   }
-  const each = viewOf(widget, table);
-  const top = each.tops.get(cellOf(widget, each, widget.current).parentElement);
-  const head = each.tops.get(each.body.rows[0]) - gap;
-  const seen = [scroll.scrollTop, scroll.clientHeight];
-  if (top < seen[0] + head + gap) scroll.scrollTop = top - head - gap;
-  else if (top + each.height > seen[0] + seen[1]) {
-    scroll.scrollTop = top + each.height + gap - seen[1];
+  const top = tops[lens.layerOf(widget.current)];
+  const head = Math.min(...tops) - gap;
+  const seenTop = scroll.scrollTop;
+  if (top < seenTop + head + gap) scroll.scrollTop = top - head - gap;
+  else if (top + height > seenTop + scroll.clientHeight) {
+    scroll.scrollTop = top + height + gap - scroll.clientHeight;
   }
+  each.scrolled = scroll.scrollLeft;
+  drawSeen(widget, each);
 }
-
-const viewOf = (widget, table) => widget.views.find((each) => each.table === table);
 
 // On paper nothing scrolls: tables as wide as the page, one below the other.
 function printing(widget, on, room = 660) {
-  if (on) fillAll(widget);
+  if (on) drawAll(widget);
+  else widget.views.forEach((each) => drawSeen(widget, each, true));
   for (const { scroll, table } of widget.views) {
     scroll.parentElement.querySelector(".bw-paper")?.remove();
     if (!on || table.offsetWidth <= room) continue;

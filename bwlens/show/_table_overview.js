@@ -6,18 +6,15 @@ const WINDOW = 30; // columns around one that was picked
 // Other columns: the tables are built anew, the cell in focus stays if it can.
 function redraw(widget, columns) {
   const [lens] = widget.lenses;
-  const wanted = widget.current;
+  const pos = lens.posOf(widget.current);
+  const near = columns.reduce((best, each) =>
+    Math.abs(each - pos) < Math.abs(best - pos) ? each : best);
   widget.columns = columns;
-  widget.current = -1;
+  widget.current += near - pos;
   widget.views.forEach((each) => build(widget, each));
   paint(widget);
-  const near = columns.reduce((best, pos) =>
-    Math.abs(pos - lens.posOf(wanted)) < Math.abs(best - lens.posOf(wanted)) ? pos : best);
-  look(widget, lens.layerOf(wanted) * lens.width + near);
-  for (const each of widget.views) {
-    enter(widget, each);
-    bringIntoView(widget, each);
-  }
+  look(widget, widget.current);
+  for (const each of widget.views) bringIntoView(widget, each);
 }
 
 function strengths({ lenses, state }) {

@@ -35,8 +35,6 @@ function paint(widget) {
       }
       return look;
     }));
-    each.stale = new Set(columns.keys());
-    table.setAttribute("aria-busy", "true");
     const trust = lens.judged(state);
     table.classList.toggle("bw-judged", Boolean(trust));
     rows.forEach((row, at) => {
@@ -53,56 +51,26 @@ function paint(widget) {
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
   }
   fit(widget, shown);
-  for (const each of views) fill(widget, each, seenColumns(widget, each));
-  soon(widget);
+  for (const each of views) {
+    for (let column = each.from; column < each.to; column++) {
+      for (const [layer, row] of each.rows.entries()) {
+        write(row.children[1 + column - each.from], each.looks[layer * columns.length + column]);
+      }
+    }
+    drawSeen(widget, each, true);
+  }
   widget.drawStrip?.();
   drawLegend(widget, scale, new Set([...classes].flatMap((each) => each.split(" "))));
   measure(widget);
 }
 
-// Columns are written when they are seen, the rest when the browser has nothing else to do: of a
-// long prompt few are.
-function fill(widget, each, some) {
-  const { columns, current } = widget;
-  for (const column of some) {
-    if (!each.stale.delete(column)) continue;
-    for (let at = column; at < each.cells.length; at += columns.length) {
-      const cell = each.cells[at];
-      const { className, label, lines } = each.looks[at];
-      if (cell.className !== className) cell.className = className;
-      if (label) cell.setAttribute("aria-label", label);
-      else if (cell.hasAttribute("aria-label")) cell.removeAttribute("aria-label");
-      if (lines.length === 1) say(cell, lines[0].text);
-      else {
-        cell.replaceChildren(...lines.map(({ text, className, tag }) =>
-          say(make(tag, className), text)));
-      }
-    }
-    if (current >= 0) cellOf(widget, each, current)?.classList.add("bw-at");
-  }
-  if (!each.stale.size) each.table.setAttribute("aria-busy", "false");
-}
-
-function seenColumns({ widths, lefts, room, columns }, { scroll, scrolled }) {
-  const from = scrolled ?? 0;
-  return [...columns.keys()].filter((column) =>
-    lefts[column] < from + room && lefts[column] + widths[column + 1] > from);
-}
-
-const fillAll = (widget) => widget.views.forEach((each) => fill(widget, each, [...each.stale]));
-
-function soon(widget) {
-  const idle = window.requestIdleCallback ?? ((job) => setTimeout(job, 50));
-  widget.waiting ??= idle(() => {
-    widget.waiting = undefined;
-    const end = performance.now() + 10;
-    for (const each of widget.views) {
-      for (const column of [...each.stale]) {
-        if (performance.now() < end) fill(widget, each, [column]);
-      }
-    }
-    if (widget.views.some(({ stale }) => stale.size)) soon(widget);
-  }, { timeout: 200 });
+function write(cell, { className, label, lines }) {
+  if (cell.className !== className) cell.className = className;
+  if (label) cell.setAttribute("aria-label", label);
+  else if (cell.hasAttribute("aria-label")) cell.removeAttribute("aria-label");
+  if (lines.length === 1) return say(cell, lines[0].text);
+  cell.replaceChildren(...lines.map(({ text, className, tag }) => say(make(tag, className), text)));
+  return cell;
 }
 
 // What one cell looks like and says: its marks also have names, for those who do not see them.

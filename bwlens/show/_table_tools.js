@@ -41,19 +41,17 @@ function following(widget) {
 
 // The view as a grid of texts, rows as they are shown.
 function gridOf(widget, each) {
-  fillAll(widget);
-  const heads = widget.columns.map((pos) => exact(each.lens.tokens[pos]));
-  const rows = [...each.body.rows].map((row) => {
-    const [name, ...cells] = [...row.cells];
-    const texts = cells.map((cell) => {
-      const lines = [...cell.querySelectorAll("div, b")];
-      const parts = (lines.length ? lines : [cell]).map((line) =>
-        (line.classList.contains("bw-word") ? "\u2423" : "") + line.textContent);
-      return { text: parts.join(" / "), hit: cell.classList.contains("bw-hit") };
-    });
-    return { name: name.textContent, texts };
-  });
-  return { heads, rows };
+  const { columns, state } = widget;
+  const heads = columns.map((pos) => exact(each.lens.tokens[pos]));
+  const rows = each.lens.layers.map((layer, at) => ({
+    name: String(layer),
+    texts: each.looks.slice(at * columns.length, (at + 1) * columns.length)
+      .map(({ className, lines }) => ({
+        hit: className.includes("bw-hit"),
+        text: lines.map((line) => (line.className ? "\u2423" : "") + line.text).join(" / "),
+      })),
+  }));
+  return { heads, rows: state.top === "last" ? rows.reverse() : rows };
 }
 
 const asText = {
@@ -101,7 +99,7 @@ function cellText(widget, { lens }) {
 
 // The tables as they are shown, as a picture that needs nothing else.
 function asSvg(widget) {
-  fillAll(widget);
+  drawAll(widget);
   const quote = (text) => text.replace(/[&<>"]/g, (sign) => `&#${sign.charCodeAt(0)};`);
   const looks = new Map();
   const lookOf = (cell) => {
@@ -152,6 +150,7 @@ function asSvg(widget) {
     bottom = Math.max(bottom, top);
     left += widget.widths.reduce((sum, width) => sum + width + gap, 24);
   }
+  widget.views.forEach((each) => drawSeen(widget, each, true));
   const paper = getComputedStyle(widget.root).backgroundColor;
   const family = quote(getComputedStyle(widget.root).fontFamily);
   const size = `width="${left}" height="${bottom + 8}"`;

@@ -96,7 +96,7 @@ def table(
         heading.set_parse_math(False)
         heading.set_fontfamily(drawing.families(above))
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-0.5, len(rows) - 0.5), ylabel="layer")
-    _tokens_below(ax, lens, columns, dict(enumerate(columns)))
+    _tokens_below(ax, lens, columns, dict(enumerate(columns)), positions)
     ax.set_yticks(*drawing.few([lens.layers[at] for at in rows], 12))
     drawing.plain(ax)
     ax.grid(False)
@@ -132,7 +132,7 @@ def norms(
     shown = values[np.ix_(rows, columns)]
     shown = np.where(shown > 0, shown, np.nan) if log else shown
     ax.imshow(shown, origin="lower", aspect="auto", cmap=cmap, norm=norm)
-    _tokens_below(ax, lens, columns, _named(lens, columns, width))
+    _tokens_below(ax, lens, columns, _named(lens, columns, width), positions)
     ax.set_yticks(*drawing.few([lens.layers[at] for at in rows]))
     ax.set_ylabel("layer")
     drawing.plain(ax)
@@ -164,7 +164,7 @@ def change(
     style = {"origin": "lower", "aspect": "auto", "cmap": drawing.SIGNED}
     ax.imshow(values, vmin=-top, vmax=top, **style)
     columns = list(range(values.shape[1]) if positions is None else positions)
-    _tokens_below(ax, lens, columns, _named(lens, columns, width))
+    _tokens_below(ax, lens, columns, _named(lens, columns, width), columns)
     ax.set_yticks(*drawing.few(lens.layers))
     ax.set_ylabel("layer")
     drawing.plain(ax)
@@ -297,7 +297,7 @@ def _norm(values: Any, log: bool, vmax: float | None) -> tuple[Normalize, str]:
 
 
 def _tokens_below(
-    ax: Axes, lens: BackwardLens, columns: Sequence[int], named: dict[int, int]
+    ax: Axes, lens: BackwardLens, columns: Sequence[int], named: dict[int, int], positions: Any
 ) -> None:
     """Names of the columns at `named`, place to position; how many are drawn, if not all."""
     tokens = headings(lens)
@@ -313,7 +313,7 @@ def _tokens_below(
         if pos in lens.subject:
             label.set_fontweight("bold")
     if len(columns) < len(lens.tokens):
-        ax.set_xlabel(_some(lens, columns, None).strip(), fontsize=drawing.points(6.0))
+        ax.set_xlabel(_some(lens, columns, positions).strip(), fontsize=drawing.points(6.0))
 
 
 def _fit(figure: Figure, ax: Axes, texts: list[Any], n_pos: int) -> None:

@@ -46,13 +46,30 @@ def test_figures_and_widgets(bridge):
     assert "Forward" in widget
 
 
-def test_a_lens_holds_its_heads(bridge):
-    model = bridge("llama")
-    lens = bwlens.backward_lens(model, torch.tensor(PROMPT), 17, attention=True)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral", "falcon_h1", "jamba"])
+def test_a_lens_holds_its_heads(name, bridge):
+    """One pass gives both, and neither's numbers are others than by itself."""
+    model, passes = bridge(name), []
+    prompt, settings = torch.tensor(PROMPT), {"trust": name not in ("mixtral", "jamba")}
+    bwlens.backward_lens(model, prompt, 17, **settings)  # what is seen to once a model
+    handle = model.embed.register_forward_hook(lambda *args: passes.append(args))
+    plain = bwlens.backward_lens(model, prompt, 17, **settings)
+    alone = len(passes)
     maps = bwlens.reversed_attention(model, PROMPT, 17)
-    assert torch.equal(lens.reversed_attention(-1, 2), maps.map(2, 2))
+    passes.clear()
+    lens = bwlens.backward_lens(model, prompt, 17, **settings, attention=True)
+    handle.remove()
+    assert len(passes) == alone
+    assert lens.attention.layers == maps.layers
+    assert torch.equal(lens.attention.reversed, maps.reversed)
+    assert torch.equal(lens.attention.forward, maps.forward)
     assert [place[:2] for place in lens.heads(3)] == maps.strongest(3)
-    plain = bwlens.backward_lens(model, torch.tensor(PROMPT), 17)
+    for site, gradient in plain.gradients.items():
+        assert torch.equal(lens.gradients[site].delta, gradient.delta)
+        assert torch.equal(lens.gradients[site].x, gradient.x)
+    layer = maps.layers[-1]
+    some = bwlens.backward_lens(model, prompt, 17, layers=[layer], attention=True)
+    assert torch.equal(some.reversed_attention(layer, 2), maps.map(layer, 2))
     with pytest.raises(ValueError, match="attention=True"):
         plain.heads()
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import bwlens
+from bwlens.attention.ablating import losses_without
 from bwlens.attention.patching import without_heads
 from bwlens.experiments._head_ranking import in_context, induction
+from bwlens.model.prompts import make_batch
 
 
 def test_head_ranking_keeps_the_top(boot, tmp_path):
@@ -70,3 +72,36 @@ def test_bad_rankings(settings, message, bridge):
         bwlens.experiments.head_ranking(
             bridge("llama"), prompts, targets, **{"n_ranking": 2, **settings}
         )
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_losses_without_a_head(name, boot):
+    """Zero is `without_heads`; the mean is a hook of our own in front of W_O."""
+    model = boot(name)
+    prompts, targets = induction(61, n_prompts=3, length=4, lowest=4)
+    batch = make_batch(model, prompts, targets)
+    goal = torch.tensor(targets)
+
+    def loss():
+        with torch.no_grad():
+            return -float(
+                model(torch.tensor(prompts))[:, -1].log_softmax(-1).gather(1, goal).mean()
+            )
+
+    zero = losses_without(model, batch, batch_size=5)
+    mean = losses_without(model, batch, instead="mean", batch_size=5)
+    for place in [(0, 0), (1, 2), (2, 3)]:
+        with without_heads(model, [place]):
+            assert zero[place] == pytest.approx(loss(), abs=1e-5)
+        site = model.blocks[place[0]].attn.o
+        own = slice(4 * place[1], 4 * place[1] + 4)
+
+        def put_mean(module, args, own=own):
+            x = args[0].clone()
+            x[..., own] = x[..., own].mean((0, 1))
+            return (x, *args[1:])
+
+        handle = site.register_forward_pre_hook(put_mean)
+        assert mean[place] == pytest.approx(loss(), abs=1e-5)
+        handle.remove()
+        assert abs(mean[place] - zero[place]) > 1e-5

@@ -84,6 +84,12 @@ def test_unknown_kind(lens):
         lens.figure("pie")
 
 
+@pytest.mark.parametrize("kind", ["table", "norms"])
+def test_named_positions_are_not_called_the_strongest(lens, kind):
+    label = lens.figure(kind, positions=slice(1, 3)).axes[0].get_xlabel()
+    assert label == f"2 of {len(lens.tokens)} tokens"
+
+
 def test_long_prompts_are_drawn_in_part_and_say_so():
     lens = fake_lens(words_alike(900), 30, 500, ("W_out",), silent=False)
     start = time.perf_counter()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -288,8 +289,13 @@ def read_failures(folder: str | Path) -> list[Failure]:
 def progress_bar(
     label: str, total: int, ahead: int = 0, shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left; yields a function that adds to what is done."""
-    if not shown:
+    """A bar with rate and time left; yields a function that adds to what is done.
+
+    In Jupyter rich draws it by ipywidgets; without them it would show a warning instead.
+    """
+    from rich import get_console
+
+    if not shown or (get_console().is_jupyter and find_spec("ipywidgets") is None):
         yield lambda n: None
         return
     from rich.progress import (

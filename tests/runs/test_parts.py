@@ -2,15 +2,18 @@
 
 import json
 import os
+import sys
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from bwlens.runs.parts import (
     Failure,
     Part,
     Process,
     Run,
+    progress_bar,
     read_failures,
     read_meta,
     read_tables,
@@ -179,3 +182,12 @@ def test_the_environment_says_which_process_this_is(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert Process.current() == Process(5, 8, 1)
+
+
+def test_jupyter_without_widgets_gets_no_warning_for_a_bar(monkeypatch):
+    monkeypatch.setattr("rich.get_console", lambda: Console(force_jupyter=True))
+    monkeypatch.setattr("rich.progress.get_console", lambda: Console(force_jupyter=True))
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)  # as rich sees it
+    monkeypatch.setattr("bwlens.runs.parts.find_spec", lambda name: None)
+    with progress_bar("asked", 3) as advance:
+        advance(3)

@@ -7,9 +7,9 @@ for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    __version__: str
+
     from bwlens import checking as checking
     from bwlens import demo as demo
     from bwlens import edit as edit
@@ -101,6 +101,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("bwlens")
     if name in _ROOMS:
         return import_module(f"bwlens.{name}")
     if name not in _HOME_OF:

@@ -34,12 +34,14 @@ def packages(tmp_path_factory):
     pytest.importorskip("hatchling", reason="the builder is not installed: pip install hatchling")
     folder = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "hatchling", "build", "-d", str(folder), "-t"]
-    subprocess.run([*build, "sdist"], cwd=ROOT, check=True, capture_output=True)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")}
+    env.pop("BWLENS_REPOSITORY", None)
+    subprocess.run([*build, "sdist"], cwd=ROOT, check=True, capture_output=True, env=env)
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
     source = folder / sdist.name.removesuffix(".tar.gz")
-    subprocess.run([*build, "wheel"], cwd=source, check=True, capture_output=True)
+    subprocess.run([*build, "wheel"], cwd=source, check=True, capture_output=True, env=env)
     (wheel,) = folder.glob("*.whl")
     return source, wheel
 
@@ -66,6 +68,26 @@ def test_the_description_suits_an_index(packages):
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert links
     assert all(link.startswith("https://") for link in links)
+
+
+def test_where_the_repository_has_an_address_the_description_shows_its_picture(monkeypatch):
+    pytest.importorskip("hatchling", reason="the builder is not installed: pip install hatchling")
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delenv("BWLENS_REPOSITORY", raising=False)
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://code.example")
+    monkeypatch.setenv("GITHUB_REPOSITORY", "us/bwlens")
+    monkeypatch.setenv("GITHUB_REF_NAME", "v1")
+    from hatch_build import LongDescription
+
+    metadata = {}
+    LongDescription(str(ROOT), {}).update(metadata)
+    assert metadata["urls"]["Source"] == "https://code.example/us/bwlens"
+    text = metadata["readme"]["text"]
+    assert 'src="https://code.example/us/bwlens/raw/v1/docs/smollm2.png"' in text
+    assert "](https://code.example/us/bwlens/blob/v1/docs/" in text
+    monkeypatch.setenv("BWLENS_REPOSITORY", "https://other.example/")
+    LongDescription(str(ROOT), {}).update(metadata)
+    assert metadata["urls"]["Issues"] == "https://other.example/issues"
 
 
 def test_the_wheel_runs_without_the_repository(packages, tmp_path):

@@ -15,7 +15,7 @@ from bwlens.model.attention import attended
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.passes import Addition, run, wide
 from bwlens.model.prompts import Batch
-from bwlens.model.sites import find_taps
+from bwlens.model.sites import Tap, find_taps
 
 
 @one_thread_at_a_time
@@ -37,7 +37,8 @@ def losses_without(
     """
     _, passed = attended(model, batch.only(0), NLL(batch.targets[0]))
     n_heads = {layer: one.by_head(one.product).shape[1] for layer, one in passed.items()}
-    taps: dict[int, Any] = {tap.site.layer: tap for tap in find_taps(model, "W_O", list(n_heads))}
+    found = find_taps(model, "W_O", list(n_heads))
+    taps = {tap.site.layer: tap for tap in found if isinstance(tap, Tap)}
     means = dict.fromkeys(n_heads, torch.zeros(()))
     if instead == "mean":
         for flow in run(model, batch.tokens, taps=[*taps.values()]).flows:

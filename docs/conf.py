@@ -5,7 +5,7 @@ TransformerLens, torch, pandas and Python are made where their inventories can b
 `DOCS_RUN=off`, without `-W`, leaves the pages' code unrun, for a quick look at the text.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportMissingModuleSource=false
 # (Sphinx comes with the extra `docs` alone.)
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def ranking(model: Any, ask: argparse.Namespace) -> None:
 def alpha(model: Any, ask: argparse.Namespace) -> None:
     """A mean R for each task, in the patterns of prompts that it was not taken of."""
     n, tables = ask.train + ask.judge, []
-    tasks = {"induction": induction(model.cfg.d_vocab, n_prompts=n)}
+    tasks: dict[str, Any] = {"induction": induction(model.cfg.d_vocab, n_prompts=n)}
     for name, relation in zip(PATCHED, relations(ask.folder, PATCHED), strict=True):
         drawn = commonest_length(model, *in_context([relation], n_prompts=12 * n, shots=2))
         tasks[name.split("/")[1]] = (drawn[0][:n], drawn[1][:n])

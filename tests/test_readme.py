@@ -35,7 +35,7 @@ def test_python_runs_on_any_model(tmp_path, monkeypatch):
     names = run_python(bwlens.load_model("demo"), monkeypatch)
     assert names["places"].shape == names["lens"].norms("W_out").shape
     assert set(names["promoted"].pos) == {len(names["lens"].tokens) - 1}
-    assert (tmp_path / "rome.html").stat().st_size > 10_000
+    assert (tmp_path / "lens.html").stat().st_size > 10_000
 
 
 @pytest.mark.real
@@ -50,6 +50,7 @@ def test_what_it_says_of_smollm2(smollm2, tmp_path, monkeypatch):
     assert {first[layer] for layer in range(23, 30)} == {" Rome"}
     assert " Rome" not in {first[layer] for layer in range(22)}
     assert names["step"].rank() == len(lens.tokens)
+    assert " Rome" in set(names["effect"]["word"])
 
 
 def test_commands_are_ones_that_there_are(tmp_path, monkeypatch):

@@ -190,6 +190,7 @@ def backward_lens(
                     ("imprint", imprint, "plain"),
                     ("temper", temper, 0),
                     ("bias", bias, True),
+                    ("attention", attention, False),
                 )
                 if value != usual
             },

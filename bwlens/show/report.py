@@ -6,6 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING, Literal
 
 from bwlens.show import circuits
+from bwlens.show.heads import head_maps_figure, head_table
 from bwlens.show.sheet import definitions, document, svg
 from bwlens.show.table import first_matrix, table, titled
 from bwlens.show.trusting import section
@@ -59,7 +60,7 @@ def report(lens: BackwardLens) -> str:
     return document(
         titled(lens),
         "<h1>What one gradient step would write</h1>"
-        f"{table(lens)}{section(lens)}"
+        f"{table(lens)}{section(lens)}{_heads(lens)}"
         f"<h2>How to read it</h2>{_LEGEND}"
         f"<h2>Figures</h2>{_figures(lens, matrix)}"
         f"<h2>Parts of the prompt, {matrix}</h2>{_segments(lens, matrix)}"
@@ -73,6 +74,20 @@ def _strongest(lens: BackwardLens, matrix: str) -> list[int]:
     """Up to six layers: those with the largest norms, from the first on."""
     order = lens.norms(matrix).amax(1).argsort(descending=True)[:6].tolist()
     return [lens.layers[at] for at in sorted(order)]
+
+
+def _heads(lens: BackwardLens) -> str:
+    """Where the step asks other attention of heads, where the lens holds it."""
+    if not lens.settings.get("attention"):
+        return ""
+    return (
+        f"<h2>Heads</h2><p>R is the gradient of a head's scores: a step attends more where it is"
+        f" negative. Hover over a head for its two maps; the strongest are below.</p>"
+        f"{head_table(lens.attention)._repr_html_()}"
+        f'<figure class="sheet">{svg(head_maps_figure(lens.attention, 4))}'
+        f"<figcaption>R of the heads with the largest norm, and A, the forward map.</figcaption>"
+        f"</figure>"
+    )
 
 
 def _segments(lens: BackwardLens, matrix: str) -> str:

@@ -9,8 +9,17 @@ from typer.testing import CliRunner
 import bwlens
 from bwlens.cli import app
 from bwlens.show.heads import head_maps, head_maps_figure, head_scores_figure, head_table
+from bwlens.show.report import report
 
 PROMPT = [5, 9, 30, 41]
+
+
+def test_a_report_shows_the_heads_that_its_lens_holds(bridge):
+    with_heads = report(bwlens.backward_lens(bridge("llama"), PROMPT, 17, attention=True))
+    assert with_heads.count("<td tabindex") == 12
+    assert "<h2>Heads</h2>" in with_heads
+    assert not re.search(r"(src|href)=.https?:", with_heads)
+    assert "Heads</h2>" not in report(bwlens.backward_lens(bridge("llama"), PROMPT, 17))
 
 
 def test_a_table_of_heads_has_every_head_and_its_maps(bridge):

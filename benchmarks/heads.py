@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,39 +11,46 @@ import bwlens
 from benchmarks.batch import LONGEST, SHORTEST
 from benchmarks.capture import loss_of
 from benchmarks.measure import Note, Row, race, timed
-from benchmarks.model import TARGET, random_tokens
+from benchmarks.model import TARGET
 from benchmarks.setting import Setting
+from bwlens.model.attention import shown_scores
 
 N_PROMPTS = 100
 
 
 def heads(setting: Setting) -> list[Row | Note]:
-    """`reversed_attention` of all heads; `head_scores` of 100 prompts of 5 to 15 tokens."""
-    model, tokens = setting.model, setting.tokens
-    n = setting.n_prompts(N_PROMPTS)
+    """`reversed_attention` of all heads, on the real model; `head_scores` of 100 short prompts."""
+    model, n = setting.real, setting.n_prompts(N_PROMPTS)
     generator = torch.Generator().manual_seed(setting.seed)
     lengths = torch.randint(SHORTEST, LONGEST + 1, (n,), generator=generator).tolist()
-    rows = [random_tokens(setting.shape, k, seed).tolist() for seed, k in enumerate(lengths)]
 
-    def ours() -> Any:
-        return bwlens.reversed_attention(model, tokens, TARGET)
+    def drawn(length: int) -> torch.Tensor:
+        return torch.randint(TARGET + 1, model.cfg.d_vocab, (length,), generator=generator)
+
+    tokens, rows = drawn(setting.shape.n_tokens), [drawn(k).tolist() for k in lengths]
 
     def bare() -> Any:
         streams: list[Any] = []
         embed = model.embed.register_forward_hook(lambda m, args, out: streams.append(out))
-        loss = loss_of(model, tokens)
+        with shown_scores(model):
+            loss = loss_of(model, tokens)
         embed.remove()
         return torch.autograd.grad(loss, streams)
-
-    def at_once() -> Any:
-        return bwlens.head_scores(model, rows, TARGET, batch_size=N_PROMPTS)
 
     def loop() -> Any:
         return [bwlens.head_scores(model, row, TARGET) for row in rows]
 
-    what = f"{n} prompts' head scores at once / one by one, throughput"
+    ours = partial(bwlens.reversed_attention, model, tokens, TARGET)
+    lens = partial(bwlens.backward_lens, model, tokens, TARGET)
+    at_once = partial(bwlens.head_scores, model, rows, TARGET, batch_size=n)
+    few = max(1, setting.repeats // 2)
+    many = f"{n} prompts' head scores at once / one by one, throughput"
     return [
         race("R of all heads / bare passes", timed(ours), timed(bare), setting.repeats, 1.3),
-        race(what, timed(at_once), timed(loop), setting.repeats, 5.0, throughput=True),
-        Note("heads: the bare passes are of the same bridge with eager attention"),
-    ]
+        race(
+            "lens with attention / without", timed(partial(lens, attention=True)), timed(lens),
+            setting.repeats, 1.1,
+        ),
+        race(many, timed(at_once), timed(loop), few, 5.0, throughput=True),
+        Note(f"heads: {setting.real_name}; the bare passes are the same bridge's, eager attention"),
+    ]  # fmt: skip

@@ -80,7 +80,7 @@ function draw(widget, each, from, to) {
 
 // One column: its width, its heading, its cells.
 function columnOf(widget, each, column) {
-  const { lens, rows, looks } = each;
+  const { lens, rows } = each;
   const pos = widget.columns[column];
   const head = make("th", pos >= lens.given ? "bw-forced" : "");
   head.scope = "col";
@@ -90,9 +90,9 @@ function columnOf(widget, each, column) {
   else say(head, text);
   const col = make("col");
   col.style.width = `${widget.widths[column + 1]}px`;
-  const cells = rows.map((_, layer) =>
-    write(make("td"), looks[layer * widget.columns.length + column]));
+  const cells = rows.map(() => make("td"));
   for (const cell of [head, ...cells]) cell.setAttribute("aria-colindex", pos + 2);
+  writeColumn(widget, each, column, head, cells);
   return [col, head, ...cells];
 }
 
@@ -183,13 +183,15 @@ function fit(widget, shown) {
   const longest = 11 * Math.max(size, heads);
   const tile = state.show === "shade";
   const least = tile ? 15 : 2.6 * size;
-  const widths = columns.map((pos, column) => {
+  const wanted = columns.map((pos, column) => {
     if (tile) return least;
     let most = 0;
     for (const { lens } of views) most = Math.max(most, wide(bare(lens.tokens[pos]), 600, heads));
     for (const [text, bold] of shown[column]) most = Math.max(most, wide(text, bold ? 700 : 400));
     return most + 14;
-  }).map((width) => Math.round(Math.min(Math.max(width, least), longest)));
+  });
+  widget.cut = new Set(columns.filter((_, column) => wanted[column] > longest));
+  const widths = wanted.map((width) => Math.round(Math.min(Math.max(width, least), longest)));
   const first = Math.round(wide("layer", 400, heads) + 12 + 15 * views.some(({ lens }) => lens.trust));
   widget.widths = [first, ...widths];
   widget.gap = gap;

@@ -53,9 +53,9 @@ function paint(widget) {
   fit(widget, shown);
   for (const each of views) {
     for (let column = each.from; column < each.to; column++) {
-      for (const [layer, row] of each.rows.entries()) {
-        write(row.children[1 + column - each.from], each.looks[layer * columns.length + column]);
-      }
+      const [head, ...cells] = [each.head, ...each.rows].map(({ children }) =>
+        children[1 + column - each.from]);
+      writeColumn(widget, each, column, head, cells);
     }
     drawSeen(widget, each, true);
   }
@@ -64,13 +64,22 @@ function paint(widget) {
   measure(widget);
 }
 
-function write(cell, { className, label, lines }) {
-  if (cell.className !== className) cell.className = className;
-  if (label) cell.setAttribute("aria-label", label);
-  else if (cell.hasAttribute("aria-label")) cell.removeAttribute("aria-label");
-  if (lines.length === 1) return say(cell, lines[0].text);
-  cell.replaceChildren(...lines.map(({ text, className, tag }) => say(make(tag, className), text)));
-  return cell;
+function writeColumn(widget, { looks }, column, head, cells) {
+  // A box that clips costs at every paint: only where a word is longer than its column.
+  const cut = widget.cut.has(widget.columns[column]);
+  head.classList.toggle("bw-cut", cut);
+  cells.forEach((cell, layer) => {
+    const { className, label, lines } = looks[layer * widget.columns.length + column];
+    const name = cut ? `${className} bw-cut` : className;
+    if (cell.className !== name) cell.className = name;
+    if (label) cell.setAttribute("aria-label", label);
+    else if (cell.hasAttribute("aria-label")) cell.removeAttribute("aria-label");
+    if (lines.length === 1) say(cell, lines[0].text);
+    else {
+      cell.replaceChildren(...lines.map(({ text, className, tag }) =>
+        say(make(tag, className), text)));
+    }
+  });
 }
 
 // What one cell looks like and says: its marks also have names, for those who do not see them.

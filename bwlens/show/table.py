@@ -260,4 +260,6 @@ def _script() -> str:
 
 
 def _asset(name: str) -> str:
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    """A file without indentation and lines of comment: each output of a notebook has a copy."""
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return re.sub(r"(?m)^ *//.*\n|^ +", "", text)

@@ -260,6 +260,9 @@ def _script() -> str:
 
 
 def _asset(name: str) -> str:
-    """A file without indentation and lines of comment: each output of a notebook has a copy."""
+    """A file without indentation and lines of comment: each output of a notebook has a copy.
+
+    No literal of these files spans lines, so that nothing else changes.
+    """
     text = (Path(__file__).parent / name).read_text(encoding="utf-8")
     return re.sub(r"(?m)^ *//.*\n|^ +", "", text)

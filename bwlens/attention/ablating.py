@@ -37,8 +37,8 @@ def losses_without(
     """
     _, passed = attended(model, batch.only(0), NLL(batch.targets[0]))
     n_heads = {layer: one.by_head(one.product).shape[1] for layer, one in passed.items()}
-    found = find_taps(model, "W_O", list(n_heads))
-    taps = {tap.site.layer: tap for tap in found if isinstance(tap, Tap)}
+    outputs = find_taps(model, "W_O", list(n_heads))
+    taps = {tap.site.layer: tap for tap in outputs if isinstance(tap, Tap)}
     means = dict.fromkeys(n_heads, torch.zeros(()))
     if instead == "mean":
         for flow in run(model, batch.tokens, taps=[*taps.values()]).flows:

@@ -113,8 +113,8 @@ def patching_alphas(
     """
     import pandas as pd
 
-    if unknown := [kind for kind in kinds if kind not in KINDS] or not kinds:
-        raise ValueError(f"kinds {unknown!r}; expected some of {', '.join(KINDS)}")
+    if not kinds or {*kinds} - {*KINDS}:
+        raise ValueError(f"kinds {list(kinds)!r}; expected some of {', '.join(KINDS)}")
     if len(prompts) != len(targets):
         raise ValueError(
             f"{len(prompts)} prompts but {len(targets)} targets; expected one for each"

@@ -1,6 +1,6 @@
 """How results/many_edits-smollm2.* are made: many facts written at once, on a real model.
 
-    python docs/scripts/many_edits.py counterfact_requests.json wikitext.txt runs/many 300
+    python docs/scripts/many_edits.py counterfact_requests.json wikitext.txt runs/many 1000
 
 The text may also be key statistics that were saved (`bwlens statistics`).
 
@@ -9,6 +9,7 @@ subject only one. The first 60, by which layers and settings were chosen, are le
 value does not depend on the others, so that each is searched once, in parts that are kept; for each
 number of edits it is spread anew, and a sample of the edited records is asked. The subject shift
 writes in one layer; "weighted" solves its rows beside the text's keys, as MEMIT does.
+The file holds what there is so far: 1,000 edits, by all but the weighted one.
 """
 
 from __future__ import annotations

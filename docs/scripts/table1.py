@@ -4,13 +4,13 @@
     python docs/scripts/table1.py --unknown counterfact_requests.json wikitext.txt runs/new ROME ...
 
 Records are made of CounterFact's requests, and only facts that the model knows are kept (the true
-answer more probable than the new one). The first 60 of a seeded sample were for tuning, the 200
-after them are reported; with `--unknown`, 100 that the model does not know, in a file of their own.
-CounterFact's requests have no beginnings to continue, so that n-gram entropy (GE) is of the edit's
-own prompt and two paraphrases. Each method has folders of its own: a method added later costs its
-own time alone, and what was stopped carries on. MEND is what mend.py fits, in
-runs/table1/mend.safetensors. The mapped shift's map is fitted first, to 1,504 edits of other
-subjects (40 CPU minutes).
+answer more probable than the new one). The first 60 of a seeded sample were for tuning, the 100
+after them are reported; with `--unknown`, some that the model does not know, in a file of their own
+(it holds the first 30, by ROME and the subject shift). CounterFact's requests have no beginnings
+to continue, so that n-gram entropy (GE) is of the edit's own prompt and two paraphrases. Each
+method has a folder of its own: a method added later costs its own time alone, and what was stopped
+carries on. MEND is what mend.py fits, in runs/table1/mend.safetensors. The mapped shift's map is
+fitted first, to 1,504 edits of other subjects (40 CPU minutes).
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from bwlens.evaluation.methods import Method
 from bwlens.evaluation.presets import smallest_gradient_step
 
 RESULTS = Path(__file__).parents[1] / "results"
-TUNING, REPORTED, MAPPED = 60, 200, 1504
-PART = 100  # Records to a folder.
+TUNING, REPORTED, MAPPED = 60, 100, 1504
 TOKENS = 16_640
 LAYER = 5  # Where `bwlens.edit.where` says to write, measured on tuning records.
 DEEP = 22  # As far up as layer 35 of GPT-2 xl's 48.
@@ -82,7 +81,7 @@ def main(requests: str, text: str, folder: str, *names: str, known: bool = True)
         records = some[TUNING:]
     else:
         asked = list(made)[: list(made).index(some[-1])]
-        records = [record for record in asked if record not in some][:PART]
+        records = [record for record in asked if record not in some][:REPORTED]
     records = [
         replace(r, generation_prompts=(r.edit.prompt, *r.paraphrase_prompts[:2])) for r in records
     ]
@@ -98,27 +97,14 @@ def main(requests: str, text: str, folder: str, *names: str, known: bool = True)
             random.Random(1).shuffle(others)
             value_map = ValueMap.fit(model, others[:MAPPED], folder=Path(folder) / "values")
             value_map.save(method.settings["fitted"])
-        name = method.name.replace(" ", "-").replace(",", "").lower()
-        parts = [
+        out = Path(folder) / method.name.replace(" ", "-").replace(",", "").lower()
+        evaluations.append(
             bwlens.evaluate(
-                model, method, records[start : start + PART], perplexity_text=text,
-                out=Path(folder) / (f"{name}-{start}" if start else name), greedy_tokens=3,
+                model, method, records, perplexity_text=text, out=out, greedy_tokens=3,
                 generation_every=10, generation_tokens=100, perplexity_every=25,
             )
-            for start in range(0, len(records), PART)
-        ]  # fmt: skip
-        evaluations.append(one_after_another(parts))
+        )  # fmt: skip
     write(Evaluation.joined(evaluations), "table1-smollm2" if known else "table1-smollm2-unknown")
-
-
-def one_after_another(parts: list[Evaluation]) -> Evaluation:
-    """Evaluations of different records as one."""
-    rows, failures, n = [], [], 0
-    for part in parts:
-        rows.append(part.rows.assign(item=part.rows["item"] + n))
-        failures += [replace(f, item=f.item + n if f.item >= 0 else -1) for f in part.failures]
-        n += part.n_records
-    return Evaluation(pd.concat(rows, ignore_index=True), tuple(failures), n)
 
 
 def write(result: Evaluation, stem: str) -> None:

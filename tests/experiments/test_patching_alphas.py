@@ -61,6 +61,7 @@ def test_the_commonest_length(bridge):
     ("change", "message"),
     [
         ({"kinds": ["best"]}, r"kinds \['best'\]; expected some of reversed"),
+        ({"kinds": []}, r"kinds \[\]; expected some of reversed"),
         ({"n_training": 6}, "n_training is 6 of 6 prompts"),
         ({"prompts": [*PROMPTS[:5], [5, 9]]}, "the prompts have 2 to 7 tokens"),
         ({"targets": TARGETS[1:]}, "6 prompts but 5 targets"),

@@ -20,6 +20,7 @@ from bwlens.model.probing import logits_and, probe_batch
 from bwlens.model.prompts import Batch, Prompts, make_batch, padded
 from bwlens.model.sites import MATRICES, available_matrices, check_model, resolve_layers
 from bwlens.model.tokens import text_to_ids
+from bwlens.runs.parts import bars_can_be_drawn
 
 _REFUSALS = (NotImplementedError, ValueError, RuntimeError, TypeError, AttributeError, IndexError)
 """What a check may meet in a model that it cannot run on; told, not raised."""
@@ -124,7 +125,7 @@ def _batch(model: Any, prompt: Prompts | None) -> Batch:
 
 def _shown(todo: list[Any], progress: bool) -> Iterator[Any]:
     """The checks one by one, behind a bar."""
-    if not progress or torch.is_inference_mode_enabled():
+    if not progress or torch.is_inference_mode_enabled() or not bars_can_be_drawn():
         yield from todo
         return
     from rich.console import Console

@@ -29,6 +29,7 @@ from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site
 from bwlens.model.tokens import text_to_ids
 from bwlens.model.weights import weight_of
+from bwlens.runs.parts import progress_bar
 from bwlens.runs.tensors import read_tensors, write_tensors
 
 _PROBE = 8  # Tokens whose keys tell one model from another.
@@ -322,19 +323,16 @@ class _Sums:
 
         What is counted is written to `partial` every few minutes, and taken up from there.
         """
-        from rich.progress import Progress
-
         if not windows:
             raise ValueError("the text holds no tokens; give some documents")
         windows = sorted(windows, key=len)
         done = self._take_up(partial) if partial is not None and partial.exists() else 0
         saved = time.monotonic()
-        with Progress(transient=True) as progress:
-            task = progress.add_task("key statistics", total=len(windows), completed=done)
+        with progress_bar("Key statistics", len(windows), done) as advance:
             for start in range(done, len(windows), batch_size):
                 batch = padded(self._model, windows[start : start + batch_size])
                 self._add(batch, half=start // batch_size % 2 == 0)
-                progress.update(task, advance=batch_size)
+                advance(len(batch.tokens))
                 if partial is not None and time.monotonic() - saved > _SAVED_EVERY:
                     about = {"done": start + batch_size, "n": self._n, "half": self._half}
                     named = {name: str(value) for name, value in about.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from bwlens.model.prompts import Edit, padded
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site
 from bwlens.model.tokens import text_to_ids
+from bwlens.runs.parts import progress_bar
 
 LARGEST_STEP = 1e30
 """Steps of Adam stay below; its arithmetic overflows float32 somewhat above."""
@@ -128,12 +129,15 @@ class ValueSearch:
         """
         values: list[Value] = []
         size = max(1, _AT_ONCE // (len(self.before(model)) + 2))
-        for start in _shown(range(0, len(edits), size)):
-            aims = Aims(model, self._with_essence(model, edits[start : start + size]), site)
-            sizes = (aims.stream if of_stream else aims.outputs)[:, 0].norm(dim=-1)
-            solved = _solved(aims, self.settings, sizes.clamp(min=1e-9))
-            keys, plain = aims.keys[:, :-1].mean(1), aims.keys[:, 0]
-            values += [Value(*one) for one in zip(keys, plain, *solved, strict=True)]
+        with progress_bar("Values", len(edits), shown=len(edits) > size) as advance:
+            for start in range(0, len(edits), size):
+                several = edits[start : start + size]
+                aims = Aims(model, self._with_essence(model, several), site)
+                sizes = (aims.stream if of_stream else aims.outputs)[:, 0].norm(dim=-1)
+                solved = _solved(aims, self.settings, sizes.clamp(min=1e-9))
+                keys, plain = aims.keys[:, :-1].mean(1), aims.keys[:, 0]
+                values += [Value(*one) for one in zip(keys, plain, *solved, strict=True)]
+                advance(len(several))
         return values
 
     def _with_essence(self, model: LensModel, edits: Sequence[Edit]) -> Contexts:
@@ -238,12 +242,3 @@ def _solved(
                 )
             delta.mul_((settings.clamp * sizes / norms.clamp(min=1e-9)).clamp(max=1)[:, None])
     return found, [tuple(of_edit) for of_edit in losses]
-
-
-def _shown(starts: range) -> Iterable[int]:
-    """Where batches start, with a progress bar where there are several."""
-    if len(starts) < 2:
-        return starts
-    from rich.progress import track
-
-    return track(starts, description="values", transient=True)

@@ -285,17 +285,19 @@ def read_failures(folder: str | Path) -> list[Failure]:
     return sorted(listed, key=lambda failure: failure.item)
 
 
+def bars_can_be_drawn() -> bool:
+    """In Jupyter rich draws bars by ipywidgets; without them it would show a warning instead."""
+    from rich import get_console
+
+    return not get_console().is_jupyter or find_spec("ipywidgets") is not None
+
+
 @contextmanager
 def progress_bar(
     label: str, total: int, ahead: int = 0, shown: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """A bar with rate and time left; yields a function that adds to what is done.
-
-    In Jupyter rich draws it by ipywidgets; without them it would show a warning instead.
-    """
-    from rich import get_console
-
-    if not shown or (get_console().is_jupyter and find_spec("ipywidgets") is None):
+    """A bar with rate and time left; yields a function that adds to what is done."""
+    if not shown or not bars_can_be_drawn():
         yield lambda n: None
         return
     from rich.progress import (

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib import import_module
 
 import pandas as pd
 import pytest
@@ -185,6 +186,7 @@ def test_the_environment_says_which_process_this_is(monkeypatch):
 
 
 def test_jupyter_without_widgets_gets_no_warning_for_a_bar(monkeypatch):
+    import_module("rich.progress")  # first: what it imports would keep the console below for good
     monkeypatch.setattr("rich.get_console", lambda: Console(force_jupyter=True))
     monkeypatch.setattr("rich.progress.get_console", lambda: Console(force_jupyter=True))
     monkeypatch.setitem(sys.modules, "ipywidgets", None)  # as rich sees it

@@ -20,11 +20,11 @@ from bwlens.edit.known import open_edits
 from bwlens.edit.statistics import Statistics, statistics_for
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.locking import one_thread_at_a_time
+from bwlens.model.passes import prompts_at_once
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, resolve_layer
 
 DEPTH = 5 / 29  # Layer 5 of SmolLM2's 0 to 29, chosen on tuning records.
-_AT_ONCE = 8  # Edits whose values are searched in one batch.
 
 
 @one_thread_at_a_time
@@ -95,8 +95,9 @@ def subject_shift(
     if not listed:
         return WeightChange(note=note, details=details)
     keys, values = [], []
-    for start in range(0, len(listed), _AT_ONCE):
-        several = listed[start : start + _AT_ONCE]
+    at_once = max(1, prompts_at_once(model) // (1 + len(prefixes)))
+    for start in range(0, len(listed), at_once):
+        several = listed[start : start + at_once]
         contexts = contexts_of(model, several, prefixes, position, prepend_bos)
         aims = Aims(model, contexts, site)
         written, history = values_of(aims, steps, log_odds, clamp)

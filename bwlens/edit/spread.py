@@ -14,13 +14,12 @@ from bwlens.edit.keys import Contexts, key_taps
 from bwlens.edit.value import ValueSearch
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.flows import as_rows
-from bwlens.model.passes import run, wide
+from bwlens.model.passes import prompts_at_once, run, wide
 from bwlens.model.prompts import Edit
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Point, Site, resolve_layers
 
 _FIRST, _LAST = 13 / 47, 17 / 47  # Layers 13 to 17 of 0 to 47 in MEMIT's GPT-2 xl.
-_AT_ONCE = 64  # Prompts that pass the model in one batch.
 
 Rows = Callable[[Site, Float[Tensor, "edits d_in"]], Float[Tensor, "edits d_in"]]
 """How a method solves for one matrix: with K the edits' keys, X of the change `X^T R`."""
@@ -79,7 +78,7 @@ class Places:
     ) -> None:
         self._model, block = model, model.blocks[layer]
         self._end = Point(block, "output")
-        size = max(1, _AT_ONCE // (1 + len(search.before(model))))
+        size = max(1, prompts_at_once(model) // (1 + len(search.before(model))))
         self._batches: list[tuple[Contexts, dict[Any, Any]]] = []
         streams = []
         for start in range(0, len(edits), size):

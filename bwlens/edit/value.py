@@ -20,7 +20,7 @@ from torch import Tensor
 from bwlens.edit.aims import Aims
 from bwlens.edit.given import count, texts_of
 from bwlens.edit.keys import Contexts, Position, check_position, contexts_of
-from bwlens.model.passes import device_of, run
+from bwlens.model.passes import device_of, prompts_at_once, run
 from bwlens.model.prompts import Edit, padded
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site
@@ -30,7 +30,6 @@ from bwlens.runs.parts import progress_bar
 LARGEST_STEP = 1e30
 """Steps of Adam stay below; its arithmetic overflows float32 somewhat above."""
 
-_AT_ONCE = 64  # Prompts that pass the model in one batch.
 _LENGTHS = (5,) * 10 + (10,) * 10  # ROME's: ten prefixes of five tokens, ten of ten.
 _AMONG = 5  # Each token is drawn from the model's five most probable.
 _PREFIXES: WeakKeyDictionary[Any, dict[Any, tuple[str, ...]]] = WeakKeyDictionary()
@@ -128,7 +127,7 @@ class ValueSearch:
             ValueError: A subject is not in its prompt, or a loss is no longer finite.
         """
         values: list[Value] = []
-        size = max(1, _AT_ONCE // (len(self.before(model)) + 2))
+        size = max(1, prompts_at_once(model) // (len(self.before(model)) + 2))
         with progress_bar("Values", len(edits), shown=len(edits) > size) as advance:
             for start in range(0, len(edits), size):
                 several = edits[start : start + size]

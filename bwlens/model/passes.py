@@ -28,6 +28,8 @@ from bwlens.model.partly import Partly
 from bwlens.model.places import ExpertTap, Point, Tap
 from bwlens.model.protocol import LensModel
 
+_PROMPTS = 64  # In one batch: more gain nothing on a CPU.
+
 
 @dataclass(frozen=True, eq=False)
 class Addition:
@@ -158,6 +160,20 @@ def call(model: LensModel, tokens: Int[Tensor, "batch pos"], **options: Any) -> 
 def device_of(model: LensModel) -> torch.device:
     """Where a model takes its tokens."""
     return next(model.embed.parameters()).device
+
+
+def prompts_at_once(model: LensModel) -> int:
+    """How many short prompts one forward and backward pass takes.
+
+    A batch fills a CPU soon. On a GPU it is what half of the free memory holds: some 34 floats for
+    each token, layer and dimension of the stream (Korthikanti et al. 2022), of 64 tokens a prompt.
+    """
+    device = device_of(model)
+    if device.type != "cuda":
+        return _PROMPTS
+    free, _ = torch.cuda.mem_get_info(device)
+    of_prompt = 64 * len(model.blocks) * model.cfg.d_model * 34 * 4
+    return min(max(_PROMPTS, free // 2 // of_prompt), 16 * _PROMPTS)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ subject only one. The first 60, by which layers and settings were chosen, are le
 value does not depend on the others, so that each is searched once, in parts that are kept; for each
 number of edits it is spread anew, and a sample of the edited records is asked. The subject shift
 writes in one layer; "weighted" solves its rows beside the text's keys, as MEMIT does.
-The file holds what there is so far: 1,000 edits, by all but the weighted one.
 """
 
 from __future__ import annotations
@@ -151,16 +150,17 @@ def write(table: pd.DataFrame) -> None:
     table = table.sort_values(["method", "edits"], kind="stable")
     table.to_csv(RESULTS / "many_edits-smollm2.csv", index=False)
     print(table[table["metric"] == "S"].to_string(), flush=True)
-    figure, axes = drawing.axes(None, (drawing.COLUMN, 2.4))
-    for name, rows in table[table["metric"] == "S"].groupby("method"):
-        (line,) = axes.plot(rows["edits"], rows["mean"], marker="o", label=str(name))
-        axes.fill_between(
-            rows["edits"], rows["low"], rows["high"], color=line.get_color(), alpha=0.2
-        )
-    axes.set(xscale="log", xlabel="edits at once", ylabel="S", ylim=(0, 100))
-    drawing.plain(axes)
-    drawing.legend(axes, "")
-    figure.savefig(RESULTS / "many_edits-smollm2.png", dpi=150, bbox_inches="tight")
+    figure = drawing.Drawing(figsize=(2 * drawing.COLUMN, 2.4), layout="constrained")
+    for axes, metric in zip(figure.subplots(1, 2), ("S", "efficacy"), strict=True):
+        lines = table[table["metric"] == metric].groupby("method")
+        for color, (name, rows) in zip(drawing.LINES, lines, strict=False):
+            shown = {"color": color, "marker": "o", "markersize": 2.5, "linewidth": 1.0}
+            axes.plot(rows["edits"], rows["mean"], label=str(name), **shown)
+            axes.fill_between(rows["edits"], rows["low"], rows["high"], color=color, alpha=0.12)
+        axes.set(xscale="log", xlabel="edits at once", ylabel=metric, ylim=(0, 100))
+        drawing.plain(axes)
+    drawing.legend(axes)
+    figure.savefig(RESULTS / "many_edits-smollm2.png", dpi=200)
 
 
 if __name__ == "__main__":

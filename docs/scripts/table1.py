@@ -1,16 +1,18 @@
 """How results/table1-smollm2.csv is made: the paper's Table 1 on a real model.
 
     python docs/scripts/table1.py counterfact_requests.json wikitext.txt runs/table1 [METHOD ...]
+    python docs/scripts/table1.py --more counterfact_requests.json wikitext.txt runs/more ROME ...
     python docs/scripts/table1.py --unknown counterfact_requests.json wikitext.txt runs/new ROME ...
 
 Records are made of CounterFact's requests, and only facts that the model knows are kept (the true
 answer more probable than the new one). The first 60 of a seeded sample were for tuning, the 100
-after them are reported; with `--unknown`, some that the model does not know, in a file of their own
-(it holds the first 30, by ROME and the subject shift). CounterFact's requests have no beginnings
-to continue, so that n-gram entropy (GE) is of the edit's own prompt and two paraphrases. Each
-method has a folder of its own: a method added later costs its own time alone, and what was stopped
-carries on. MEND is what mend.py fits, in runs/table1/mend.safetensors. The mapped shift's map is
-fitted first, to 1,504 edits of other subjects (40 CPU minutes).
+after them are reported. With `--more`, these and 100 others, asked without texts and perplexity
+(results/table1-smollm2-200.csv: ROME, MEMIT and this project's two); with `--unknown`, some that
+the model does not know (the file holds the first 30, by ROME and the subject shift). CounterFact's
+requests have no beginnings to continue, so that n-gram entropy (GE) is of the edit's own prompt and
+two paraphrases. Each method has a folder of its own: a method added later costs its own time alone,
+and what was stopped carries on. MEND is what mend.py fits, in runs/table1/mend.safetensors. The
+mapped shift's map is fitted first, to 1,504 edits of other subjects (40 CPU minutes).
 """
 
 from __future__ import annotations
@@ -71,15 +73,15 @@ def methods(statistics: Any, folder: Path) -> list[Method]:
     ]
 
 
-def main(requests: str, text: str, folder: str, *names: str, known: bool = True) -> None:
+def main(requests: str, text: str, folder: str, *names: str, kind: str = "") -> None:
     """Run them, or carry on, and write the means with intervals."""
     model = bwlens.load_model("smollm2")
     every = bwlens.make_records(requests, neighbours=5, attributes=0)
     made = every.sample(700, seed=0)
-    some = list(known_records(model, made, limit=TUNING + REPORTED))
-    if known:
-        records = some[TUNING:]
-    else:
+    reported = 2 * REPORTED if kind == "more" else REPORTED
+    some = list(known_records(model, made, limit=TUNING + reported))
+    records = some[TUNING:]
+    if kind == "unknown":
         asked = list(made)[: list(made).index(some[-1])]
         records = [record for record in asked if record not in some][:REPORTED]
     records = [
@@ -87,6 +89,9 @@ def main(requests: str, text: str, folder: str, *names: str, known: bool = True)
     ]
     layers = range(LAYER - 4, LAYER + 1)
     statistics = key_statistics(model, text, matrix="W_out", layers=layers, max_tokens=TOKENS)
+    texts = {"generation_every": 10, "generation_tokens": 100, "perplexity_every": 25}
+    if kind == "more":
+        texts = {"generation_every": 0, "perplexity_every": 0}
     evaluations: list[Evaluation] = []
     for method in methods(statistics, Path(folder)):
         if names and method.name not in names:
@@ -100,11 +105,11 @@ def main(requests: str, text: str, folder: str, *names: str, known: bool = True)
         out = Path(folder) / method.name.replace(" ", "-").replace(",", "").lower()
         evaluations.append(
             bwlens.evaluate(
-                model, method, records, perplexity_text=text, out=out, greedy_tokens=3,
-                generation_every=10, generation_tokens=100, perplexity_every=25,
+                model, method, records, perplexity_text=text, out=out, greedy_tokens=3, **texts
             )
-        )  # fmt: skip
-    write(Evaluation.joined(evaluations), "table1-smollm2" if known else "table1-smollm2-unknown")
+        )
+    stem = {"": "table1-smollm2", "more": "table1-smollm2-200"}
+    write(Evaluation.joined(evaluations), stem.get(kind, "table1-smollm2-unknown"))
 
 
 def write(result: Evaluation, stem: str) -> None:
@@ -119,4 +124,5 @@ def write(result: Evaluation, stem: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*[a for a in sys.argv[1:] if a != "--unknown"], known="--unknown" not in sys.argv)
+    kinds = [a.removeprefix("--") for a in sys.argv[1:] if a in ("--more", "--unknown")]
+    main(*[a for a in sys.argv[1:] if not a.startswith("--")], kind="".join(kinds[:1]))

@@ -23,9 +23,6 @@ VERBS = ("is known for", "never lived in", "works near", "looks like", "was buil
 OBJECTS = ("the river", "a red house", "two friends", "the new school", "good bread", "music")
 
 
-_SIZES = (32, 256)
-
-
 def read_some(model: Any, texts: list[str]) -> None:
     """Read a data set of one batch a part."""
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +70,8 @@ def changes(setting: Setting) -> list[Row | Note]:
         ),
         race("data set / a loop, examples a second", timed(whole), timed(loop), repeats, 3.0, True),
     ]
-    few, many = (peak_bytes(lambda n=n: read_some(setting.demo, (texts * 40)[:n])) for n in _SIZES)
-    rows.append(weigh(f"memory, {_SIZES[1]} examples / {_SIZES[0]}", many, few, 1.1))
+    sizes = (32, 256) if setting.quick else (64, 2000)
+    few, many = (peak_bytes(lambda n=n: read_some(setting.demo, (texts * n)[:n])) for n in sizes)
+    rows.append(weigh(f"memory, {sizes[1]:,} examples / {sizes[0]}", many, few, 1.1))
     said = f"changes: {setting.real_name}, {len(adapter)} matrices; {len(texts)} texts, W_out"
     return [*rows, Note(said)]

@@ -74,7 +74,8 @@ class KeyResponses:
     def best(self, matrix: str = "W_out", position: Position = "subject") -> int:
         """The layer to write to: the deepest that is as selective as the best, within 5 %.
 
-        What is written deeper needs to be smaller for the same effect.
+        What is written deeper needs to be smaller for the same effect. Where several layers are
+        alike, records decide which: docs/results/editing.md says by how much, and what it costs.
 
         Raises:
             ValueError: Nothing was measured there.
@@ -130,7 +131,7 @@ def where(
 
     Args:
         model: A TransformerBridge or HookedTransformer; it is left as it was.
-        records: Records with paraphrases and neighbours; some twenty do.
+        records: Records with paraphrases and neighbours; some forty do.
         statistics: Of the keys of these weights, or their file. None takes the demo model's.
         matrices: Which weights, "W_out" or "W_O" or both.
         layers: Layers from 0, negative ones from the end; None for all.

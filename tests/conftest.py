@@ -21,7 +21,7 @@ checked.install("bwlens")
 import pytest
 
 from tests.browser import chromium as chromium
-from tests.browser import profiles as profiles
+from tests.browser import idle_pages as idle_pages
 from tests.browser import show as show
 
 SHARED = Path(

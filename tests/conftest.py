@@ -78,6 +78,14 @@ def bridge(tokenizer):
 
 
 @pytest.fixture(scope="session")
+def demo():
+    """The demo model, shared: for tests that leave it as it is."""
+    import bwlens
+
+    return bwlens.load_model("demo")
+
+
+@pytest.fixture(scope="session")
 def stories():
     """A small trained Llama, where its files lie."""
     from tests import tiny

@@ -20,11 +20,6 @@ EDITS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load_model("demo")
-
-
 def small(model, prompts=2):
     """Memory for batches of about so many prompts."""
     return prompts * 10 * memory_per_token(model, ["W_in", "W_out"])

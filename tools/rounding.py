@@ -1,4 +1,4 @@
-"""Numbers with fewer bits, in half precision all the same: a wheel, which is a zip, is smaller then.
+"""Numbers of fewer bits, in half precision all the same: in a wheel, a zip, they are smaller.
 
 Steps are powers of two, so that the bits below them are zero, and zero bits cost a zip next to
 nothing. Files stay what they are, and whatever reads them need not know.

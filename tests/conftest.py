@@ -36,6 +36,14 @@ def pytest_report_header():
     return f"shared data: {SHARED}{missing}"
 
 
+SLOWEST = ("test_tutorials.py", "test_processes.py", "test_benchmarks.py", "test_release.py")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that neither worker waits for the other at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
+
+
 def shared(path):
     """A file or folder of the shared data; the test that asks for what is not there is skipped."""
     found = SHARED / path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -27,21 +28,17 @@ def environment() -> dict[str, str]:
     return held | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def command(args: Sequence[str], folder: Path, launcher: Sequence[str] = ()) -> list[str]:
-    """`python [launcher] -m bwlens args --out folder`."""
-    return [sys.executable, *launcher, "-m", "bwlens", *args, "--out", str(folder)]
-
-
 def complete(args: Sequence[str], folder: Path) -> None:
     """Run it to its end in this process, which has one thread, too."""
     done = CliRunner().invoke(app, [*args, "--out", str(folder)])
     assert done.exit_code == 0, done.output
 
 
-def launched(args: Sequence[str], folder: Path) -> None:
-    """Have `accelerate launch` run it to its end in two processes."""
+def launched(*commands: Sequence[str]) -> None:
+    """Have `accelerate launch` run them to their ends, in turn, in two processes."""
     done = subprocess.run(
-        command(args, folder, LAUNCHER),
+        [sys.executable, *LAUNCHER, "-m", "tests.commands", json.dumps(commands)],
+        cwd=Path(__file__).parents[1],
         env=environment(),
         capture_output=True,
         text=True,
@@ -53,7 +50,7 @@ def launched(args: Sequence[str], folder: Path) -> None:
 def killed(args: Sequence[str], folder: Path, after: int = 1) -> None:
     """Start it, and kill it outright once so many parts are done and others are not."""
     with subprocess.Popen(
-        command(args, folder),
+        [sys.executable, "-m", "bwlens", *args, "--out", str(folder)],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -63,3 +60,8 @@ def killed(args: Sequence[str], folder: Path, after: int = 1) -> None:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+
+
+if __name__ == "__main__":  # what `launched` starts
+    for arguments in json.loads(sys.argv[1]):
+        app(arguments, standalone_mode=False)

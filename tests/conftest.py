@@ -21,7 +21,7 @@ checked.install("bwlens")
 import pytest
 
 from tests.browser import chromium as chromium
-from tests.browser import profiles as profiles
+from tests.browser import idle_pages as idle_pages
 from tests.browser import show as show
 
 SHARED = Path(
@@ -34,6 +34,14 @@ def pytest_report_header():
     """Say what will be skipped for want of data, before anything else is said."""
     missing = "" if SHARED.is_dir() else " is missing: tests that need it are skipped"
     return f"shared data: {SHARED}{missing}"
+
+
+SLOWEST = ("test_tutorials.py", "test_processes.py", "test_benchmarks.py", "test_release.py")
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest first, so that neither worker waits for the other at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
 
 
 def shared(path):
@@ -75,6 +83,14 @@ def bridge(tokenizer):
     from tests import tiny
 
     return cache(lambda name, **kwargs: tiny.bridge(name, tokenizer, **kwargs))
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo model, shared: for tests that leave it as it is."""
+    import bwlens
+
+    return bwlens.load_model("demo")
 
 
 @pytest.fixture(scope="session")

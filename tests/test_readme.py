@@ -30,9 +30,9 @@ def run_python(model, monkeypatch):
     return names
 
 
-def test_python_runs_on_any_model(tmp_path, monkeypatch):
+def test_python_runs_on_any_model(tmp_path, monkeypatch, demo):
     monkeypatch.chdir(tmp_path)
-    names = run_python(bwlens.load_model("demo"), monkeypatch)
+    names = run_python(demo, monkeypatch)
     assert names["places"].shape == names["lens"].norms("W_out").shape
     assert set(names["promoted"].pos) == {len(names["lens"].tokens) - 1}
     assert (tmp_path / "lens.html").stat().st_size > 10_000

@@ -54,7 +54,7 @@ def test_what_the_packages_hold(packages):
     here = {path for path in (ROOT / "bwlens").rglob("*") if path.is_file()}
     here = {str(path.relative_to(ROOT)) for path in here if "__pycache__" not in path.parts}
     assert {name for name in names if name.startswith("bwlens/")} == here
-    assert wheel.stat().st_size < 20_000_000
+    assert wheel.stat().st_size < 17_000_000
 
 
 def test_the_description_suits_an_index(packages):

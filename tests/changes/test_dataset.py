@@ -24,11 +24,6 @@ EXAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return bwlens.load_model("demo")
-
-
-@pytest.fixture(scope="module")
 def data(demo, tmp_path_factory):
     return bwlens.read_dataset(
         demo, EXAMPLES, tmp_path_factory.mktemp("data"), batch_size=3, part_size=4, progress=False

@@ -17,7 +17,6 @@ from bwlens.demo import MODEL_DIR
 from bwlens.edit import WeightChange, key_statistics, load_statistics, save_statistics
 from bwlens.edit.statistics import demo_statistics
 from bwlens.evaluation.before_after import before_after, demo_company, next_words
-from bwlens.model.loading import load_model
 from bwlens.model.prompts import Edit
 from bwlens.model.sites import Site
 from bwlens.runs.parts import read_table
@@ -29,9 +28,9 @@ def run(*args):
     return CliRunner(env={"COLUMNS": "120"}).invoke(app, list(args))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_model("demo")
+@pytest.fixture
+def model(demo):
+    return demo
 
 
 def test_edit_shows_before_and_after(tmp_path):

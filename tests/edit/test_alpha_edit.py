@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import bwlens
 from bwlens import Edit, Site
 from bwlens.changes.change import WeightChange
 from bwlens.edit import alpha_edit, key_statistics, memit
@@ -106,14 +105,13 @@ def test_bad_input(boot):
         alpha_edit(boot("mixtral"), EDITS, layers=1, statistics={})
 
 
-def test_several_facts_of_the_demo_model():
-    model = bwlens.load_model("demo")
+def test_several_facts_of_the_demo_model(demo):
     facts = [
         Edit("{} plays for", "Lionel Messi", " Paris"),
         Edit("{}, developed by", "iPod Nano", " Google"),
     ]
-    change = alpha_edit(model, facts, layers=[4, 5], position="last", prefixes=(), clamp=4.0)
-    with change.applied(model), torch.no_grad():
+    change = alpha_edit(demo, facts, layers=[4, 5], position="last", prefixes=(), clamp=4.0)
+    with change.applied(demo), torch.no_grad():
         for fact in facts:
-            answer = int(model(fact.text)[0, -1].argmax())
-            assert model.tokenizer.decode([answer]) == fact.target_new
+            answer = int(demo(fact.text)[0, -1].argmax())
+            assert demo.tokenizer.decode([answer]) == fact.target_new

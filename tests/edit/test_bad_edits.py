@@ -26,11 +26,6 @@ MESSI = Edit("{} plays for", "Lionel Messi", " Paris")
 KNOWN = Edit("{} plays for", "Lionel Messi", " Barcelona")
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load_model("demo")
-
-
 @pytest.fixture(autouse=True)
 def _untouched(demo):
     before = {name: value.clone() for name, value in demo.state_dict().items()}

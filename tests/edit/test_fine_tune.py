@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import bwlens
 from bwlens import Edit, Site
 from bwlens.edit import fine_tune
 from bwlens.model.weights import weight_of
@@ -68,15 +67,14 @@ def test_against_adam(name, bound, boot):
         assert float(share) == pytest.approx(bound, rel=1e-3)
 
 
-def test_it_stops_at_a_small_loss():
-    model = bwlens.load_model("demo")
+def test_it_stops_at_a_small_loss(demo):
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-    change = fine_tune(model, edit, layers=5, lr=2e-3, steps=60, stop_loss=0.2)
+    change = fine_tune(demo, edit, layers=5, lr=2e-3, steps=60, stop_loss=0.2)
     losses = change.details["losses"]
     assert losses[-1] < 0.2 <= min(losses[:-1])
     assert len(losses) < 60
-    with change.applied(model), torch.no_grad():
-        assert model.to_string(model(edit.text)[0, -1].argmax()) == " Paris"
+    with change.applied(demo), torch.no_grad():
+        assert demo.to_string(demo(edit.text)[0, -1].argmax()) == " Paris"
 
 
 def test_nothing_to_train(boot):

@@ -233,11 +233,18 @@ class Stopped(Exception):
     pass
 
 
+EIGHT = {**QUICK, "layers": [1, 2], "steps": 8}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bridge):
+    return Mend.fit(bridge("gpt2"), records(), **EIGHT)
+
+
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_stopped_fit_carries_on(after, boot, tmp_path, monkeypatch):
+def test_a_stopped_fit_carries_on(after, undisturbed, boot, tmp_path, monkeypatch):
     """Bit for bit as undisturbed, wherever it was stopped; the model is free at once."""
-    model, settings = boot("gpt2"), {**QUICK, "layers": [1, 2], "steps": 8}
-    undisturbed = Mend.fit(model, records(), **settings)
+    model, settings = boot("gpt2"), EIGHT
     step, done = torch.optim.Adam.step, []
 
     def stopping(self, *args, **kwargs):

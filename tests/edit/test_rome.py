@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import bwlens
 from bwlens import Edit, Site
 from bwlens.edit._rome import rome
 from bwlens.edit.keys import contexts_of, keys_of
@@ -127,9 +126,9 @@ def test_the_value_against_adam_by_hand(name, boot):
     torch.testing.assert_close(value.delta, delta.detach(), rtol=1e-3, atol=1e-3)
 
 
-def test_the_divergence_is_the_new_models_from_the_original():
+def test_the_divergence_is_the_new_models_from_the_original(demo):
     """KL(new || original), where it is large enough for the other direction to be far off."""
-    model, site = bwlens.load_model("demo"), Site("W_out", 2)
+    model, site = demo, Site("W_out", 2)
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
     # The first step is the same, as the divergence is flat at the start.
     with_it, without = (
@@ -205,13 +204,12 @@ def test_the_model_is_restored_after_an_exception(boot, monkeypatch):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
 
 
-def test_flips_an_answer_of_the_demo_model():
-    model = bwlens.load_model("demo")
+def test_flips_an_answer_of_the_demo_model(demo):
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-    change = rome(model, edit, layer=4, position="last", prefixes=())
-    with change.applied(model), torch.no_grad():
-        answer = int(model("Lionel Messi plays for")[0, -1].argmax())
-    assert model.tokenizer.decode([answer]) == " Paris"
+    change = rome(demo, edit, layer=4, position="last", prefixes=())
+    with change.applied(demo), torch.no_grad():
+        answer = int(demo("Lionel Messi plays for")[0, -1].argmax())
+    assert demo.tokenizer.decode([answer]) == " Paris"
 
 
 def test_no_such_key(boot, unchecked):

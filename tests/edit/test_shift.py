@@ -243,21 +243,20 @@ def test_steps_of_several_tokens(boot):
         assert answer(model, [12, 33, 7, 6, 21, 50, 23]) == 44
 
 
-def test_several_edits_of_the_demo_model():
+def test_several_edits_of_the_demo_model(demo):
     """Found one by one, then tried together."""
-    model = bwlens.load_model("demo")
     edits = [
         Edit("{} plays for", subject="Lionel Messi", target_new=" Paris"),
         Edit("{} is a type of", subject="Pikachu", target_new=" cheese"),
         Edit("{}, developed by", subject="iPod Nano", target_new=" Google"),
     ]
-    change = forward_pass_shift(model, edits)
+    change = forward_pass_shift(demo, edits)
     assert change.note == ""
     assert change["W_out", 5].n == 3
-    with change.applied(model), torch.no_grad():
+    with change.applied(demo), torch.no_grad():
         for edit in edits:
-            assert model.to_string(model(edit.text)[0, -1].argmax()) == edit.target_new
-    alone = [forward_pass_shift(model, edit).details["lr"][0] for edit in edits]
+            assert demo.to_string(demo(edit.text)[0, -1].argmax()) == edit.target_new
+    alone = [forward_pass_shift(demo, edit).details["lr"][0] for edit in edits]
     # But for rounding: a prompt in a batch has the same numbers to seven digits.
     together = change.details["lr"]
     assert all(b >= a * (1 - 1e-4) for a, b in zip(alone, together, strict=True)), (alone, together)
@@ -427,11 +426,10 @@ def test_the_model_is_restored_after_an_exception(boot, monkeypatch):
 # On a model that knows facts.
 
 
-def test_facts_of_the_demo_model():
-    model = bwlens.load_model("demo")
+def test_facts_of_the_demo_model(demo):
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-    change = forward_pass_shift(model, edit)
+    change = forward_pass_shift(demo, edit)
     assert change.details["layer"] == 5
-    with change.applied(model), torch.no_grad():
-        assert model.to_string(model(edit.text)[0, -1].argmax()) == " Paris"
-        assert model.to_string(model("Pikachu is a type of")[0, -1].argmax()) == " Pokémon"
+    with change.applied(demo), torch.no_grad():
+        assert demo.to_string(demo(edit.text)[0, -1].argmax()) == " Paris"
+        assert demo.to_string(demo("Pikachu is a type of")[0, -1].argmax()) == " Pokémon"

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-import bwlens
 import bwlens.edit.keys as keys_module
 from bwlens import Site
 from bwlens.edit.statistics import (
@@ -146,13 +145,12 @@ def test_mixtures_are_named(bridge):
     assert key_statistics(bridge("mixtral"), TEXTS, matrix="W_O", cache=False)
 
 
-def test_of_the_demo_model():
-    model = bwlens.load_model("demo")
+def test_of_the_demo_model(demo):
     held = demo_statistics()
     assert set(held) == {Site(name, layer) for name in ("W_out", "W_O") for layer in range(8)}
-    chosen = statistics_for(model, list(held), None)
+    chosen = statistics_for(demo, list(held), None)
     own = key_statistics(
-        model, ["Lionel Messi plays for Barcelona. One day, a cat sat there."] * 2, cache=False
+        demo, ["Lionel Messi plays for Barcelona. One day, a cat sat there."] * 2, cache=False
     )
     for site, one in own.items():
         assert isinstance(chosen[site], KeyStatistics)
@@ -161,8 +159,8 @@ def test_of_the_demo_model():
         assert 0.3 < ratio < 3
 
 
-def test_rows_for_the_demo_model_are_always_the_same():
-    tokenizer = bwlens.load_model("demo").tokenizer
+def test_rows_for_the_demo_model_are_always_the_same(demo):
+    tokenizer = demo.tokenizer
     prose = ["Once upon a time, there was a cat. It was red."]
     rows = training_rows(tokenizer, prose, 3000)
     assert rows == training_rows(tokenizer, prose, 3000)

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import bwlens
 from bwlens import Edit, Site
 from bwlens.edit import key_statistics, subject_shift
 from bwlens.edit.keys import contexts_of, keys_of
@@ -123,10 +122,9 @@ def test_bad_settings_are_refused(wrong, message, boot):
         subject_shift(model, EDIT, **settings)
 
 
-def test_flips_an_answer_of_the_demo_model():
-    model = bwlens.load_model("demo")
+def test_flips_an_answer_of_the_demo_model(demo):
     edit = Edit("{} plays for", subject="Lionel Messi", target_new=" Paris")
-    change = subject_shift(model, edit, layer=4, position="last")
-    with change.applied(model), torch.no_grad():
-        answer = int(model("Lionel Messi plays for")[0, -1].argmax())
-    assert model.tokenizer.decode([answer]) == " Paris"
+    change = subject_shift(demo, edit, layer=4, position="last")
+    with change.applied(demo), torch.no_grad():
+        answer = int(demo("Lionel Messi plays for")[0, -1].argmax())
+    assert demo.tokenizer.decode([answer]) == " Paris"

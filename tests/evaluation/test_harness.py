@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 import torch
 
-import bwlens
 from bwlens.data.prose import read_prose
 from bwlens.data.records import Record, Records, read_records
 from bwlens.edit import WeightChange, key_statistics
@@ -60,11 +59,6 @@ def nudge(model, edit, scale=0.5, layer=1):
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return tiny.bridge("gpt2", tokenizer)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return bwlens.load_model("demo")
 
 
 def count_hooks(model):

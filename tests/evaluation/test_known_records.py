@@ -36,10 +36,9 @@ def test_known_are_those_whose_true_answer_is_more_probable(bridge, name):
     assert rows.loc[rows["ES"] == 0, "case_id"].tolist() == expected
 
 
-def test_the_demo_knows_its_facts_and_no_others():
-    model = bwlens.load_model("demo")
+def test_the_demo_knows_its_facts_and_no_others(demo):
     records = read_records("demo").sample(12)
-    known = known_records(model, records, progress=False)
+    known = known_records(demo, records, progress=False)
     assert list(known) == list(records)
     assert known.source == "demo"
     swapped = [
@@ -48,8 +47,8 @@ def test_the_demo_knows_its_facts_and_no_others():
         )
         for r in records
     ]
-    assert len(known_records(model, [*swapped, *records[:2]], progress=False)) == 2
-    assert len(known_records(model, swapped, progress=False)) == 0
+    assert len(known_records(demo, [*swapped, *records[:2]], progress=False)) == 2
+    assert len(known_records(demo, swapped, progress=False)) == 0
 
 
 def test_what_cannot_be_asked_is_a_problem(bridge):

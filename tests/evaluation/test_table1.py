@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bwlens import demo, load_model
+from bwlens import demo
 from bwlens.edit import gradient_step
 from bwlens.evaluation import evaluate, read_records, table1
 from bwlens.evaluation.evaluation import COLUMNS as ROW
@@ -21,9 +21,9 @@ from bwlens.model.prompts import Edit
 from bwlens.runs.parts import Failure
 
 
-@pytest.fixture(scope="module")
-def model():
-    return load_model("demo")
+@pytest.fixture
+def model(demo):
+    return demo
 
 
 def made_up():

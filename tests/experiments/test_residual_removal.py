@@ -14,11 +14,6 @@ RECORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return bwlens.load_model("demo")
-
-
 def mean(result, quantity, layer, condition):
     rows = result.summary.query(
         "quantity == @quantity and layer == @layer and condition == @condition"

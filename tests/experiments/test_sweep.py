@@ -10,7 +10,6 @@ from bwlens.experiments.base import Batches, memory_per_token
 from bwlens.model.loading import load_model
 from bwlens.runs.parts import Process
 from tests import tiny
-from tests.commands import complete, killed, launched
 
 EDITS = [
     Edit("{} plays for", "Lionel Messi", " Paris"),
@@ -19,11 +18,6 @@ EDITS = [
     Edit("{}, developed by", "iPod Nano", " Google"),
     Edit("{} is a type of", "Pikachu", " cheese"),
 ]
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return load_model("demo")
 
 
 def small(model, prompts=2):
@@ -187,35 +181,6 @@ def test_every_experiment_says_what_it_is():
         assert experiment.source.startswith(("Figure", "Lemma", "not in"))
         assert experiment.caption.endswith((".", "?"))
         assert experiment.published.endswith(".")
-
-
-COMMAND = ("sweep", "gradient_rank", "--limit", "60", "--max-memory", "10MB")
-
-
-def results(folder):
-    found = read_sweep(folder)
-    assert found.finished
-    assert found.index.exists()
-    return found.results
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    complete(COMMAND, folder)
-    return results(folder)
-
-
-def test_a_killed_sweep_carries_on_to_the_very_same_rows(undisturbed, tmp_path):
-    killed(COMMAND, tmp_path, after=3)
-    assert not read_sweep(tmp_path).finished
-    complete(COMMAND, tmp_path)
-    assert_same(results(tmp_path), undisturbed)
-
-
-def test_two_launched_processes_give_the_same_rows_as_one(undisturbed, tmp_path):
-    launched(COMMAND, tmp_path)
-    assert_same(results(tmp_path), undisturbed)
 
 
 def test_a_folder_of_another_version_is_named_as_one(demo, tmp_path):

@@ -169,10 +169,9 @@ def test_what_does_not_fit_is_refused(bridge):
         bwlens.capture(model, [5, 9], bwlens.SFT([[1]]))
 
 
-def test_the_lens_of_a_preference_shows_both_halves(tmp_path):
-    model = bwlens.load_model("demo")
+def test_the_lens_of_a_preference_shows_both_halves(tmp_path, demo):
     loss = bwlens.DPO([" Paris"], [" Madrid"])
-    lens = bwlens.preference_lens(model, "Lionel Messi plays for", loss, layers=-1)
+    lens = bwlens.preference_lens(demo, "Lionel Messi plays for", loss, layers=-1)
     for half, lens_of in (
         (lens.gradients.chosen, lens.chosen),
         (lens.gradients.rejected, lens.rejected),

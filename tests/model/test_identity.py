@@ -17,11 +17,6 @@ from bwlens.model.identity import fingerprint, is_demo, model_label
 from tests import tiny
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return bwlens.load_model("demo")
-
-
 def test_the_demo_model_wherever_it_lies(demo, tmp_path):
     folder = tmp_path / "somewhere"
     shutil.copytree(MODEL_DIR, folder)

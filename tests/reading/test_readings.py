@@ -58,9 +58,8 @@ def test_the_dual_by_its_definition(name, ridge, bridge):
     )
 
 
-def test_the_dual_undoes_the_unembedding():
+def test_the_dual_undoes_the_unembedding(demo):
     """Of M g, with g one token's, it names that token, however long the others' columns are."""
-    demo = bwlens.load_model("demo")
     head = head_of(demo)
     ids = torch.tensor([17, 400, 2345, 4999])
     delta = gain_of(head).float() * head.W_U[:, ids].T
@@ -299,11 +298,6 @@ def test_a_readout_of_scores():
 
 
 # The lens.
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return bwlens.load_model("demo")
 
 
 @pytest.mark.parametrize("reading", ["dual", "cosine", "effect"])

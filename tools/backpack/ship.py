@@ -11,17 +11,22 @@ from safetensors.torch import load_file, save_file
 
 from bwlens.demo.triples import BACKPACK_DIR, MODEL_DIR
 from bwlens.knowledge.backpack.architecture import BackpackConfig
+from tools.rounding import rounded
+
+BITS = 9
+"""Of a weight: eight would save 0.4 MB more, and change 3.5 instead of 1.8 % of senses' words."""
 
 
 def ship(weights: Path, out: Path = BACKPACK_DIR) -> Path:
-    """Config, half-precision weights and the demo's tokenizer; a load gives float32."""
+    """Config, weights of few bits in half precision, the demo's tokenizer; loaded, float32."""
     out.mkdir(parents=True, exist_ok=True)
     with safe_open(weights, framework="pt") as file:
         config = json.loads(file.metadata()["config"])
     config = BackpackConfig(**config)
     config.dtype = "float32"
     config.save_pretrained(out)
-    save_file(load_file(weights), out / "model.safetensors", metadata={"format": "pt"})
+    tensors = {n: rounded(w, BITS) if w.ndim == 2 else w for n, w in load_file(weights).items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(MODEL_DIR / name, out / name)

@@ -119,10 +119,11 @@ function start(root, lenses) {
   for (const each of widget.views) listen(widget, each);
   widget.current = recalled ?? opening(widget);
   paint(widget);
-  look(widget, widget.current);
   new ResizeObserver(() => {
+    const hidden = !widget.room; // until now, as in a tab
     widget.room = root.clientWidth;
-    widget.views.forEach((each) => drawSeen(widget, each));
+    measure(widget);
+    for (const each of widget.views) (hidden ? bringIntoView : drawSeen)(widget, each);
   }).observe(root);
   new IntersectionObserver(([{ isIntersecting }]) => {
     widget.panelSeen = isIntersecting;
@@ -131,7 +132,6 @@ function start(root, lenses) {
   paper.addEventListener("change", () => printing(widget, paper.matches));
   window.addEventListener("beforeprint", () => printing(widget, true));
   window.addEventListener("afterprint", () => printing(widget, false));
-  requestAnimationFrame(() => widget.views.forEach((each) => bringIntoView(widget, each)));
 }
 
 function switches(widget, matrices, readings) {
@@ -168,8 +168,6 @@ function switches(widget, matrices, readings) {
       input.addEventListener("change", () => {
         state[key] = value;
         paint(widget);
-        look(widget, widget.current);
-        for (const each of widget.views) bringIntoView(widget, each);
       });
       group.append(make("label", "", input, make("span", "", text)));
     }

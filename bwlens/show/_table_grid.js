@@ -41,7 +41,8 @@ function build(widget, each) {
   table.style.setProperty("--n", lens.layers.length);
   each.table = table;
   [each.from, each.to] = [0, 0];
-  each.entry = each.scrolled = undefined;
+  each.scrolled = 0;
+  each.entry = undefined;
   each.at = new Map(each.rows.map((row, at) => [row, at]));
   each.frame = make("div", "bw-frame");
   each.frame.setAttribute("aria-hidden", "true");
@@ -96,11 +97,9 @@ function columnOf(widget, each, column) {
   return [col, head, ...cells];
 }
 
-function seen({ widths, lefts, room, columns, current }, { lens, scrolled }) {
-  // At first, what the cell in focus will be scrolled to.
-  const from = scrolled ?? Math.max(0, (lefts[columns.indexOf(lens.posOf(current))] ?? 0) - room / 2);
+function seen({ widths, lefts, room, columns }, { scrolled }) {
   const shown = [...columns.keys()].filter((column) =>
-    lefts[column] < from + room && lefts[column] + widths[column + 1] > from);
+    lefts[column] < scrolled + room && lefts[column] + widths[column + 1] > scrolled);
   return [shown[0] ?? 0, (shown.at(-1) ?? 0) + 1];
 }
 
@@ -211,27 +210,34 @@ function fit(widget, shown) {
   widget.wide = left;
 }
 
-// Where rows are, once they are laid out.
+// Where rows are, once they are laid out, and so the frame.
 function measure(widget) {
   for (const each of widget.views) {
     each.tops = each.rows.map((row) => row.offsetTop);
     each.height = each.rows[0].offsetHeight;
   }
+  for (const each of widget.views) frame(widget, each, widget.current);
 }
 
-// Scrolls a table, and nothing around it, to the current cell; a column is seen whole or not.
+// How far a table has to be scrolled for the current cell; a column is seen whole or not.
+function aim({ columns, current, widths, lefts, wide, gap, room }, { lens, scrolled, space = room }) {
+  const column = columns.indexOf(lens.posOf(current));
+  if (column < 0) return scrolled;
+  const ends = [...lefts, wide].map((left) => left - lefts[0]);
+  const [left, right, most] = [ends[column], ends[column + 1], space - lefts[0]];
+  if (left < scrolled) return left;
+  return right <= scrolled + most ? scrolled : Math.min(ends.find((end) => end >= right - most), left);
+}
+
+// Scrolls a table, and nothing around it, to the current cell.
 function bringIntoView(widget, each) {
   const { lens, scroll, sheet, tops, height } = each;
-  const column = widget.columns.indexOf(lens.posOf(widget.current));
-  if (column < 0) return;
   const { gap } = widget;
-  const ends = [...widget.lefts, widget.wide].map((left) => left - widget.lefts[0]);
-  const room = scroll.clientWidth - widget.widths[0] - 2 * gap;
-  const left = ends[column] < scroll.scrollLeft;
-  if (left || ends[column + 1] > scroll.scrollLeft + room) {
-    const from = left ? ends[column] : ends.find((end) => end >= ends[column + 1] - room) ?? 0;
-    const to = Math.min(from, ends[column]);
-    sheet.style.width = `${widget.wide + Math.max(0, to + room - ends.at(-1))}px`;
+  each.space = scroll.clientWidth;
+  each.scrolled = scroll.scrollLeft;
+  const to = aim(widget, each);
+  if (to !== each.scrolled) {
+    sheet.style.width = `${Math.max(widget.wide, to + each.space)}px`;
     scroll.scrollLeft = to;
   }
   const top = tops[lens.layerOf(widget.current)];
@@ -245,36 +251,25 @@ function bringIntoView(widget, each) {
   drawSeen(widget, each);
 }
 
-// On paper nothing scrolls: tables as wide as the page, one below the other.
+// On paper nothing scrolls: a table that is wider than the page as several, one below the other.
 function printing(widget, on, room = 660) {
-  if (on) drawAll(widget);
-  else widget.views.forEach((each) => drawSeen(widget, each, true));
-  for (const { scroll, table } of widget.views) {
-    scroll.parentElement.querySelector(".bw-paper")?.remove();
-    if (!on || table.offsetWidth <= room) continue;
-    const blocks = [[]];
-    let used = widget.widths[0] + 4;
-    widget.widths.slice(1).forEach((width, column) => {
-      if (blocks.at(-1).length && used + width + 2 > room) {
-        blocks.push([]);
-        used = widget.widths[0] + 4;
-      }
-      blocks.at(-1).push(column);
-      used += width + 2;
-    });
-    const pages = blocks.map((block) => {
-      const copy = table.cloneNode(true);
-      const keep = new Set([0, ...block.map((column) => column + 1)]);
-      for (const row of [copy.querySelector("colgroup"), ...copy.rows]) {
-        [...row.children].forEach((cell, at) => keep.has(at) || cell.remove());
-      }
-      copy.removeAttribute("aria-labelledby");
-      const all = block.reduce((sum, column) => sum + widget.widths[column + 1] + 2, 0);
-      copy.style.width = `${widget.widths[0] + 4 + all}px`;
-      return copy;
-    });
-    const paper = make("div", "bw-paper", ...pages);
-    paper.setAttribute("aria-hidden", "true");
-    scroll.after(paper);
+  const { lefts, widths, gap } = widget;
+  const starts = [0];
+  lefts.forEach((left, column) => {
+    const whole = left + widths[column + 1] + gap - lefts[starts.at(-1)] + lefts[0];
+    if (whole > room && column > starts.at(-1)) starts.push(column);
+  });
+  for (const each of widget.views) {
+    each.part.querySelector(".bw-paper")?.remove();
+    if (!on) drawSeen(widget, each, true);
+    else if (starts.length > 1) {
+      const paper = make("div", "bw-paper", ...starts.map((from, at) => {
+        draw(widget, each, from, starts[at + 1] ?? lefts.length);
+        return each.table.cloneNode(true);
+      }));
+      paper.setAttribute("aria-hidden", "true");
+      each.scroll.after(paper);
+    } else draw(widget, each, 0, lefts.length);
   }
+  if (!on) measure(widget);
 }

@@ -13,8 +13,6 @@ function redraw(widget, columns) {
   widget.current += near - pos;
   widget.views.forEach((each) => build(widget, each));
   paint(widget);
-  look(widget, widget.current);
-  for (const each of widget.views) bringIntoView(widget, each);
 }
 
 function strengths({ lenses, state }) {

@@ -22,10 +22,10 @@ function detail(widget, lens) {
     if (word !== undefined) follow(widget, word);
   });
 
-  function fact(name, value, more = "") {
-    const value_ = make("dd", "", `${value} `, more && make("small", "", more));
-    facts.append(make("dt", "", name), value_);
+  function fact(name, ...said) {
+    facts.append(make("dt", "", name), make("dd", "", ...said));
   }
+  const aside = (text) => (text ? [" ", make("small", "", text)] : []);
 
   function fill(at, pinned) {
     const pos = lens.posOf(at);
@@ -34,25 +34,23 @@ function detail(widget, lens) {
     if (pinned) title.append(make("em", "", "pinned"));
     const norm = lens.delta(state)[at];
     facts.replaceChildren();
-    fact("norm of \u03b4", short(norm), norm > 1.0001 * lens.top(state) ? "beyond the scale" : "");
+    const beyond = norm > 1.0001 * lens.top(state) ? "beyond the scale" : "";
+    fact("norm of \u03b4", short(norm), ...aside(beyond));
     fact("norm of x", short(lens.x(state)[at]));
     for (const [who, name] of followed(widget, lens)) {
       const place = lens.place(state, who, at);
-      fact(name, place ? `#${whole(place)}` : "none", place ? `of ${whole(lens.vocab)}` : "");
+      if (place) fact(name, `#${whole(place)}`, ...aside(`of ${whole(lens.vocab)}`));
+      else fact(name, "none");
     }
     const neurons = lens.neurons(state)?.[at];
-    if (neurons) {
+    if (neurons?.length) {
       const value = state.matrix === "W_out" ? "activation" : "\u03b4";
-      const read = neurons.some(([, , word]) => word) ? `index, ${value}, word` : `index, ${value}`;
-      fact("neurons", neurons.length ? "" : "none", neurons.length ? read : "");
-      for (const [name, value, word] of neurons) {
-        const line = make("span", "bw-neuron", `${name} `, make("small", "", short(value)), " ");
-        if (word) line.append(sayExactly(make("b"), lens.word(word)));
-        facts.lastChild.append(line);
-      }
-    }
-    const trust = lens.judged(state);
-    if (trust) fact("trust", trust.says[lens.layerOf(at)].replace(/^Layer \d+: /, ""));
+      const heads = ["index", value, neurons.some(([, , word]) => word) ? "word" : ""];
+      const lines = neurons.map(([name, value, word]) => make("span", "bw-neuron", name, " ",
+        make("span", "", short(value)), " ", sayExactly(make("b"), lens.word(word))));
+      fact("neurons", ...heads.map((head) => make("small", "", head)), ...lines);
+      facts.lastChild.className = "bw-neurons";
+    } else if (neurons) fact("neurons", "none");
     ENDS.forEach((end, which) => {
       const found = norm ? lens.list(state, end, at) : [];
       rows.forEach((row, place) => {
@@ -71,12 +69,17 @@ function detail(widget, lens) {
       });
     });
     for (const at of [2, 4]) heads[at].textContent = lens.unit(state);
-    note.textContent = doubt(lens, state, at);
+    note.textContent = [trusted(lens, state, at), doubt(lens, state, at)].filter(Boolean).join(" ");
     curve.replaceChildren(...curves(widget, lens, at));
   }
 
   const left = make("div", "", title, facts, curve);
   return { element: make("div", "bw-detail", left, list, note), fill };
+}
+
+// How far the words of a cell's layer can be trusted, where that was measured.
+function trusted(lens, state, at) {
+  return lens.judged(state)?.says[lens.layerOf(at)].replace(/^Layer \d+: /, "Trust: ") ?? "";
 }
 
 function doubt(lens, state, at) {

@@ -1,7 +1,8 @@
 // The lens table, third part: what a state of the switches looks like. `who` is whose place is
 // shown: a followed word's, else the target's if any, else the answer's.
 
-function paint(widget) {
+// Draws everything as the state says; with `bring` the cell in focus comes into sight.
+function paint(widget, bring = true) {
   const { state, views, columns } = widget;
   widget.room = widget.root.clientWidth; // read before anything is written
   for (const { table } of views) {
@@ -18,6 +19,7 @@ function paint(widget) {
   widget.differing = count;
   widget.few = count <= widget.lenses[0].size / 2;
   const shown = columns.map(() => new Map());
+  widget.holding = new Map(); // cells that hold the followed word, and the ends that do
   for (const each of views) {
     const { lens, table, body, rows, caption } = each;
     const delta = lens.delta(state);
@@ -27,6 +29,9 @@ function paint(widget) {
       const at = layer * lens.width + pos;
       const look = cellNow(widget, each, scale, at, delta[at], wanted);
       classes.add(look.className);
+      if (look.held.length) {
+        widget.holding.set(at, [...(widget.holding.get(at) ?? []), ...look.held]);
+      }
       const bold = look.className.includes("bw-hit");
       for (const { text, className } of look.lines) {
         // The sign of a blank takes about as much room as an "i".
@@ -52,16 +57,21 @@ function paint(widget) {
   }
   fit(widget, shown);
   for (const each of views) {
-    for (let column = each.from; column < each.to; column++) {
+    const [from, to] = [each.from, each.to];
+    if (bring) each.scrolled = aim(widget, each);
+    drawSeen(widget, each, true);
+    // The columns that stay; others are written as they are made.
+    for (let column = Math.max(from, each.from); column < Math.min(to, each.to); column++) {
       const [head, ...cells] = [each.head, ...each.rows].map(({ children }) =>
         children[1 + column - each.from]);
       writeColumn(widget, each, column, head, cells);
     }
-    drawSeen(widget, each, true);
   }
   widget.drawStrip?.();
   drawLegend(widget, scale, new Set([...classes].flatMap((each) => each.split(" "))));
+  look(widget, widget.current);
   measure(widget);
+  if (bring) for (const each of views) bringIntoView(widget, each);
 }
 
 function writeColumn(widget, { looks }, column, head, cells) {
@@ -87,7 +97,7 @@ function cellNow(widget, { lens }, scale, at, norm, wanted) {
   const { state } = widget;
   if (!norm) {
     const text = state.show === "shade" ? "" : "\u00b7";
-    return { className: "bw-nil", label: "no gradient", lines: [{ text }] };
+    return { className: "bw-nil", label: "no gradient", lines: [{ text }], held: [] };
   }
   const best = endsOf(state).map((end) => lens.best(state, end, at));
   const words = best.some(Boolean);
@@ -103,10 +113,9 @@ function cellNow(widget, { lens }, scale, at, norm, wanted) {
   if (scale.signed) names.push(scale.say(at));
   if (scale.beyond(lens, at)) mark("bw-beyond", `beyond the scale, norm ${short(norm)}`);
   if (widget.few && !scale.signed && differs(widget, at)) mark("bw-other", "not the same in the other table");
-  for (const end of ENDS) {
-    if (wanted.some((index) => lens.holds(state, end, at, index))) {
-      mark(`bw-${end === "promoted" ? "up" : "down"}`, `${end}: ${exact(widget.word)}`);
-    }
+  const held = ENDS.filter((end) => wanted.some((index) => lens.holds(state, end, at, index)));
+  for (const end of held) {
+    mark(`bw-${end === "promoted" ? "up" : "down"}`, `${end}: ${exact(widget.word)}`);
   }
   let lines;
   if (state.show !== "norm" && state.show !== "shade" && !words) {
@@ -130,7 +139,7 @@ function cellNow(widget, { lens }, scale, at, norm, wanted) {
   }
   const text = lines.map((line) => line.text).filter((line) => line !== "\u00b7").join(", ");
   const label = names.length ? [text, ...names].filter(Boolean).join(", ") : "";
-  return { className: marks.join(" "), label, lines };
+  return { className: marks.join(" "), label, lines, held };
 }
 
 // Of a target of several tokens, marks and ranks are the first one's.
@@ -329,8 +338,11 @@ function drawLegend(widget, scale, seen) {
     : "vector so short that the final norm\u2019s epsilon outweighs it");
   key("bw-nil", "no gradient, or not read");
   if (widget.word) {
-    key("bw-up", "promotes ", make("b", "", exact(widget.word)));
-    key("bw-down", "suppresses ", make("b", "", exact(widget.word)));
+    const word = make("b", "", exact(widget.word));
+    const count = (end) => [...widget.holding.values()].filter((held) => held.includes(end)).length;
+    key("bw-up", "promotes ", word.cloneNode(true), ` (${count("promoted")})`);
+    key("bw-down", "suppresses ", word.cloneNode(true), ` (${count("suppressed")})`);
+    if (!widget.holding.size) keys.append(make("span", "", "no cell holds ", word));
   }
   key("bw-word", "a blank before the word");
   const trust = lenses.map((each) => each.judged(state)).find(Boolean);

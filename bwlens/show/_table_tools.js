@@ -10,8 +10,23 @@ const isFollowed = (widget, token) => Boolean(widget.word) && sameWord(widget, t
 function follow(widget, word) {
   widget.word = word === widget.word ? "" : word;
   if (widget.input) widget.input.value = widget.word;
-  paint(widget);
-  look(widget, widget.current);
+  paint(widget, false);
+}
+
+// To the next cell that holds the followed word, or the one before: token by token, in each from
+// the top. The browser's own search finds what is drawn; this finds all.
+function step(widget, back) {
+  const { holding, columns, lenses: [lens], state, current } = widget;
+  const up = state.top === "last" ? -1 : 1;
+  const place = (cell) =>
+    columns.indexOf(lens.posOf(cell)) * lens.layers.length + up * lens.layerOf(cell);
+  const order = [...holding.keys()].sort((a, b) => (place(a) - place(b)) * (back ? -1 : 1));
+  if (!order.length) return;
+  const here = place(current);
+  const next = order.find((cell) => (back ? place(cell) < here : place(cell) > here)) ?? order[0];
+  look(widget, next);
+  for (const each of widget.views) bringIntoView(widget, each);
+  widget.spoken.textContent = spokenOf(lens, state, next);
 }
 
 function following(widget) {
@@ -20,10 +35,15 @@ function following(widget) {
   input.placeholder = "a word";
   input.size = 9;
   input.setAttribute("aria-label", "Follow a word: mark every cell that promotes or suppresses it");
+  input.title = "Enter goes to the next cell that holds the word, Shift+Enter to the one before";
+  input.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return;
+    step(widget, event.shiftKey);
+    widget.typed = event.timeStamp;
+  });
   input.addEventListener("input", () => {
     widget.word = input.value;
-    paint(widget);
-    look(widget, widget.current);
+    paint(widget, false);
   });
   input.value = widget.word;
   const options = [...new Set(widget.lenses.flatMap((each) =>
@@ -97,6 +117,16 @@ function cellText(widget, { lens }) {
     ...ENDS.map((end) => `${end}: ${words(end)}`)].join("\n");
 }
 
+// What a colour of the style sheet is in the page's scheme.
+function colorOf({ root }, name) {
+  const probe = make("i");
+  probe.style.color = `var(${name})`;
+  root.append(probe);
+  const { color } = getComputedStyle(probe);
+  probe.remove();
+  return color;
+}
+
 // The tables as they are shown, as a picture that needs nothing else.
 function asSvg(widget) {
   drawAll(widget);
@@ -107,14 +137,13 @@ function asSvg(widget) {
     if (!looks.has(key)) {
       const style = getComputedStyle(cell);
       looks.set(key, { back: style.backgroundColor, ink: style.webkitTextFillColor,
-        size: parseFloat(style.fontSize), weight: style.fontWeight,
-        frame: cell.classList.contains("bw-hit") ? getComputedStyle(widget.root)
-          .getPropertyValue("--target-now") || "#c9400a" : "" });
+        size: parseFloat(style.fontSize), weight: style.fontWeight });
     }
     return looks.get(key);
   };
   const gap = 1;
   const out = [];
+  const [target, mark] = ["--target", "--mark"].map((name) => colorOf(widget, name));
   let [left, bottom] = [8, 0];
   for (const each of widget.views) {
     let top = 8;
@@ -130,9 +159,16 @@ function asSvg(widget) {
         const width = widget.widths[at];
         const look = lookOf(cell);
         const box = `x="${x}" y="${top}" width="${width}" height="${height}"`;
-        if (cell.tagName === "TD" && !cell.classList.contains("bw-nil")) {
-          const frame = look.frame && `stroke="${look.frame}" stroke-width="1.5"`;
+        const has = (name) => cell.classList.contains(name);
+        if (cell.tagName === "TD" && !has("bw-nil")) {
+          const frame = has("bw-hit") ? `stroke="${target}" stroke-width="1.5"`
+            : has("bw-own") ? `stroke="${look.ink}" stroke-width="1.5" stroke-dasharray="4 3"` : "";
           out.push(`<rect ${box} rx="2" fill="${look.back}" ${frame}/>`);
+          if (has("bw-up") || has("bw-down")) {
+            const sides = [x + 3.5, x + width - 3.5].map((at) => `M${at} ${top + 2}v${height - 4}`);
+            out.push(`<path d="${sides.join("")}" stroke="${mark}" stroke-width="3" `
+              + `stroke-dasharray="${has("bw-up") ? "none" : "3 2"}"/>`);
+          }
         }
         const lines = [...cell.querySelectorAll("div, b")];
         (lines.length ? lines : [cell]).forEach((line, number, all) => {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bwlens.model.sites import MATRICES
 from bwlens.show.colors import css, ink, shade
-from bwlens.show.drawing import COLUMN, SCALE, axes, drawable, label, scale_bar
+from bwlens.show.drawing import COLUMN, SCALE, axes, label, literal, scale_bar
 from bwlens.show.sheet import definitions, document, svg
 from bwlens.show.words import exact, visible
 
@@ -283,8 +283,9 @@ def figure(lens: ChangeLens, kind: Literal["norms", "words"] | str, ax: Any = No
             for row, table in enumerate(tables):  # pyright: ignore[reportPossiblyUnboundVariable]
                 for column, word in enumerate(table["word"]):
                     color = css(ink(shade(float(norm(values[row, column])))))
-                    said = drawable(label(visible(word)))
-                    ax.text(column, row, said, ha="center", va="center", fontsize=6, color=color)
+                    said = label(visible(word))
+                    style = {"ha": "center", "va": "center", "fontsize": 6, "color": color}
+                    literal(ax.text(column, row, said, **style))
         step = max(1, len(layers) // 10)
         ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
         ax.set_ylabel("layer")

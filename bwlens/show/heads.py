@@ -156,7 +156,7 @@ def head_maps_figure(
     maps: ReversedAttention, heads: Sequence[tuple[int, int]] | int = 3, *, prompt: int = 0
 ) -> Figure:
     """R and A of heads, a column for each, one symmetric scale for all R."""
-    from bwlens.show.drawing import Drawing, label, plain
+    from bwlens.show.drawing import Drawing, label, literal, plain
 
     places = maps.strongest(heads) if isinstance(heads, int) else list(heads)
     figure = Drawing(figsize=(1.7 * len(places) + 0.4, 3.6), layout="constrained")
@@ -172,6 +172,7 @@ def head_maps_figure(
             ax.set_title(f"L{layer} H{head}, {'R' if row == 0 else 'A'}", fontsize=6)
             ax.set_xticks(range(len(names)), names, rotation=90)
             ax.set_yticks(range(len(names)), names if ax is grid[row][0] else [])
+            literal(*ax.get_xticklabels(), *ax.get_yticklabels())
             plain(ax)
             ax.tick_params(labelsize=4)
     return figure

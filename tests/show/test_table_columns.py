@@ -1,4 +1,4 @@
-"""A wide table holds the columns in sight alone: whatever comes and goes, the reader misses none."""
+"""A wide table holds the columns in sight alone, and a reader misses none of the others."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def scroll(view, left):
 
 
 def check(view, lens, at=0, matrix="W_out", end="promoted"):
-    """What is held is right, what is in sight is held, and it is not all; the positions in sight."""
+    """What is held is right, holds what is in sight, and is not all; the positions in sight."""
     columns = held(view, at)
     words = lens.words(end, matrix)
     for column in columns:

@@ -175,7 +175,8 @@ function type(widget) {
   return widget.types.get(key);
 }
 
-// Widths that hold the words that are shown, the same in two tables side by side.
+// Widths that hold the words that are shown, the same in two tables side by side; true if they are
+// others than before.
 function fit(widget, shown) {
   const { state, views, columns } = widget;
   const { size, heads, gap, wide } = type(widget);
@@ -192,6 +193,7 @@ function fit(widget, shown) {
   widget.cut = new Set(columns.filter((_, column) => wanted[column] > longest));
   const widths = wanted.map((width) => Math.round(Math.min(Math.max(width, least), longest)));
   const first = Math.round(wide("layer", 400, heads) + 12 + 15 * views.some(({ lens }) => lens.trust));
+  const same = String(widget.widths) === String([first, ...widths]);
   widget.widths = [first, ...widths];
   widget.gap = gap;
   widget.lefts = [];
@@ -200,14 +202,14 @@ function fit(widget, shown) {
     widget.lefts.push(left);
     left += width + gap;
   }
+  widget.wide = left;
   for (const each of views) {
-    each.sheet.style.width = `${left}px`;
     widget.widths.slice(each.from + 1, each.to + 1).forEach((width, at) => {
       each.cols.children[at + 1].style.width = `${width}px`;
     });
     each.cols.children[0].style.width = `${first}px`;
   }
-  widget.wide = left;
+  return !same;
 }
 
 // Where rows are, once they are laid out, and so the frame.
@@ -219,27 +221,38 @@ function measure(widget) {
   for (const each of widget.views) frame(widget, each, widget.current);
 }
 
-// How far a table has to be scrolled for the current cell; a column is seen whole or not.
-function aim({ columns, current, widths, lefts, wide, gap, room }, { lens, scrolled, space = room }) {
-  const column = columns.indexOf(lens.posOf(current));
-  if (column < 0) return scrolled;
+// How far a table that is scrolled so far has to be for the current cell: a column is seen whole or
+// not, and no further than all columns need.
+function aim({ columns, current, lefts, wide }, { lens, space }, scrolled) {
   const ends = [...lefts, wide].map((left) => left - lefts[0]);
-  const [left, right, most] = [ends[column], ends[column + 1], space - lefts[0]];
-  if (left < scrolled) return left;
-  return right <= scrolled + most ? scrolled : Math.min(ends.find((end) => end >= right - most), left);
+  const most = Math.max(0, space - lefts[0]);
+  const before = (right) => ends.find((end) => end >= right - most);
+  const from = Math.min(scrolled, before(ends.at(-1)));
+  const column = columns.indexOf(lens.posOf(current));
+  if (column < 0 || ends[column] < from) return ends[column] ?? from;
+  return ends[column + 1] <= from + most ? from : Math.min(before(ends[column + 1]), ends[column]);
+}
+
+// Where a table of other widths is scrolled to, so that the current cell stays about where it was.
+function kept({ columns, current, lefts }, { lens, scrolled }, before) {
+  const column = columns.indexOf(lens.posOf(current));
+  const wanted = scrolled + lefts[column] - (before?.[column] ?? lefts[column]);
+  return lefts.findLast((left) => left - lefts[0] <= wanted) - lefts[0] || 0;
+}
+
+// The sheet is as wide as its columns, and wider where the last ones are seen from a whole one on.
+function scrollTo(widget, each, scrolled) {
+  each.scrolled = scrolled;
+  each.sheet.style.width = `${scrolled ? Math.max(widget.wide, scrolled + each.space) : widget.wide}px`;
 }
 
 // Scrolls a table, and nothing around it, to the current cell.
-function bringIntoView(widget, each) {
-  const { lens, scroll, sheet, tops, height } = each;
+function bringIntoView(widget, each, from = each.scroll.scrollLeft) {
+  const { lens, scroll, tops, height } = each;
   const { gap } = widget;
   each.space = scroll.clientWidth;
-  each.scrolled = scroll.scrollLeft;
-  const to = aim(widget, each);
-  if (to !== each.scrolled) {
-    sheet.style.width = `${Math.max(widget.wide, to + each.space)}px`;
-    scroll.scrollLeft = to;
-  }
+  scrollTo(widget, each, aim(widget, each, from));
+  if (scroll.scrollLeft !== each.scrolled) scroll.scrollLeft = each.scrolled;
   const top = tops[lens.layerOf(widget.current)];
   const head = Math.min(...tops) - gap;
   const seenTop = scroll.scrollTop;
@@ -247,7 +260,6 @@ function bringIntoView(widget, each) {
   else if (top + height > seenTop + scroll.clientHeight) {
     scroll.scrollTop = top + height + gap - scroll.clientHeight;
   }
-  each.scrolled = scroll.scrollLeft;
   drawSeen(widget, each);
 }
 

@@ -5,9 +5,9 @@
 function paint(widget, bring = true) {
   const { state, views, columns } = widget;
   widget.room = widget.root.clientWidth; // read before anything is written
-  for (const { table } of views) {
-    table.dataset.show = state.show;
-    table.dataset.rows = state.rows;
+  for (const each of views) {
+    each.space ??= widget.room;
+    Object.assign(each.table.dataset, { show: state.show, rows: state.rows });
   }
   const scale = shades(widget);
   const classes = new Set();
@@ -55,10 +55,12 @@ function paint(widget, bring = true) {
     const inOrder = state.top === "last" ? [...rows].reverse() : rows;
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
   }
-  fit(widget, shown);
+  const before = widget.lefts;
+  const others = fit(widget, shown);
   for (const each of views) {
     const [from, to] = [each.from, each.to];
-    if (bring) each.scrolled = aim(widget, each);
+    const old = others ? kept(widget, each, before) : each.scrolled;
+    scrollTo(widget, each, bring ? aim(widget, each, old) : old);
     drawSeen(widget, each, true);
     // The columns that stay; others are written as they are made.
     for (let column = Math.max(from, each.from); column < Math.min(to, each.to); column++) {
@@ -71,7 +73,7 @@ function paint(widget, bring = true) {
   drawLegend(widget, scale, new Set([...classes].flatMap((each) => each.split(" "))));
   look(widget, widget.current);
   measure(widget);
-  if (bring) for (const each of views) bringIntoView(widget, each);
+  if (bring) for (const each of views) bringIntoView(widget, each, each.scrolled);
 }
 
 function writeColumn(widget, { looks }, column, head, cells) {

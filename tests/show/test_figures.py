@@ -56,16 +56,17 @@ def test_table_says_what_the_lens_says(lens):
     assert [label.get_text() for label in ax.get_xticklabels()] == list(lens.tokens)
 
 
-@pytest.mark.parametrize("dpi", [100, 300])  # letters of few dots are narrower
+@pytest.mark.parametrize("dpi", [100, 200])  # letters of few dots are narrower
 def test_words_stay_within_their_cells(lens, dpi):
-    wide = fake_lens([f"w{'m' * (n % 9)}{n}" for n in range(200)], 9, 6, silent=False)
+    long = ["compromis", "disadvant", "interpre", "howe", "nonsense", "AlmostEqual", "policym"]
+    wide = fake_lens(long * 10, 9, 7, silent=False)
     for shown, width in ((lens, 1.6), (wide, 3.3)):
         figure = shown.figure("table", width=width)
         figure.set_dpi(dpi)
         ax = figure.axes[0]
         figure.draw_without_rendering()
         room = ax.get_window_extent().width / len(shown.tokens)
-        assert all(text.get_window_extent().width <= room for text in ax.texts)
+        assert all(text.get_window_extent().width <= 0.975 * room for text in ax.texts)
 
 
 def test_ranks_leave_out_what_has_no_gradient(lens):

@@ -167,7 +167,14 @@ def test_a_cell_says_which_neurons_the_step_moves_most_there(show, lens):
         for text, each in zip(said, moved, strict=True):
             value = float(text.split()[1].replace("−", "-"))
             assert value == pytest.approx(each.value, rel=6e-3)
-            assert text.endswith(" ␣w5") == (layer == 1)
+            assert text.split()[2:] == ["␣w5"] * (layer == 1)
+        # Heads stand above what they name, beside the name of the row.
+        lefts = view.locator(".bw-neurons").evaluate("""list => [...list.querySelectorAll("small"),
+            ...list.querySelector(".bw-neuron").children].map(e => {
+                const { left, top } = e.getBoundingClientRect(); return [left, top]; })""")
+        heads, values = lefts[:3], [lefts[0], *lefts[3:]]
+        assert [left for left, _ in heads[1:]] == [left for left, _ in values[1:]]
+        assert values[1][1] > heads[1][1]
     large = fake_lens(words_alike(900), 30, 80, ("W_out",), silent=False)
     assert show(table(large)).locator(".bw-neuron").count() == 0  # held by no one's wish
 

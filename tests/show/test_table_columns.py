@@ -114,6 +114,23 @@ def test_a_switch_far_from_the_beginning_writes_the_columns_in_sight(show, lens,
         assert view.locator(".bw-grid td.bw-at").count() == 1
 
 
+def test_a_switch_begins_at_a_whole_column(show, lens):
+    """Other widths, or the same again where the sheet is wider than its columns."""
+    wide = page(lens)
+    two = compare(fake_lens(words_alike(900), 30, 6, silent=False), fake_lens(
+        words_alike(900), 30, 6, silent=False), ("a", "b"))  # fmt: skip
+    edges = """() => [...document.querySelectorAll(".bw-grid thead")].map(head => {
+        const boxes = [...head.rows[0].cells].map(cell => cell.getBoundingClientRect());
+        return boxes.slice(1).some(({ left, right }) =>
+            left < boxes[0].right - 2 && right > boxes[0].right + 2); })"""
+    for html, names in ((wide, ("norm", "shade", "words")), (two._repr_html_(), ("log", "linear"))):
+        view = show(html, width=900)
+        for name in names:
+            view.get_by_role("radio", name=name, exact=True).check(force=True)
+            settled(view)
+            assert not any(view.evaluate(edges)), name
+
+
 def test_marks_and_the_selection_come_back_with_their_column(show, lens, html):
     view = show(html)
     scroll(view, 0)

@@ -46,7 +46,9 @@ function build(widget, each) {
   each.at = new Map(each.rows.map((row, at) => [row, at]));
   each.frame = make("div", "bw-frame");
   each.frame.setAttribute("aria-hidden", "true");
-  each.sheet = make("div", "bw-sheet", table, each.frame);
+  each.unseen = make("div", "bw-unseen", ...widget.columns.map(() => make("div")));
+  each.unseen.setAttribute("aria-hidden", "true");
+  each.sheet = make("div", "bw-sheet", table, each.frame, each.unseen);
   each.scroll.replaceChildren(each.sheet);
 }
 
@@ -70,6 +72,11 @@ function draw(widget, each, from, to) {
     columnOf(widget, each, each.to).forEach((part, at) => lines[at].append(part));
   }
   const { widths, lefts, gap } = widget;
+  [...each.unseen.children].forEach((part, column) => {
+    // What the browser's search has found stays, to be seen.
+    if (!drawn(each, column)) part.hidden = "until-found";
+    else if (part.hidden) part.hidden = true;
+  });
   each.table.style.marginLeft = `${lefts[from] - lefts[0]}px`;
   each.table.style.width = `${lefts[to - 1] + widths[to] + gap - lefts[from] + lefts[0]}px`;
   if (widget.current < 0) return;
@@ -77,6 +84,21 @@ function draw(widget, each, from, to) {
   if (widget.here >= 0) headOf(widget, each, widget.here)?.classList.add("bw-here");
   enter(widget, each);
   if (focused) each.entry.focus({ preventScroll: true });
+}
+
+// The words of columns that are not drawn, where the browser's own search finds them, and lays them
+// open over the cells that are drawn as it scrolls there.
+function writeUnseen(widget, { lens, unseen, looks }) {
+  const { columns, lefts, widths, state } = widget;
+  [...unseen.children].forEach((part, column) => {
+    const words = lens.layers.map((_, layer) =>
+      looks[layer * columns.length + column].lines.map(({ text }) => text).join(" "));
+    if (state.top === "last") words.reverse();
+    part.textContent = [bare(lens.tokens[columns[column]]), ...words].join("\n");
+    part.style.left = `${lefts[column]}px`;
+    part.style.width = `${widths[column + 1]}px`;
+    part.hidden = "until-found";
+  });
 }
 
 // One column: its width, its heading, its cells.
@@ -217,6 +239,9 @@ function measure(widget) {
   for (const each of widget.views) {
     each.tops = each.rows.map((row) => row.offsetTop);
     each.height = each.rows[0].offsetHeight;
+    const row = each.height + (widget.gap ?? 0);
+    each.unseen.style.top = `${Math.min(...each.tops) - row}px`;
+    each.unseen.style.lineHeight = `${row}px`;
   }
   for (const each of widget.views) frame(widget, each, widget.current);
 }

@@ -61,6 +61,7 @@ function paint(widget, bring = true) {
     const [from, to] = [each.from, each.to];
     const old = others ? kept(widget, each, before) : each.scrolled;
     scrollTo(widget, each, bring ? aim(widget, each, old) : old);
+    writeUnseen(widget, each);
     drawSeen(widget, each, true);
     // The columns that stay; others are written as they are made.
     for (let column = Math.max(from, each.from); column < Math.min(to, each.to); column++) {

@@ -14,7 +14,7 @@ function follow(widget, word) {
 }
 
 // To the next cell that holds the followed word, or the one before: token by token, in each from
-// the top. The browser's own search finds what is drawn; this finds all.
+// the top; also where it is not the first of a cell's words.
 function step(widget, back) {
   const { holding, columns, lenses: [lens], state, current } = widget;
   const up = state.top === "last" ? -1 : 1;

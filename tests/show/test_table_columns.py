@@ -348,3 +348,33 @@ def test_the_followed_word_is_found_in_all_columns(show, lens, html):
             assert view.locator(".bw-grid td.bw-at").count() == 1
     view.get_by_role("combobox").fill("nowhere")
     assert "no cell holds nowhere" in " ".join(view.inner_text(".bw-keys").split())
+
+
+def test_the_browsers_own_search_finds_what_is_not_drawn(show, tmp_path):
+    """A link to a text asks the same search as Ctrl+F."""
+    lens = fake_lens(words_alike(20_000), LAYERS, TOKENS, ("W_out",), silent=False)
+    path = lens.save(tmp_path / "lens.html")
+    view = show("", width=1200, height=900)
+    for pos in (2, 60):
+        words = [row[pos][0].strip() for row in lens.words()]
+        word = next(w for w in words if sum(w in c[0] for row in lens.words() for c in row) == 1)
+        view.goto(path.as_uri())
+        settled(view)
+        scroll(view, 1e6)
+        assert word not in [w for column in held(view) for w in column["words"]]
+        view.goto(f"{path.as_uri()}#:~:text={word}")
+        settled(view)
+        view.wait_for_timeout(300)
+        assert pos in check(view, lens)
+        at = view.locator(".bw-unseen div:not([hidden])")
+        box, cell = (
+            each.bounding_box()
+            for each in (at, view.locator(".bw-grid td").get_by_text(word, exact=True))
+        )
+        assert abs(box["x"] - cell["x"]) < 2
+        line = at.evaluate("""(e, word) => { const text = e.firstChild, range = new Range();
+            range.setStart(text, text.data.indexOf(word)); range.setEnd(text, range.startOffset + 1);
+            const { top, height } = range.getBoundingClientRect(); return top + height / 2; }""", word)  # fmt: skip
+        assert abs(line - cell["y"] - cell["height"] / 2) < 2
+        view.get_by_role("radio", name="norm", exact=True).check(force=True)
+        assert view.locator(".bw-unseen div:not([hidden])").count() == 0

@@ -94,7 +94,7 @@ function writeUnseen(widget, { lens, unseen, looks }) {
     const words = lens.layers.map((_, layer) =>
       looks[layer * columns.length + column].lines.map(({ text }) => text).join(" "));
     if (state.top === "last") words.reverse();
-    part.textContent = [bare(lens.tokens[columns[column]]), ...words].join("\n");
+    say(part, [bare(lens.tokens[columns[column]]), ...words].join("\n"));
     part.style.left = `${lefts[column]}px`;
     part.style.width = `${widths[column + 1]}px`;
     part.hidden = "until-found";

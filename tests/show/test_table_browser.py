@@ -419,6 +419,7 @@ def test_nothing_overflows_and_headings_stay(show, width, n_layers, n_pos):
     if n_layers == 48:
         box = "document.querySelector('.bw-scroll')"
         view.evaluate(f"{box}.scrollTo(900, 500)")
+        settled(view)
         left, top = view.evaluate(f"""() => {{
             const at = {box}.getBoundingClientRect();
             const one = s => document.querySelector(`.bw-grid ${{s}} th`).getBoundingClientRect();

@@ -103,7 +103,7 @@ function start(root, lenses) {
   }
   widget.inputs = {};
   stage.before(switches(widget, matrices, readings));
-  if (lens.width > MANY) stage.before(overview(widget, DRAWN));
+  if (lens.width > MANY) stage.before(overview(widget));
   widget.memory = remembering(widget, defaults);
   const recalled = widget.memory.recall();
   widget.views.forEach((each) => build(widget, each));

@@ -57,8 +57,7 @@ function detail(widget, lens) {
         const [cell, score] = [...row.cells].slice(1 + 2 * which);
         const entry = found[place];
         const index = entry?.index ?? 0;
-        const word = make("button");
-        word.type = "button";
+        const word = button("");
         word.bwWord = lens.word(index);
         word.title = [partOf(lens.word(index)), "follow this word"].filter(Boolean).join("; ");
         cell.replaceChildren(...(index ? [sayExactly(word, lens.word(index))] : []));
@@ -100,8 +99,7 @@ function doubt(lens, state, at) {
 
 // Whose places are known in every cell: [who, what it is called].
 function followed(widget, lens) {
-  const several = (lens.said ?? "the target") !== "the target";
-  const names = { target: several ? "first token" : "target", answer: "answer" };
+  const names = { target: several(lens) ? "first token" : "target", answer: "answer" };
   const known = Object.entries(names).filter(([who]) => lens.has(widget.state, who));
   (lens.follow ?? []).forEach((index, at) => known.push([at, exact(lens.word(index))]));
   return known;
@@ -117,24 +115,20 @@ function curves(widget, lens, at) {
   const x = (layer) => edge + ((width - 2 * edge) * layer) / (n - 1);
   const y = (place) => edge + ((height - 2 * edge) * Math.log(place)) / Math.log(lens.vocab);
   const pos = lens.posOf(at);
-  const svg = (tag, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    return element;
-  };
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  const here = lens.layerOf(at);
-  picture.append(svg("line", { x1: x(here), x2: x(here), y1: 0, y2: height, class: "bw-now" }));
-  known.forEach(([who], number) => {
+  const here = x(lens.layerOf(at));
+  const lines = known.map(([who]) => {
     let path = "";
     for (let layer = 0; layer < n; layer++) {
       const place = lens.place(state, who, layer * lens.width + pos);
       if (place) path += `${path ? "L" : "M"}${x(layer).toFixed(1)} ${y(place).toFixed(1)}`;
     }
-    picture.append(svg("path", { d: path, class: `bw-line bw-line-${who}`, "data-n": number }));
+    return svg("path", { d: path, class: `bw-line-${who}` });
   });
   const names = known.map(([, name]) => name).join(", ");
-  picture.setAttribute("aria-label", `place of ${names} from the promoted end, by layer`);
+  const picture = svg("svg", {
+    viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": `place of ${names} from the promoted end, by layer`,
+  }, svg("line", { x1: here, x2: here, y1: 0, y2: height, class: "bw-now" }), ...lines);
   const [first, last] = [lens.layers[0], lens.layers[n - 1]];
   return [picture, make("small", "", `#1 on top, log; layers ${first} to ${last}`)];
 }

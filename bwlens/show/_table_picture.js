@@ -294,14 +294,12 @@ function largest(widget, scale) {
   const [lens] = widget.lenses;
   const buttons = scale.most.map((at) => {
     const token = exact(lens.tokens[lens.posOf(at)]);
-    const button = make("button", "", `layer ${lens.layers[lens.layerOf(at)]}, ${token}: ${scale.say(at)}`);
-    button.type = "button";
-    button.addEventListener("click", () => {
+    const name = `layer ${lens.layers[lens.layerOf(at)]}, ${token}: ${scale.say(at)}`;
+    return make("li", "", button(name, () => {
       widget.pinned = true;
       look(widget, at);
       for (const each of widget.views) bringIntoView(widget, each);
-    });
-    return make("li", "", button);
+    }));
   });
   return make("div", "bw-most", "changed most:", make("ol", "", ...buttons));
 }

@@ -231,26 +231,19 @@ async function copy(widget, text) {
 // Copies and pictures of what is shown.
 function taking(widget) {
   const tables = (name) => widget.views.map((each) => asText[name](gridOf(widget, each))).join("\n\n");
-  const svg = () => download("bwlens.svg", new Blob([asSvg(widget)], { type: "image/svg+xml" }));
   const jobs = {
     "copy the cell": () => copy(widget, widget.views.map((each) => cellText(widget, each)).join("\n")),
     ...Object.fromEntries(Object.keys(asText).map((name) =>
       [`copy the table as ${name}`, () => copy(widget, tables(name))])),
     "save as PNG": () => savePng(widget),
-    "save as SVG": svg,
+    "save as SVG": () =>
+      download("bwlens.svg", new Blob([asSvg(widget)], { type: "image/svg+xml" })),
   };
   const menu = make("details", "bw-menu", make("summary", "", "Take along"));
-  const list = make("div", "");
-  for (const [name, job] of Object.entries(jobs)) {
-    const button = make("button", "", name);
-    button.type = "button";
-    button.addEventListener("click", () => {
-      job();
-      menu.open = false;
-    });
-    list.append(button);
-  }
-  menu.append(list);
+  menu.append(make("div", "", ...Object.entries(jobs).map(([name, job]) => button(name, () => {
+    job();
+    menu.open = false;
+  }))));
   return menu;
 }
 

@@ -23,7 +23,9 @@ function detail(widget, lens) {
   });
 
   function fact(name, ...said) {
-    facts.append(make("dt", "", name), make("dd", "", ...said));
+    const [term, value] = [make("dt", "", name), make("dd", "", ...said)];
+    facts.append(term, value);
+    return { term, value };
   }
   const aside = (text) => (text ? [" ", make("small", "", text)] : []);
 
@@ -39,8 +41,8 @@ function detail(widget, lens) {
     fact("norm of x", short(lens.x(state)[at]));
     for (const [who, name] of followed(widget, lens)) {
       const place = lens.place(state, who, at);
-      if (place) fact(name, `#${whole(place)}`, ...aside(`of ${whole(lens.vocab)}`));
-      else fact(name, "none");
+      const said = place ? [`#${whole(place)}`, ...aside(`of ${whole(lens.vocab)}`)] : ["none"];
+      fact(name, ...said).term.className = `bw-line-${who}`; // as its curve
     }
     const neurons = lens.neurons(state)?.[at];
     if (neurons?.length) {
@@ -48,8 +50,8 @@ function detail(widget, lens) {
       const heads = ["index", value, neurons.some(([, , word]) => word) ? "word" : ""];
       const lines = neurons.map(([name, value, word]) => make("span", "bw-neuron", name, " ",
         make("span", "", short(value)), " ", sayExactly(make("b"), lens.word(word))));
-      fact("neurons", ...heads.map((head) => make("small", "", head)), ...lines);
-      facts.lastChild.className = "bw-neurons";
+      const { value: list } = fact("neurons", ...heads.map((head) => make("small", "", head)), ...lines);
+      list.className = "bw-neurons";
     } else if (neurons) fact("neurons", "none");
     ENDS.forEach((end, which) => {
       const found = norm ? lens.list(state, end, at) : [];

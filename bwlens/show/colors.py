@@ -84,6 +84,13 @@ def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def themed(light: tuple[int, int, int], dark: tuple[int, int, int]) -> str:
+    """The style of a background on light and on dark pages, with the ink for each."""
+    both = [(css(light), css(dark)), (css(ink(light)), css(ink(dark)))]
+    back, front = (f"light-dark({one},{other})" for one, other in both)
+    return f"background-color:{back};color:{front}"
+
+
 def luminance(color: tuple[int, int, int]) -> float:
     """Relative luminance of an sRGB colour, 0 (black) to 1 (white)."""
     linear = (

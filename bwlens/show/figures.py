@@ -299,7 +299,7 @@ def _tokens_below(
     """Names of the columns at `named`, place to position; how many are drawn, if not all."""
     tokens = headings(lens)
     labels = [drawing.label(visible(tokens[pos])) for pos in named.values()]
-    room = ax.get_window_extent().width / ax.get_figure(root=True).dpi / max(1, len(columns))
+    room = ax.get_window_extent().width / ax.figure.dpi / max(1, len(columns))
     widest = max((drawing.length(label, drawing.points(6.0)) for label in labels), default=0)
     long = len(labels) > 8 or widest > room
     places = {"rotation": 60 if long else 0, "ha": "right" if long else "center"}

@@ -350,6 +350,14 @@ def test_the_followed_word_is_found_in_all_columns(show, lens, html):
     assert "no cell holds nowhere" in " ".join(view.inner_text(".bw-keys").split())
 
 
+MIDDLE = """(element, word) => {
+    const [text, range] = [element.firstChild, new Range()];
+    range.setStart(text, text.data.indexOf(word));
+    range.setEnd(text, range.startOffset + 1);
+    const { top, height } = range.getBoundingClientRect();
+    return top + height / 2; }"""
+
+
 def test_the_browsers_own_search_finds_what_is_not_drawn(show, tmp_path):
     """A link to a text asks the same search as Ctrl+F."""
     lens = fake_lens(words_alike(20_000), LAYERS, TOKENS, ("W_out",), silent=False)
@@ -372,9 +380,7 @@ def test_the_browsers_own_search_finds_what_is_not_drawn(show, tmp_path):
             for each in (at, view.locator(".bw-grid td").get_by_text(word, exact=True))
         )
         assert abs(box["x"] - cell["x"]) < 2
-        line = at.evaluate("""(e, word) => { const text = e.firstChild, range = new Range();
-            range.setStart(text, text.data.indexOf(word)); range.setEnd(text, range.startOffset + 1);
-            const { top, height } = range.getBoundingClientRect(); return top + height / 2; }""", word)  # fmt: skip
+        line = at.evaluate(MIDDLE, word)
         assert abs(line - cell["y"] - cell["height"] / 2) < 2
         view.get_by_role("radio", name="norm", exact=True).check(force=True)
         assert view.locator(".bw-unseen div:not([hidden])").count() == 0

@@ -68,6 +68,12 @@ def test_on_paper_nothing_is_cut_and_nothing_lies_on_the_table(show, n_pos):
     assert len(view.evaluate(SEEN_CELLS)) == 1
 
 
+def test_a_printed_table_of_thirty_layers_is_on_one_page(show):
+    view = show(page(fake_lens(words_alike(900), DEEP, 6, silent=False)), "dark")
+    pdf = view.pdf(format="A4", margin=dict.fromkeys(("top", "bottom", "left", "right"), "10mm"))
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 1
+
+
 def test_two_lenses_on_paper(show):
     names = [f" token{at}" for at in range(9)]
     lens = fake_lens(300, DEEP, 9, tokens=names)

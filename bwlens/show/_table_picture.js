@@ -251,42 +251,43 @@ function differs(widget, at) {
   return endsOf(state).some((end) => word(a, end) !== word(b, end));
 }
 
+// What a word in a cell is, by what was read and which end is shown; STEP is one gradient step.
+const SAYS = {
+  delta: {
+    promoted: "The word that STEP promotes most: \u03b4\u2019s least probable.",
+    suppressed: "The word that STEP suppresses most: \u03b4\u2019s most probable.",
+    both: "The words that STEP promotes most (above) and suppresses most (below).",
+    most: "promotes most",
+  },
+  x: {
+    promoted: "The word that STEP stamps in most: x\u2019s most probable.",
+    suppressed: "The word least like what STEP stamps in: x\u2019s least probable.",
+    both: "The words that STEP stamps in most (above) and suppresses most (below).",
+    most: "stamps in most",
+  },
+  effect: {
+    promoted: "The word whose log-probability STEP raises most, measured.",
+    suppressed: "The word whose log-probability STEP lowers most, measured.",
+    both: "The words that STEP raises (above) and lowers (below) most, measured.",
+    most: "raises most, measured",
+  },
+};
+
 function sentence(widget, lens) {
-  const { matrix, end, show } = widget.state;
-  const step = `one gradient step on ${matrix}`;
-  const some = lens.columns.length < lens.width || widget.columns.length < lens.width
-    ? ` ${widget.columns.length} of ${lens.width} tokens.` : "";
-  const effect = lens.through(widget.state) === "effect";
-  const delta = lens.through(widget.state) === "delta";
-  if (show === "rank") {
-    const most = effect ? "raises most, measured" : delta ? "promotes most" : "stamps in most";
-    return `Place of ${whose(widget, lens)} among ${whole(lens.vocab)} words: #1 is what ${step}`
-      + ` ${most}.${some}`;
-  }
-  if (show === "change of norm") {
-    return `Shade: how the norm of \u03b4 of ${matrix} changed from the first lens to the second.${some}`;
-  }
-  if (show === "change of rank") {
-    return `Shade: how the place of ${whose(widget, lens)} changed from the first to the second.${some}`;
-  }
-  if (show !== "words") return `Norm of \u03b4, the gradient that comes back to ${matrix}.${some}`;
-  if (effect) {
-    const does = { promoted: "raises", suppressed: "lowers" }[end];
-    return (does
-      ? `The word whose log-probability ${step} ${does} most, measured.`
-      : `The words that ${step} raises (above) and lowers (below) most, measured.`) + some;
-  }
-  const [read, pole] = delta ? ["\u03b4", "least"] : ["x", "most"];
-  const promotes = delta ? "promotes" : "stamps in";
-  if (end === "both") {
-    return `The words that ${step} ${promotes} most (above) and suppresses most (below).${some}`;
-  }
-  if (end === "promoted") {
-    return `The word that ${step} ${promotes} most: ${read}\u2019s ${pole} probable.${some}`;
-  }
-  return (delta
-    ? `The word that ${step} suppresses most: \u03b4\u2019s most probable.`
-    : `The word least like what ${step} stamps in: x\u2019s least probable.`) + some;
+  const { state: { matrix, end, show }, columns } = widget;
+  const says = SAYS[lens.through(widget.state)];
+  const norm = `Norm of \u03b4, the gradient that comes back to ${matrix}.`;
+  const who = whose(widget, lens);
+  const said = {
+    words: says[end],
+    rank: `Place of ${who} among ${whole(lens.vocab)} words: #1 is what STEP ${says.most}.`,
+    norm,
+    shade: norm,
+    "change of norm": `Shade: how the norm of \u03b4 of ${matrix} changed from the first lens to the second.`,
+    "change of rank": `Shade: how the place of ${who} changed from the first to the second.`,
+  }[show];
+  const some = columns.length < lens.width ? ` ${columns.length} of ${lens.width} tokens.` : "";
+  return said.replace("STEP", () => `one gradient step on ${matrix}`) + some;
 }
 
 // The cells that changed most, in order, to go to.

@@ -80,7 +80,7 @@ function start(root, lenses) {
     panelSeen: true,
     current: -1,
     pinned: false,
-    typed: -Infinity, // when the last key was pressed
+    keyed: false, // whether a key came after the last move of the mouse
   };
   scheme(root);
   widget.views = [...root.querySelectorAll(".bw-part")].map((part, at) => view(widget, part, at));
@@ -224,11 +224,18 @@ function enter(widget, each) {
 function listen(widget, each) {
   const { scroll } = each;
   const under = (event) => numberOf(widget, each, event.target.closest?.("td"));
+  // Keys scroll cells under a mouse that only rests there.
+  let mouse = "";
+  const move = ({ clientX, clientY }) => {
+    const place = `${clientX} ${clientY}`;
+    if (place !== mouse) widget.keyed = false;
+    mouse = place;
+  };
+  scroll.addEventListener("pointermove", move);
   scroll.addEventListener("pointerover", (event) => {
+    move(event);
     const at = under(event);
-    // Keys scroll cells under a mouse that only rests there.
-    const resting = event.timeStamp - widget.typed < 500 || event.pointerType === "touch";
-    if (at === undefined || widget.pinned || resting) return;
+    if (at === undefined || widget.pinned || widget.keyed || event.pointerType === "touch") return;
     look(widget, at, true);
     tip(widget, each, at);
   });
@@ -251,7 +258,7 @@ function listen(widget, each) {
     if (event.altKey || event.metaKey || !press(widget, each.lens, event)) return;
     event.preventDefault();
     event.stopPropagation();
-    widget.typed = event.timeStamp;
+    widget.keyed = true;
     bringIntoView(widget, each);
     enter(widget, each);
     each.entry.focus({ preventScroll: true });

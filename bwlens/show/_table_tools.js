@@ -38,8 +38,8 @@ function following(widget) {
   input.title = "Enter goes to the next cell that holds the word, Shift+Enter to the one before";
   input.addEventListener("keydown", (event) => {
     if (event.key !== "Enter") return;
+    widget.keyed = true;
     step(widget, event.shiftKey);
-    widget.typed = event.timeStamp;
   });
   input.addEventListener("input", () => {
     widget.word = input.value;

@@ -149,10 +149,23 @@ def test_the_mouse_and_the_keys_find_each_other(show, lens):
     view = show(table(lens))
     cell(view, 2, 1).click()
     view.keyboard.press("Escape")
-    view.wait_for_timeout(550)  # a mouse that rests does not take the cell from the keys
     cell(view, 1, 2).hover()
     view.keyboard.press("ArrowRight")
     check_panel(view, lens, "W_out", 1, 3)
+    # Events of a mouse that rests while cells move below it, as browsers send them.
+    rest = """e => e.dispatchEvent(new PointerEvent("pointerover", { bubbles: true,
+        pointerType: "mouse", clientX: at.x, clientY: at.y }))"""
+    box = cell(view, 1, 2).bounding_box()
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    view.evaluate("place => { window.at = place; }", place)
+    view.mouse.move(place["x"], place["y"])
+    view.keyboard.press("ArrowRight")
+    view.wait_for_timeout(600)
+    cell(view, 0, 0).evaluate(rest)
+    check_panel(view, lens, "W_out", 1, 4)
+    view.evaluate("at.x += 1")
+    cell(view, 0, 0).evaluate(rest)
+    check_panel(view, lens, "W_out", 0, 0)
 
 
 def test_a_cell_says_which_neurons_the_step_moves_most_there(show, lens):

@@ -79,6 +79,7 @@ def test_ranks_leave_out_what_has_no_gradient(lens):
 BYTES = ["<|im_start|>", r"\xe6\x97", r"\xa5", "é", " a", "1", "8"]
 
 
+@pytest.mark.filterwarnings("ignore:no installed font")
 def test_names_of_tokens_lie_apart_and_say_the_text():
     lens = fake_lens([*BYTES, *words_alike(200)], 4, 7, tokens=BYTES, silent=False)
     for kind in ("table", "norms"):

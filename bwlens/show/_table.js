@@ -41,9 +41,10 @@ function scheme(root) {
 
 async function mount(root) {
   root.dataset.taken = "";
+  const number = ++mounted; // in the page's order, whichever is unpacked first
   try {
     const packed = root.querySelector("script[type='application/gzip']").textContent;
-    start(root, (await unpack(packed)).map(decode));
+    start(root, (await unpack(packed)).map(decode), number);
   } catch (error) {
     const why = `Only the plain table is shown, as this browser could not unpack the rest (${error}).`;
     root.append(make("p", "bw-doubt", why));
@@ -51,7 +52,7 @@ async function mount(root) {
   root.dataset.live = "";
 }
 
-function start(root, lenses) {
+function start(root, lenses, number) {
   const [lens] = lenses;
   const matrices = Object.keys(lens.matrices);
   const readings = Object.keys(lens.matrices[matrices[0]].readings);
@@ -65,7 +66,8 @@ function start(root, lenses) {
     rows: lens.layers.length > ROOMY ? "dense" : "roomy",
   };
   const widget = {
-    id: `${NAME}-${++mounted}`,
+    number,
+    id: `${NAME}-${number}`,
     root,
     lenses,
     state,

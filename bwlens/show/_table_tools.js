@@ -253,7 +253,7 @@ function remembering(widget, defaults) {
   if (!root.parentElement?.matches("main") || !("scripts" in document.documentElement.dataset)) {
     return { keep() {}, recall() {} };
   }
-  const mark = mounted > 1 ? `${mounted}.` : "";
+  const mark = widget.number > 1 ? `${widget.number}.` : "";
   const all = () => new URLSearchParams(location.hash.slice(1));
   return {
     keep() {

@@ -41,9 +41,10 @@ function scheme(root) {
 
 async function mount(root) {
   root.dataset.taken = "";
+  const number = ++mounted; // in the page's order, whichever is unpacked first
   try {
     const packed = root.querySelector("script[type='application/gzip']").textContent;
-    start(root, (await unpack(packed)).map(decode));
+    start(root, (await unpack(packed)).map(decode), number);
   } catch (error) {
     const why = `Only the plain table is shown, as this browser could not unpack the rest (${error}).`;
     root.append(make("p", "bw-doubt", why));
@@ -51,7 +52,7 @@ async function mount(root) {
   root.dataset.live = "";
 }
 
-function start(root, lenses) {
+function start(root, lenses, number) {
   const [lens] = lenses;
   const matrices = Object.keys(lens.matrices);
   const readings = Object.keys(lens.matrices[matrices[0]].readings);
@@ -65,7 +66,8 @@ function start(root, lenses) {
     rows: lens.layers.length > ROOMY ? "dense" : "roomy",
   };
   const widget = {
-    id: `${NAME}-${++mounted}`,
+    number,
+    id: `${NAME}-${number}`,
     root,
     lenses,
     state,
@@ -80,7 +82,7 @@ function start(root, lenses) {
     panelSeen: true,
     current: -1,
     pinned: false,
-    typed: -Infinity, // when the last key was pressed
+    keyed: false, // whether a key came after the last move of the mouse
   };
   scheme(root);
   widget.views = [...root.querySelectorAll(".bw-part")].map((part, at) => view(widget, part, at));
@@ -103,7 +105,7 @@ function start(root, lenses) {
   }
   widget.inputs = {};
   stage.before(switches(widget, matrices, readings));
-  if (lens.width > MANY) stage.before(overview(widget, DRAWN));
+  if (lens.width > MANY) stage.before(overview(widget));
   widget.memory = remembering(widget, defaults);
   const recalled = widget.memory.recall();
   widget.views.forEach((each) => build(widget, each));
@@ -119,10 +121,11 @@ function start(root, lenses) {
   for (const each of widget.views) listen(widget, each);
   widget.current = recalled ?? opening(widget);
   paint(widget);
-  look(widget, widget.current);
   new ResizeObserver(() => {
+    const hidden = !widget.room; // until now, as in a tab
     widget.room = root.clientWidth;
-    widget.views.forEach((each) => drawSeen(widget, each));
+    measure(widget);
+    for (const each of widget.views) (hidden ? bringIntoView : drawSeen)(widget, each);
   }).observe(root);
   new IntersectionObserver(([{ isIntersecting }]) => {
     widget.panelSeen = isIntersecting;
@@ -131,7 +134,6 @@ function start(root, lenses) {
   paper.addEventListener("change", () => printing(widget, paper.matches));
   window.addEventListener("beforeprint", () => printing(widget, true));
   window.addEventListener("afterprint", () => printing(widget, false));
-  requestAnimationFrame(() => widget.views.forEach((each) => bringIntoView(widget, each)));
 }
 
 function switches(widget, matrices, readings) {
@@ -168,8 +170,6 @@ function switches(widget, matrices, readings) {
       input.addEventListener("change", () => {
         state[key] = value;
         paint(widget);
-        look(widget, widget.current);
-        for (const each of widget.views) bringIntoView(widget, each);
       });
       group.append(make("label", "", input, make("span", "", text)));
     }
@@ -226,11 +226,18 @@ function enter(widget, each) {
 function listen(widget, each) {
   const { scroll } = each;
   const under = (event) => numberOf(widget, each, event.target.closest?.("td"));
+  // Keys scroll cells under a mouse that only rests there.
+  let mouse = "";
+  const move = ({ clientX, clientY }) => {
+    const place = `${clientX} ${clientY}`;
+    if (place !== mouse) widget.keyed = false;
+    mouse = place;
+  };
+  scroll.addEventListener("pointermove", move);
   scroll.addEventListener("pointerover", (event) => {
+    move(event);
     const at = under(event);
-    // Keys scroll cells under a mouse that only rests there.
-    const resting = event.timeStamp - widget.typed < 500 || event.pointerType === "touch";
-    if (at === undefined || widget.pinned || resting) return;
+    if (at === undefined || widget.pinned || widget.keyed || event.pointerType === "touch") return;
     look(widget, at, true);
     tip(widget, each, at);
   });
@@ -253,7 +260,7 @@ function listen(widget, each) {
     if (event.altKey || event.metaKey || !press(widget, each.lens, event)) return;
     event.preventDefault();
     event.stopPropagation();
-    widget.typed = event.timeStamp;
+    widget.keyed = true;
     bringIntoView(widget, each);
     enter(widget, each);
     each.entry.focus({ preventScroll: true });

@@ -9,6 +9,20 @@ function make(tag, className, ...children) {
   return element;
 }
 
+function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+function button(text, job, className = "") {
+  const element = make("button", className, text);
+  element.type = "button";
+  if (job) element.addEventListener("click", job);
+  return element;
+}
+
 // Words come from models and are set as text, never as markup. A dollar or backslash in an
 // element of its own begins no formula for a page's typesetter.
 function say(element, text) {

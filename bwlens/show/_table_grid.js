@@ -41,11 +41,14 @@ function build(widget, each) {
   table.style.setProperty("--n", lens.layers.length);
   each.table = table;
   [each.from, each.to] = [0, 0];
-  each.entry = each.scrolled = undefined;
+  each.scrolled = 0;
+  each.entry = undefined;
   each.at = new Map(each.rows.map((row, at) => [row, at]));
   each.frame = make("div", "bw-frame");
   each.frame.setAttribute("aria-hidden", "true");
-  each.sheet = make("div", "bw-sheet", table, each.frame);
+  each.unseen = make("div", "bw-unseen", ...widget.columns.map(() => make("div")));
+  each.unseen.setAttribute("aria-hidden", "true");
+  each.sheet = make("div", "bw-sheet", table, each.frame, each.unseen);
   each.scroll.replaceChildren(each.sheet);
 }
 
@@ -69,6 +72,11 @@ function draw(widget, each, from, to) {
     columnOf(widget, each, each.to).forEach((part, at) => lines[at].append(part));
   }
   const { widths, lefts, gap } = widget;
+  [...each.unseen.children].forEach((part, column) => {
+    // What the browser's search has found stays, to be seen.
+    if (!drawn(each, column)) part.hidden = "until-found";
+    else if (part.hidden) part.hidden = true;
+  });
   each.table.style.marginLeft = `${lefts[from] - lefts[0]}px`;
   each.table.style.width = `${lefts[to - 1] + widths[to] + gap - lefts[from] + lefts[0]}px`;
   if (widget.current < 0) return;
@@ -76,6 +84,21 @@ function draw(widget, each, from, to) {
   if (widget.here >= 0) headOf(widget, each, widget.here)?.classList.add("bw-here");
   enter(widget, each);
   if (focused) each.entry.focus({ preventScroll: true });
+}
+
+// The words of columns that are not drawn, where the browser's own search finds them, and lays them
+// open over the cells that are drawn as it scrolls there.
+function writeUnseen(widget, { lens, unseen, looks }) {
+  const { columns, lefts, widths, state } = widget;
+  [...unseen.children].forEach((part, column) => {
+    const words = lens.layers.map((_, layer) =>
+      looks[layer * columns.length + column].lines.map(({ text }) => text).join(" "));
+    if (state.top === "last") words.reverse();
+    say(part, [bare(lens.tokens[columns[column]]), ...words].join("\n"));
+    part.style.left = `${lefts[column]}px`;
+    part.style.width = `${widths[column + 1]}px`;
+    part.hidden = "until-found";
+  });
 }
 
 // One column: its width, its heading, its cells.
@@ -96,11 +119,9 @@ function columnOf(widget, each, column) {
   return [col, head, ...cells];
 }
 
-function seen({ widths, lefts, room, columns, current }, { lens, scrolled }) {
-  // At first, what the cell in focus will be scrolled to.
-  const from = scrolled ?? Math.max(0, (lefts[columns.indexOf(lens.posOf(current))] ?? 0) - room / 2);
+function seen({ widths, lefts, room, columns }, { scrolled }) {
   const shown = [...columns.keys()].filter((column) =>
-    lefts[column] < from + room && lefts[column] + widths[column + 1] > from);
+    lefts[column] < scrolled + room && lefts[column] + widths[column + 1] > scrolled);
   return [shown[0] ?? 0, (shown.at(-1) ?? 0) + 1];
 }
 
@@ -176,7 +197,8 @@ function type(widget) {
   return widget.types.get(key);
 }
 
-// Widths that hold the words that are shown, the same in two tables side by side.
+// Widths that hold the words that are shown, the same in two tables side by side; true if they are
+// others than before.
 function fit(widget, shown) {
   const { state, views, columns } = widget;
   const { size, heads, gap, wide } = type(widget);
@@ -193,6 +215,7 @@ function fit(widget, shown) {
   widget.cut = new Set(columns.filter((_, column) => wanted[column] > longest));
   const widths = wanted.map((width) => Math.round(Math.min(Math.max(width, least), longest)));
   const first = Math.round(wide("layer", 400, heads) + 12 + 15 * views.some(({ lens }) => lens.trust));
+  const same = String(widget.widths) === String([first, ...widths]);
   widget.widths = [first, ...widths];
   widget.gap = gap;
   widget.lefts = [];
@@ -201,39 +224,60 @@ function fit(widget, shown) {
     widget.lefts.push(left);
     left += width + gap;
   }
+  widget.wide = left;
   for (const each of views) {
-    each.sheet.style.width = `${left}px`;
     widget.widths.slice(each.from + 1, each.to + 1).forEach((width, at) => {
       each.cols.children[at + 1].style.width = `${width}px`;
     });
     each.cols.children[0].style.width = `${first}px`;
   }
-  widget.wide = left;
+  return !same;
 }
 
-// Where rows are, once they are laid out.
+// Where rows are, once they are laid out, and so the frame.
 function measure(widget) {
   for (const each of widget.views) {
     each.tops = each.rows.map((row) => row.offsetTop);
     each.height = each.rows[0].offsetHeight;
+    const row = each.height + (widget.gap ?? 0);
+    each.unseen.style.top = `${Math.min(...each.tops) - row}px`;
+    each.unseen.style.lineHeight = `${row}px`;
   }
+  for (const each of widget.views) frame(widget, each, widget.current);
 }
 
-// Scrolls a table, and nothing around it, to the current cell; a column is seen whole or not.
-function bringIntoView(widget, each) {
-  const { lens, scroll, sheet, tops, height } = each;
-  const column = widget.columns.indexOf(lens.posOf(widget.current));
-  if (column < 0) return;
+// How far a table that is scrolled so far has to be for the current cell: a column is seen whole or
+// not, and no further than all columns need.
+function aim({ columns, current, lefts, wide }, { lens, space }, scrolled) {
+  const ends = [...lefts, wide].map((left) => left - lefts[0]);
+  const most = Math.max(0, space - lefts[0]);
+  const before = (right) => ends.find((end) => end >= right - most);
+  const from = Math.min(scrolled, before(ends.at(-1)));
+  const column = columns.indexOf(lens.posOf(current));
+  if (column < 0 || ends[column] < from) return ends[column] ?? from;
+  return ends[column + 1] <= from + most ? from : Math.min(before(ends[column + 1]), ends[column]);
+}
+
+// Where a table of other widths is scrolled to, so that the current cell stays about where it was.
+function kept({ columns, current, lefts }, { lens, scrolled }, before) {
+  const column = columns.indexOf(lens.posOf(current));
+  const wanted = scrolled + lefts[column] - (before?.[column] ?? lefts[column]);
+  return lefts.findLast((left) => left - lefts[0] <= wanted) - lefts[0] || 0;
+}
+
+// The sheet is as wide as its columns, and wider where the last ones are seen from a whole one on.
+function scrollTo(widget, each, scrolled) {
+  each.scrolled = scrolled;
+  each.sheet.style.width = `${scrolled ? Math.max(widget.wide, scrolled + each.space) : widget.wide}px`;
+}
+
+// Scrolls a table, and nothing around it, to the current cell.
+function bringIntoView(widget, each, from = each.scroll.scrollLeft) {
+  const { lens, scroll, tops, height } = each;
   const { gap } = widget;
-  const ends = [...widget.lefts, widget.wide].map((left) => left - widget.lefts[0]);
-  const room = scroll.clientWidth - widget.widths[0] - 2 * gap;
-  const left = ends[column] < scroll.scrollLeft;
-  if (left || ends[column + 1] > scroll.scrollLeft + room) {
-    const from = left ? ends[column] : ends.find((end) => end >= ends[column + 1] - room) ?? 0;
-    const to = Math.min(from, ends[column]);
-    sheet.style.width = `${widget.wide + Math.max(0, to + room - ends.at(-1))}px`;
-    scroll.scrollLeft = to;
-  }
+  each.space = scroll.clientWidth;
+  scrollTo(widget, each, aim(widget, each, from));
+  if (scroll.scrollLeft !== each.scrolled) scroll.scrollLeft = each.scrolled;
   const top = tops[lens.layerOf(widget.current)];
   const head = Math.min(...tops) - gap;
   const seenTop = scroll.scrollTop;
@@ -241,40 +285,28 @@ function bringIntoView(widget, each) {
   else if (top + height > seenTop + scroll.clientHeight) {
     scroll.scrollTop = top + height + gap - scroll.clientHeight;
   }
-  each.scrolled = scroll.scrollLeft;
   drawSeen(widget, each);
 }
 
-// On paper nothing scrolls: tables as wide as the page, one below the other.
+// On paper nothing scrolls: a table that is wider than the page as several, one below the other.
 function printing(widget, on, room = 660) {
-  if (on) drawAll(widget);
-  else widget.views.forEach((each) => drawSeen(widget, each, true));
-  for (const { scroll, table } of widget.views) {
-    scroll.parentElement.querySelector(".bw-paper")?.remove();
-    if (!on || table.offsetWidth <= room) continue;
-    const blocks = [[]];
-    let used = widget.widths[0] + 4;
-    widget.widths.slice(1).forEach((width, column) => {
-      if (blocks.at(-1).length && used + width + 2 > room) {
-        blocks.push([]);
-        used = widget.widths[0] + 4;
-      }
-      blocks.at(-1).push(column);
-      used += width + 2;
-    });
-    const pages = blocks.map((block) => {
-      const copy = table.cloneNode(true);
-      const keep = new Set([0, ...block.map((column) => column + 1)]);
-      for (const row of [copy.querySelector("colgroup"), ...copy.rows]) {
-        [...row.children].forEach((cell, at) => keep.has(at) || cell.remove());
-      }
-      copy.removeAttribute("aria-labelledby");
-      const all = block.reduce((sum, column) => sum + widget.widths[column + 1] + 2, 0);
-      copy.style.width = `${widget.widths[0] + 4 + all}px`;
-      return copy;
-    });
-    const paper = make("div", "bw-paper", ...pages);
-    paper.setAttribute("aria-hidden", "true");
-    scroll.after(paper);
+  const { lefts, widths, gap } = widget;
+  const starts = [0];
+  lefts.forEach((left, column) => {
+    const whole = left + widths[column + 1] + gap - lefts[starts.at(-1)] + lefts[0];
+    if (whole > room && column > starts.at(-1)) starts.push(column);
+  });
+  for (const each of widget.views) {
+    each.part.querySelector(".bw-paper")?.remove();
+    if (!on) drawSeen(widget, each, true);
+    else if (starts.length > 1) {
+      const paper = make("div", "bw-paper", ...starts.map((from, at) => {
+        draw(widget, each, from, starts[at + 1] ?? lefts.length);
+        return each.table.cloneNode(true);
+      }));
+      paper.setAttribute("aria-hidden", "true");
+      each.scroll.after(paper);
+    } else draw(widget, each, 0, lefts.length);
   }
+  if (!on) measure(widget);
 }

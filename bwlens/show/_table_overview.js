@@ -13,8 +13,6 @@ function redraw(widget, columns) {
   widget.current += near - pos;
   widget.views.forEach((each) => build(widget, each));
   paint(widget);
-  look(widget, widget.current);
-  for (const each of widget.views) bringIntoView(widget, each);
 }
 
 function strengths({ lenses, state }) {
@@ -32,14 +30,14 @@ function around(pos, width) {
   return Array.from({ length: Math.min(WINDOW, width) }, (_, at) => first + at);
 }
 
-function overview(widget, most) {
+function overview(widget) {
   const [lens] = widget.lenses;
   const { width } = lens;
   const own = [0, ...lens.subject, ...Array.from({ length: width }, (_, pos) => pos)
     .slice(lens.given - 1)].filter((pos) => pos < width);
   const sorted = (list) => [...new Set(list)].sort((a, b) => a - b);
   const choices = {
-    ...(width <= most ? { all: () => Array.from({ length: width }, (_, pos) => pos) } : {}),
+    ...(width <= DRAWN ? { all: () => Array.from({ length: width }, (_, pos) => pos) } : {}),
     "strongest 20"() {
       const norms = strengths(widget);
       const order = [...norms.keys()].sort((a, b) => norms[b] - norms[a]);
@@ -47,22 +45,14 @@ function overview(widget, most) {
     },
     "subject and last": () => sorted(own),
   };
-  const buttons = Object.entries(choices).map(([name, list]) => {
-    const button = make("button", "bw-choice", name);
-    button.type = "button";
-    button.addEventListener("click", () => redraw(widget, list()));
-    return button;
-  });
-  const svg = (tag) => document.createElementNS("http://www.w3.org/2000/svg", tag);
-  const [picture, bars, drawn, subject] = ["svg", "path", "path", "path"].map(svg);
-  picture.setAttribute("viewBox", `0 0 ${width} 30`);
-  picture.setAttribute("preserveAspectRatio", "none");
-  picture.setAttribute("role", "img");
-  picture.setAttribute("aria-label", "norm of each token; a click shows it, with Shift adds it");
-  bars.setAttribute("class", "bw-bars");
-  drawn.setAttribute("class", "bw-drawn");
-  subject.setAttribute("class", "bw-subject");
-  picture.append(drawn, bars, subject);
+  const buttons = Object.entries(choices).map(([name, list]) =>
+    button(name, () => redraw(widget, list()), "bw-choice"));
+  const [drawn, bars, subject] = ["drawn", "bars", "subject"].map((name) =>
+    svg("path", { class: `bw-${name}` }));
+  const picture = svg("svg", {
+    viewBox: `0 0 ${width} 30`, preserveAspectRatio: "none", role: "img",
+    "aria-label": "norm of each token; a click shows it, with Shift adds it",
+  }, drawn, bars, subject);
   picture.addEventListener("click", (event) => {
     const box = picture.getBoundingClientRect();
     const at = Math.floor(((event.clientX - box.left) / box.width) * width);

@@ -22,10 +22,12 @@ function detail(widget, lens) {
     if (word !== undefined) follow(widget, word);
   });
 
-  function fact(name, value, more = "") {
-    const value_ = make("dd", "", `${value} `, more && make("small", "", more));
-    facts.append(make("dt", "", name), value_);
+  function fact(name, ...said) {
+    const [term, value] = [make("dt", "", name), make("dd", "", ...said)];
+    facts.append(term, value);
+    return { term, value };
   }
+  const aside = (text) => (text ? [" ", make("small", "", text)] : []);
 
   function fill(at, pinned) {
     const pos = lens.posOf(at);
@@ -34,33 +36,30 @@ function detail(widget, lens) {
     if (pinned) title.append(make("em", "", "pinned"));
     const norm = lens.delta(state)[at];
     facts.replaceChildren();
-    fact("norm of \u03b4", short(norm), norm > 1.0001 * lens.top(state) ? "beyond the scale" : "");
+    const beyond = norm > 1.0001 * lens.top(state) ? "beyond the scale" : "";
+    fact("norm of \u03b4", short(norm), ...aside(beyond));
     fact("norm of x", short(lens.x(state)[at]));
     for (const [who, name] of followed(widget, lens)) {
       const place = lens.place(state, who, at);
-      fact(name, place ? `#${whole(place)}` : "none", place ? `of ${whole(lens.vocab)}` : "");
+      const said = place ? [`#${whole(place)}`, ...aside(`of ${whole(lens.vocab)}`)] : ["none"];
+      fact(name, ...said).term.className = `bw-line-${who}`; // as its curve
     }
     const neurons = lens.neurons(state)?.[at];
-    if (neurons) {
+    if (neurons?.length) {
       const value = state.matrix === "W_out" ? "activation" : "\u03b4";
-      const read = neurons.some(([, , word]) => word) ? `index, ${value}, word` : `index, ${value}`;
-      fact("neurons", neurons.length ? "" : "none", neurons.length ? read : "");
-      for (const [name, value, word] of neurons) {
-        const line = make("span", "bw-neuron", `${name} `, make("small", "", short(value)), " ");
-        if (word) line.append(sayExactly(make("b"), lens.word(word)));
-        facts.lastChild.append(line);
-      }
-    }
-    const trust = lens.judged(state);
-    if (trust) fact("trust", trust.says[lens.layerOf(at)].replace(/^Layer \d+: /, ""));
+      const heads = ["index", value, neurons.some(([, , word]) => word) ? "word" : ""];
+      const lines = neurons.map(([name, value, word]) => make("span", "bw-neuron", name, " ",
+        make("span", "", short(value)), " ", sayExactly(make("b"), lens.word(word))));
+      const { value: list } = fact("neurons", ...heads.map((head) => make("small", "", head)), ...lines);
+      list.className = "bw-neurons";
+    } else if (neurons) fact("neurons", "none");
     ENDS.forEach((end, which) => {
       const found = norm ? lens.list(state, end, at) : [];
       rows.forEach((row, place) => {
         const [cell, score] = [...row.cells].slice(1 + 2 * which);
         const entry = found[place];
         const index = entry?.index ?? 0;
-        const word = make("button");
-        word.type = "button";
+        const word = button("");
         word.bwWord = lens.word(index);
         word.title = [partOf(lens.word(index)), "follow this word"].filter(Boolean).join("; ");
         cell.replaceChildren(...(index ? [sayExactly(word, lens.word(index))] : []));
@@ -71,12 +70,17 @@ function detail(widget, lens) {
       });
     });
     for (const at of [2, 4]) heads[at].textContent = lens.unit(state);
-    note.textContent = doubt(lens, state, at);
+    note.textContent = [trusted(lens, state, at), doubt(lens, state, at)].filter(Boolean).join(" ");
     curve.replaceChildren(...curves(widget, lens, at));
   }
 
   const left = make("div", "", title, facts, curve);
   return { element: make("div", "bw-detail", left, list, note), fill };
+}
+
+// How far the words of a cell's layer can be trusted, where that was measured.
+function trusted(lens, state, at) {
+  return lens.judged(state)?.says[lens.layerOf(at)].replace(/^Layer \d+: /, "Trust: ") ?? "";
 }
 
 function doubt(lens, state, at) {
@@ -97,8 +101,7 @@ function doubt(lens, state, at) {
 
 // Whose places are known in every cell: [who, what it is called].
 function followed(widget, lens) {
-  const several = (lens.said ?? "the target") !== "the target";
-  const names = { target: several ? "first token" : "target", answer: "answer" };
+  const names = { target: several(lens) ? "first token" : "target", answer: "answer" };
   const known = Object.entries(names).filter(([who]) => lens.has(widget.state, who));
   (lens.follow ?? []).forEach((index, at) => known.push([at, exact(lens.word(index))]));
   return known;
@@ -114,24 +117,20 @@ function curves(widget, lens, at) {
   const x = (layer) => edge + ((width - 2 * edge) * layer) / (n - 1);
   const y = (place) => edge + ((height - 2 * edge) * Math.log(place)) / Math.log(lens.vocab);
   const pos = lens.posOf(at);
-  const svg = (tag, attributes) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    return element;
-  };
-  const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  const here = lens.layerOf(at);
-  picture.append(svg("line", { x1: x(here), x2: x(here), y1: 0, y2: height, class: "bw-now" }));
-  known.forEach(([who], number) => {
+  const here = x(lens.layerOf(at));
+  const lines = known.map(([who]) => {
     let path = "";
     for (let layer = 0; layer < n; layer++) {
       const place = lens.place(state, who, layer * lens.width + pos);
       if (place) path += `${path ? "L" : "M"}${x(layer).toFixed(1)} ${y(place).toFixed(1)}`;
     }
-    picture.append(svg("path", { d: path, class: `bw-line bw-line-${who}`, "data-n": number }));
+    return svg("path", { d: path, class: `bw-line-${who}` });
   });
   const names = known.map(([, name]) => name).join(", ");
-  picture.setAttribute("aria-label", `place of ${names} from the promoted end, by layer`);
+  const picture = svg("svg", {
+    viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": `place of ${names} from the promoted end, by layer`,
+  }, svg("line", { x1: here, x2: here, y1: 0, y2: height, class: "bw-now" }), ...lines);
   const [first, last] = [lens.layers[0], lens.layers[n - 1]];
   return [picture, make("small", "", `#1 on top, log; layers ${first} to ${last}`)];
 }

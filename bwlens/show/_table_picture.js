@@ -1,12 +1,13 @@
 // The lens table, third part: what a state of the switches looks like. `who` is whose place is
 // shown: a followed word's, else the target's if any, else the answer's.
 
-function paint(widget) {
+// Draws everything as the state says; with `bring` the cell in focus comes into sight.
+function paint(widget, bring = true) {
   const { state, views, columns } = widget;
   widget.room = widget.root.clientWidth; // read before anything is written
-  for (const { table } of views) {
-    table.dataset.show = state.show;
-    table.dataset.rows = state.rows;
+  for (const each of views) {
+    each.space ??= widget.room;
+    Object.assign(each.table.dataset, { show: state.show, rows: state.rows });
   }
   const scale = shades(widget);
   const classes = new Set();
@@ -18,6 +19,7 @@ function paint(widget) {
   widget.differing = count;
   widget.few = count <= widget.lenses[0].size / 2;
   const shown = columns.map(() => new Map());
+  widget.holding = new Map(); // cells that hold the followed word, and the ends that do
   for (const each of views) {
     const { lens, table, body, rows, caption } = each;
     const delta = lens.delta(state);
@@ -27,6 +29,9 @@ function paint(widget) {
       const at = layer * lens.width + pos;
       const look = cellNow(widget, each, scale, at, delta[at], wanted);
       classes.add(look.className);
+      if (look.held.length) {
+        widget.holding.set(at, [...(widget.holding.get(at) ?? []), ...look.held]);
+      }
       const bold = look.className.includes("bw-hit");
       for (const { text, className } of look.lines) {
         // The sign of a blank takes about as much room as an "i".
@@ -50,18 +55,26 @@ function paint(widget) {
     const inOrder = state.top === "last" ? [...rows].reverse() : rows;
     if (body.rows[0] !== inOrder[0]) body.append(...inOrder);
   }
-  fit(widget, shown);
+  const before = widget.lefts;
+  const others = fit(widget, shown);
   for (const each of views) {
-    for (let column = each.from; column < each.to; column++) {
+    const [from, to] = [each.from, each.to];
+    const old = others ? kept(widget, each, before) : each.scrolled;
+    scrollTo(widget, each, bring ? aim(widget, each, old) : old);
+    writeUnseen(widget, each);
+    drawSeen(widget, each, true);
+    // The columns that stay; others are written as they are made.
+    for (let column = Math.max(from, each.from); column < Math.min(to, each.to); column++) {
       const [head, ...cells] = [each.head, ...each.rows].map(({ children }) =>
         children[1 + column - each.from]);
       writeColumn(widget, each, column, head, cells);
     }
-    drawSeen(widget, each, true);
   }
   widget.drawStrip?.();
   drawLegend(widget, scale, new Set([...classes].flatMap((each) => each.split(" "))));
+  look(widget, widget.current);
   measure(widget);
+  if (bring) for (const each of views) bringIntoView(widget, each, each.scrolled);
 }
 
 function writeColumn(widget, { looks }, column, head, cells) {
@@ -87,7 +100,7 @@ function cellNow(widget, { lens }, scale, at, norm, wanted) {
   const { state } = widget;
   if (!norm) {
     const text = state.show === "shade" ? "" : "\u00b7";
-    return { className: "bw-nil", label: "no gradient", lines: [{ text }] };
+    return { className: "bw-nil", label: "no gradient", lines: [{ text }], held: [] };
   }
   const best = endsOf(state).map((end) => lens.best(state, end, at));
   const words = best.some(Boolean);
@@ -103,10 +116,9 @@ function cellNow(widget, { lens }, scale, at, norm, wanted) {
   if (scale.signed) names.push(scale.say(at));
   if (scale.beyond(lens, at)) mark("bw-beyond", `beyond the scale, norm ${short(norm)}`);
   if (widget.few && !scale.signed && differs(widget, at)) mark("bw-other", "not the same in the other table");
-  for (const end of ENDS) {
-    if (wanted.some((index) => lens.holds(state, end, at, index))) {
-      mark(`bw-${end === "promoted" ? "up" : "down"}`, `${end}: ${exact(widget.word)}`);
-    }
+  const held = ENDS.filter((end) => wanted.some((index) => lens.holds(state, end, at, index)));
+  for (const end of held) {
+    mark(`bw-${end === "promoted" ? "up" : "down"}`, `${end}: ${exact(widget.word)}`);
   }
   let lines;
   if (state.show !== "norm" && state.show !== "shade" && !words) {
@@ -130,7 +142,7 @@ function cellNow(widget, { lens }, scale, at, norm, wanted) {
   }
   const text = lines.map((line) => line.text).filter((line) => line !== "\u00b7").join(", ");
   const label = names.length ? [text, ...names].filter(Boolean).join(", ") : "";
-  return { className: marks.join(" "), label, lines };
+  return { className: marks.join(" "), label, lines, held };
 }
 
 // Of a target of several tokens, marks and ranks are the first one's.
@@ -239,42 +251,43 @@ function differs(widget, at) {
   return endsOf(state).some((end) => word(a, end) !== word(b, end));
 }
 
+// What a word in a cell is, by what was read and which end is shown; STEP is one gradient step.
+const SAYS = {
+  delta: {
+    promoted: "The word that STEP promotes most: \u03b4\u2019s least probable.",
+    suppressed: "The word that STEP suppresses most: \u03b4\u2019s most probable.",
+    both: "The words that STEP promotes most (above) and suppresses most (below).",
+    most: "promotes most",
+  },
+  x: {
+    promoted: "The word that STEP stamps in most: x\u2019s most probable.",
+    suppressed: "The word least like what STEP stamps in: x\u2019s least probable.",
+    both: "The words that STEP stamps in most (above) and suppresses most (below).",
+    most: "stamps in most",
+  },
+  effect: {
+    promoted: "The word whose log-probability STEP raises most, measured.",
+    suppressed: "The word whose log-probability STEP lowers most, measured.",
+    both: "The words that STEP raises (above) and lowers (below) most, measured.",
+    most: "raises most, measured",
+  },
+};
+
 function sentence(widget, lens) {
-  const { matrix, end, show } = widget.state;
-  const step = `one gradient step on ${matrix}`;
-  const some = lens.columns.length < lens.width || widget.columns.length < lens.width
-    ? ` ${widget.columns.length} of ${lens.width} tokens.` : "";
-  const effect = lens.through(widget.state) === "effect";
-  const delta = lens.through(widget.state) === "delta";
-  if (show === "rank") {
-    const most = effect ? "raises most, measured" : delta ? "promotes most" : "stamps in most";
-    return `Place of ${whose(widget, lens)} among ${whole(lens.vocab)} words: #1 is what ${step}`
-      + ` ${most}.${some}`;
-  }
-  if (show === "change of norm") {
-    return `Shade: how the norm of \u03b4 of ${matrix} changed from the first lens to the second.${some}`;
-  }
-  if (show === "change of rank") {
-    return `Shade: how the place of ${whose(widget, lens)} changed from the first to the second.${some}`;
-  }
-  if (show !== "words") return `Norm of \u03b4, the gradient that comes back to ${matrix}.${some}`;
-  if (effect) {
-    const does = { promoted: "raises", suppressed: "lowers" }[end];
-    return (does
-      ? `The word whose log-probability ${step} ${does} most, measured.`
-      : `The words that ${step} raises (above) and lowers (below) most, measured.`) + some;
-  }
-  const [read, pole] = delta ? ["\u03b4", "least"] : ["x", "most"];
-  const promotes = delta ? "promotes" : "stamps in";
-  if (end === "both") {
-    return `The words that ${step} ${promotes} most (above) and suppresses most (below).${some}`;
-  }
-  if (end === "promoted") {
-    return `The word that ${step} ${promotes} most: ${read}\u2019s ${pole} probable.${some}`;
-  }
-  return (delta
-    ? `The word that ${step} suppresses most: \u03b4\u2019s most probable.`
-    : `The word least like what ${step} stamps in: x\u2019s least probable.`) + some;
+  const { state: { matrix, end, show }, columns } = widget;
+  const says = SAYS[lens.through(widget.state)];
+  const norm = `Norm of \u03b4, the gradient that comes back to ${matrix}.`;
+  const who = whose(widget, lens);
+  const said = {
+    words: says[end],
+    rank: `Place of ${who} among ${whole(lens.vocab)} words: #1 is what STEP ${says.most}.`,
+    norm,
+    shade: norm,
+    "change of norm": `Shade: how the norm of \u03b4 of ${matrix} changed from the first lens to the second.`,
+    "change of rank": `Shade: how the place of ${who} changed from the first to the second.`,
+  }[show];
+  const some = columns.length < lens.width ? ` ${columns.length} of ${lens.width} tokens.` : "";
+  return said.replace("STEP", () => `one gradient step on ${matrix}`) + some;
 }
 
 // The cells that changed most, in order, to go to.
@@ -282,14 +295,12 @@ function largest(widget, scale) {
   const [lens] = widget.lenses;
   const buttons = scale.most.map((at) => {
     const token = exact(lens.tokens[lens.posOf(at)]);
-    const button = make("button", "", `layer ${lens.layers[lens.layerOf(at)]}, ${token}: ${scale.say(at)}`);
-    button.type = "button";
-    button.addEventListener("click", () => {
+    const name = `layer ${lens.layers[lens.layerOf(at)]}, ${token}: ${scale.say(at)}`;
+    return make("li", "", button(name, () => {
       widget.pinned = true;
       look(widget, at);
       for (const each of widget.views) bringIntoView(widget, each);
-    });
-    return make("li", "", button);
+    }));
   });
   return make("div", "bw-most", "changed most:", make("ol", "", ...buttons));
 }
@@ -329,8 +340,11 @@ function drawLegend(widget, scale, seen) {
     : "vector so short that the final norm\u2019s epsilon outweighs it");
   key("bw-nil", "no gradient, or not read");
   if (widget.word) {
-    key("bw-up", "promotes ", make("b", "", exact(widget.word)));
-    key("bw-down", "suppresses ", make("b", "", exact(widget.word)));
+    const word = make("b", "", exact(widget.word));
+    const count = (end) => [...widget.holding.values()].filter((held) => held.includes(end)).length;
+    key("bw-up", "promotes ", word.cloneNode(true), ` (${count("promoted")})`);
+    key("bw-down", "suppresses ", word.cloneNode(true), ` (${count("suppressed")})`);
+    if (!widget.holding.size) keys.append(make("span", "", "no cell holds ", word));
   }
   key("bw-word", "a blank before the word");
   const trust = lenses.map((each) => each.judged(state)).find(Boolean);

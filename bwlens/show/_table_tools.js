@@ -10,8 +10,23 @@ const isFollowed = (widget, token) => Boolean(widget.word) && sameWord(widget, t
 function follow(widget, word) {
   widget.word = word === widget.word ? "" : word;
   if (widget.input) widget.input.value = widget.word;
-  paint(widget);
-  look(widget, widget.current);
+  paint(widget, false);
+}
+
+// To the next cell that holds the followed word, or the one before: token by token, in each from
+// the top; also where it is not the first of a cell's words.
+function step(widget, back) {
+  const { holding, columns, lenses: [lens], state, current } = widget;
+  const up = state.top === "last" ? -1 : 1;
+  const place = (cell) =>
+    columns.indexOf(lens.posOf(cell)) * lens.layers.length + up * lens.layerOf(cell);
+  const order = [...holding.keys()].sort((a, b) => (place(a) - place(b)) * (back ? -1 : 1));
+  if (!order.length) return;
+  const here = place(current);
+  const next = order.find((cell) => (back ? place(cell) < here : place(cell) > here)) ?? order[0];
+  look(widget, next);
+  for (const each of widget.views) bringIntoView(widget, each);
+  widget.spoken.textContent = spokenOf(lens, state, next);
 }
 
 function following(widget) {
@@ -20,10 +35,15 @@ function following(widget) {
   input.placeholder = "a word";
   input.size = 9;
   input.setAttribute("aria-label", "Follow a word: mark every cell that promotes or suppresses it");
+  input.title = "Enter goes to the next cell that holds the word, Shift+Enter to the one before";
+  input.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter") return;
+    widget.keyed = true;
+    step(widget, event.shiftKey);
+  });
   input.addEventListener("input", () => {
     widget.word = input.value;
-    paint(widget);
-    look(widget, widget.current);
+    paint(widget, false);
   });
   input.value = widget.word;
   const options = [...new Set(widget.lenses.flatMap((each) =>
@@ -97,6 +117,16 @@ function cellText(widget, { lens }) {
     ...ENDS.map((end) => `${end}: ${words(end)}`)].join("\n");
 }
 
+// What a colour of the style sheet is in the page's scheme.
+function colorOf({ root }, name) {
+  const probe = make("i");
+  probe.style.color = `var(${name})`;
+  root.append(probe);
+  const { color } = getComputedStyle(probe);
+  probe.remove();
+  return color;
+}
+
 // The tables as they are shown, as a picture that needs nothing else.
 function asSvg(widget) {
   drawAll(widget);
@@ -107,14 +137,13 @@ function asSvg(widget) {
     if (!looks.has(key)) {
       const style = getComputedStyle(cell);
       looks.set(key, { back: style.backgroundColor, ink: style.webkitTextFillColor,
-        size: parseFloat(style.fontSize), weight: style.fontWeight,
-        frame: cell.classList.contains("bw-hit") ? getComputedStyle(widget.root)
-          .getPropertyValue("--target-now") || "#c9400a" : "" });
+        size: parseFloat(style.fontSize), weight: style.fontWeight });
     }
     return looks.get(key);
   };
   const gap = 1;
   const out = [];
+  const [target, mark] = ["--target", "--mark"].map((name) => colorOf(widget, name));
   let [left, bottom] = [8, 0];
   for (const each of widget.views) {
     let top = 8;
@@ -130,9 +159,16 @@ function asSvg(widget) {
         const width = widget.widths[at];
         const look = lookOf(cell);
         const box = `x="${x}" y="${top}" width="${width}" height="${height}"`;
-        if (cell.tagName === "TD" && !cell.classList.contains("bw-nil")) {
-          const frame = look.frame && `stroke="${look.frame}" stroke-width="1.5"`;
+        const has = (name) => cell.classList.contains(name);
+        if (cell.tagName === "TD" && !has("bw-nil")) {
+          const frame = has("bw-hit") ? `stroke="${target}" stroke-width="1.5"`
+            : has("bw-own") ? `stroke="${look.ink}" stroke-width="1.5" stroke-dasharray="4 3"` : "";
           out.push(`<rect ${box} rx="2" fill="${look.back}" ${frame}/>`);
+          if (has("bw-up") || has("bw-down")) {
+            const sides = [x + 3.5, x + width - 3.5].map((at) => `M${at} ${top + 2}v${height - 4}`);
+            out.push(`<path d="${sides.join("")}" stroke="${mark}" stroke-width="3" `
+              + `stroke-dasharray="${has("bw-up") ? "none" : "3 2"}"/>`);
+          }
         }
         const lines = [...cell.querySelectorAll("div, b")];
         (lines.length ? lines : [cell]).forEach((line, number, all) => {
@@ -195,26 +231,19 @@ async function copy(widget, text) {
 // Copies and pictures of what is shown.
 function taking(widget) {
   const tables = (name) => widget.views.map((each) => asText[name](gridOf(widget, each))).join("\n\n");
-  const svg = () => download("bwlens.svg", new Blob([asSvg(widget)], { type: "image/svg+xml" }));
   const jobs = {
     "copy the cell": () => copy(widget, widget.views.map((each) => cellText(widget, each)).join("\n")),
     ...Object.fromEntries(Object.keys(asText).map((name) =>
       [`copy the table as ${name}`, () => copy(widget, tables(name))])),
     "save as PNG": () => savePng(widget),
-    "save as SVG": svg,
+    "save as SVG": () =>
+      download("bwlens.svg", new Blob([asSvg(widget)], { type: "image/svg+xml" })),
   };
   const menu = make("details", "bw-menu", make("summary", "", "Take along"));
-  const list = make("div", "");
-  for (const [name, job] of Object.entries(jobs)) {
-    const button = make("button", "", name);
-    button.type = "button";
-    button.addEventListener("click", () => {
-      job();
-      menu.open = false;
-    });
-    list.append(button);
-  }
-  menu.append(list);
+  menu.append(make("div", "", ...Object.entries(jobs).map(([name, job]) => button(name, () => {
+    job();
+    menu.open = false;
+  }))));
   return menu;
 }
 
@@ -224,7 +253,7 @@ function remembering(widget, defaults) {
   if (!root.parentElement?.matches("main") || !("scripts" in document.documentElement.dataset)) {
     return { keep() {}, recall() {} };
   }
-  const mark = mounted > 1 ? `${mounted}.` : "";
+  const mark = widget.number > 1 ? `${widget.number}.` : "";
   const all = () => new URLSearchParams(location.hash.slice(1));
   return {
     keep() {

@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
 from bwlens.model.sites import MATRICES
-from bwlens.show.colors import css, ink, shade
-from bwlens.show.drawing import COLUMN, SCALE, axes, drawable, label, scale_bar
-from bwlens.show.sheet import definitions, document, svg
+from bwlens.show.colors import css, ink, shade, themed
+from bwlens.show.drawing import COLUMN, SCALE, axes, few, label, literal, scale_bar
+from bwlens.show.sheet import definitions, document, grid, svg
 from bwlens.show.words import exact, visible
 
 if TYPE_CHECKING:
@@ -139,15 +139,12 @@ def _summary(lens: ChangeLens) -> str:
             f'<td class="number">{lens.effect.divergence:.3g}</td>'
             f'<td class="number">{lens.effect.random:.3g}</td></tr>'
         )
-    return _table(("", "words", "nats", "chance"), rows, numbers=(2, 3))
+    return grid(("", "words", "nats", "chance"), rows, numbers=(2, 3))
 
 
 def _mark(word: str, value: float, title: str, dim: bool) -> str:
-    light, dark = shade(min(value, 1.0) * 0.8), shade(min(value, 1.0) * 0.8, True)
-    style = (
-        f"background:light-dark({css(light)},{css(dark)});"
-        f"color:light-dark({css(ink(light))},{css(ink(dark))})"
-    )
+    share = min(value, 1.0) * 0.8
+    style = themed(shade(share), shade(share, dark=True))
     kind = ' class="dim"' if dim else ""
     return f'<mark{kind} style="{style}" title="{escape(title)}">{escape(exact(word))}</mark>'
 
@@ -162,15 +159,12 @@ def _by_layer(lens: ChangeLens) -> str:
         for row in reversed(frame.to_dict("records"))
     ]
     heads = ("layer", "norm", *(said for _, said in _SIDES))
-    return _table(heads, rows, numbers=(0, 1))
+    return grid(heads, rows, numbers=(0, 1))
 
 
 def _shaded(value: float, top: float) -> str:
-    light, dark = shade(value / top), shade(value / top, True)
-    return (
-        f'<mark style="background:light-dark({css(light)},{css(dark)});'
-        f'color:light-dark({css(ink(light))},{css(ink(dark))})">{value:.3g}</mark>'
-    )
+    style = themed(shade(value / top), shade(value / top, dark=True))
+    return f'<mark style="{style}">{value:.3g}</mark>'
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -189,7 +183,7 @@ def _effects(lens: ChangeLens) -> str:
     lowered = _listed(lens.effect_words("lowered"))
     heads = ("prompt", "next word before", "after", "nats")
     return (
-        f"<h2>What it does</h2>{_table(heads, rows, numbers=(3,))}"
+        f"<h2>What it does</h2>{grid(heads, rows, numbers=(3,))}"
         f"<p>Lowered most: {lowered}. A random change of the same singular values moves the next"
         f" words by {lens.effect.random:.3g} nats.</p>"
     )
@@ -222,7 +216,7 @@ def _directions(lens: ChangeLens) -> str:
         '<p><label>Find a word, a matrix: <input id="find" type="search"></label>'
         ' <span id="count"></span></p>'
     )
-    return f"{search}{_table(heads, rows, numbers=(0, 2, 3, 4, 8, 9), name='directions')}{more}"
+    return f"{search}{grid(heads, rows, numbers=(0, 2, 3, 4, 8, 9), name='directions')}{more}"
 
 
 _P = ("chance_x", "chance_delta")
@@ -234,17 +228,6 @@ def _faint(p: float) -> str:
 
 def _p(p: float) -> str:
     return "" if p != p else f"{p:.2g}"
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[str], numbers: Sequence[int], name: str = ""
-) -> str:
-    kinds = [' class="number"' if i in numbers else "" for i in range(len(heads))]
-    top = "".join(f"<th{kind}>{head}</th>" for kind, head in zip(kinds, heads, strict=True))
-    return (
-        f'<div class="scroll"><table{f" id={name}" if name else ""}><thead><tr>{top}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
 
 
 def figure(lens: ChangeLens, kind: Literal["norms", "words"] | str, ax: Any = None) -> Figure:
@@ -283,10 +266,10 @@ def figure(lens: ChangeLens, kind: Literal["norms", "words"] | str, ax: Any = No
             for row, table in enumerate(tables):  # pyright: ignore[reportPossiblyUnboundVariable]
                 for column, word in enumerate(table["word"]):
                     color = css(ink(shade(float(norm(values[row, column])))))
-                    said = drawable(label(visible(word)))
-                    ax.text(column, row, said, ha="center", va="center", fontsize=6, color=color)
-        step = max(1, len(layers) // 10)
-        ax.set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+                    said = label(visible(word))
+                    style = {"ha": "center", "va": "center", "fontsize": 6, "color": color}
+                    literal(ax.text(column, row, said, **style))
+        ax.set_yticks(*few(layers, 10))
         ax.set_ylabel("layer")
         unit = "Frobenius norm" if kind == "norms" else "nats beyond chance"
         scale_bar(drawn, ax, norm, unit)

@@ -52,8 +52,9 @@ def limit(norms: Any) -> float:
     """The norm [layer, pos] that has the deepest shade: the largest, unless it dwarfs the rest.
 
     With Q1 and Q3 the quartiles of the norms at all tokens but the strongest (often a BOS), norms
-    above f = Q3 + 3 (Q3 - Q1) lie far out (Tukey). Where the largest exceeds 3.5 f, the scale ends
-    at the largest norm up to f, and those beyond it are marked. 1 where all are 0.
+    above f = Q3 + 3 (Q3 - Q1) lie far out (Tukey); f is raised until no more than one in fifty of
+    them does, for what is common is no outlier. Where the largest norm exceeds 3.5 f, the scale
+    ends at the largest norm up to f, and those beyond it are marked. 1 where all are 0.
     """
     values = np.asarray(norms, dtype=float)
     high = float(values.max(initial=0.0))
@@ -62,7 +63,7 @@ def limit(norms: Any) -> float:
     if not len(rest):
         return high or 1.0
     low, up = np.quantile(rest, (0.25, 0.75))
-    fence = float(up + 3 * (up - low))
+    fence = max(up + 3 * (up - low), np.quantile(rest, 0.98, method="higher"))
     return high if high <= 3.5 * fence else float(values[values <= fence].max())
 
 
@@ -81,6 +82,13 @@ def contrast(one: tuple[int, int, int], other: tuple[int, int, int]) -> float:
     """The contrast ratio of two colours, 1 (none) to 21 (black on white), as WCAG defines it."""
     low, high = sorted((luminance(one), luminance(other)))
     return (high + 0.05) / (low + 0.05)
+
+
+def themed(light: tuple[int, int, int], dark: tuple[int, int, int]) -> str:
+    """The style of a background on light and on dark pages, with the ink for each."""
+    both = [(css(light), css(dark)), (css(ink(light)), css(ink(dark)))]
+    back, front = (f"light-dark({one},{other})" for one, other in both)
+    return f"background-color:{back};color:{front}"
 
 
 def luminance(color: tuple[int, int, int]) -> float:

@@ -10,7 +10,7 @@ import json
 from html import escape
 from typing import Any
 
-from bwlens.show.sheet import document
+from bwlens.show.sheet import document, grid
 from bwlens.show.words import exact
 
 _MOST = 2000  # Examples on a page; the folder has all.
@@ -24,8 +24,9 @@ background:none;color:inherit;cursor:pointer;margin:.1rem;padding:.05rem .4rem}
 _SCRIPT = """
 <script type="application/json" id="data">DATA</script><script>(()=>{
 const d=JSON.parse(document.getElementById('data').textContent),$=i=>document.getElementById(i),
-rows=$('rows'),cell=(t,n)=>{const c=document.createElement('td');c.textContent=t;if(n)c.className=n;
-return c};const draw=()=>{const word=$('word').value.trim().toLowerCase(),at=$('layer').value;
+rows=$('rows').tBodies[0],cell=(t,n)=>{const c=document.createElement('td');c.textContent=t;
+if(n)c.className=n;return c};const draw=()=>{const at=$('layer').value,
+word=$('word').value.trim().toLowerCase();
 const out=[];for(const w of d.writes){if(at!==''&&w[1]!=at)continue;
 const words=w[4].map(i=>d.words[i]);if(word&&!words.some(x=>x.trim().toLowerCase()===word)&&
 !d.texts[w[0]].toLowerCase().includes(word))continue;out.push(w)}out.sort((a,b)=>b[3]-a[3]);
@@ -75,14 +76,12 @@ def page(lens: Any) -> str:
     failed = "".join(f"<li>example {f.item}: {escape(f.message)}</li>" for f in lens.failures[:50])
     left = f"<h2>Not read</h2><ul>{failed}</ul>" if failed else ""
     more = f" (the first {_MOST} of them here)" if len(examples) == _MOST else ""
-    plain = "".join(
+    plain = [
         f'<tr><td class="number">{row.item}</td><td class="text">{escape(row.text)}</td>'
         f'<td class="number">{row.loss:.3g}</td><td class="number">{row.norm:.3g}</td></tr>'
         for row in examples.sort_values("norm", ascending=False).head(20).itertuples()
-    )
-    heads = (
-        "<th>example</th><th>text</th><th>layer</th><th>token</th><th>size</th><th>promotes</th>"
-    )
+    ]
+    heads = ("example", "text", "layer", "token", "size", "promotes")
     return document(
         "What training on a data set would write",
         f"<h1>What training on {len(examples)} examples{more} would write into"
@@ -92,10 +91,8 @@ def page(lens: Any) -> str:
         f'<h2>Words that most examples promote</h2><p id="words">{top}</p>'
         '<h2>Find</h2><p><label>a word <input id="word" type="search"></label> <label>in layer'
         f' <select id="layer"><option value="">any</option>{layers}</select></label> <span'
-        f' id="count"></span></p><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
-        '<tbody id="rows"></tbody></table></div>'
-        "<h2>Largest gradients</h2><div class='scroll'><table><thead><tr><th>example</th>"
-        f"<th>text</th><th>loss</th><th>norm</th></tr></thead>{plain}</table></div>{left}"
+        f' id="count"></span></p>{grid(heads, (), name="rows")}<h2>Largest gradients</h2>'
+        f"{grid(('example', 'text', 'loss', 'norm'), plain, numbers=(0, 2, 3))}{left}"
         f"{_SCRIPT.replace('DATA', packed)}",
         _STYLE,
     )

@@ -20,6 +20,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from bwlens.show.colors import shade, signed
@@ -132,6 +133,19 @@ def label(text: str, longest: int = 16) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
+def literal(*texts: Text) -> None:
+    """Text of models as it stands: no mathematics, and fonts that have its characters."""
+    for text in texts:
+        text.set_parse_math(False)
+        text.set_fontfamily(families(text.get_text()))
+
+
+def length(text: str, size: float) -> float:
+    """Inches that a text of so many points takes, about."""
+    wide = sum(1.0 if unicodedata.east_asian_width(c) in "WF" else 0.62 for c in text)
+    return wide * size / 72
+
+
 def plain(ax: Axes) -> None:
     """Small type and thin lines, as a column of a paper wants them."""
     ax.tick_params(labelsize=points(6.0), length=2, width=0.5, pad=2)
@@ -157,8 +171,7 @@ def legend(ax: Axes, title: str | None = None) -> None:
         ncols=1 + (len(ax.get_lines()) > 8),
         loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.4, columnspacing=0.8,
     )  # fmt: skip
-    for text in names.get_texts():
-        text.set_parse_math(False)
+    literal(*names.get_texts())
 
 
 def few(items: Sequence[int], most: int = 8) -> tuple[list[int], list[str]]:

@@ -81,20 +81,17 @@ def table(
             }
             word = drawable(visible(words[at][pos][0]))
             size = drawing.points(6.0)
-            text = ax.text(x, y, word, fontsize=size, parse_math=False, clip_on=True, **style)
-            text.set_fontfamily(drawing.families(word))
-            texts.append(text)
+            texts.append(ax.text(x, y, word, fontsize=size, clip_on=True, **style))
+            drawing.literal(texts[-1])
             if values[at, pos] > top * 1.0001:
                 ax.plot([x - 0.4, x + 0.4], [y - 0.38] * 2, color=style["color"], lw=0.8)
             if words[at][pos][0] == target:
                 box = (x - 0.47, y - 0.45), 0.94, 0.9
                 ax.add_patch(Rectangle(*box, fill=False, lw=1.0, edgecolor=TARGET))
     if lens.target or title:
-        above = title or drawing.label(f"→ {target_words(lens)}", 40)
+        above = title or drawing.label(f"\u200e→ {target_words(lens)}", 40)
         place = "center" if title else "right"
-        heading = ax.set_title(above, fontsize=drawing.points(7.0), loc=place)
-        heading.set_parse_math(False)
-        heading.set_fontfamily(drawing.families(above))
+        drawing.literal(ax.set_title(above, fontsize=drawing.points(7.0), loc=place))
     ax.set(xlim=(-0.5, len(columns) - 0.5), ylim=(-0.5, len(rows) - 0.5), ylabel="layer")
     _tokens_below(ax, lens, columns, dict(enumerate(columns)), positions)
     ax.set_yticks(*drawing.few([lens.layers[at] for at in rows], 12))
@@ -138,7 +135,7 @@ def norms(
     drawing.plain(ax)
     ax.grid(False)
     if title:
-        ax.set_title(title, fontsize=drawing.points(7.0)).set_parse_math(False)
+        drawing.literal(ax.set_title(title, fontsize=drawing.points(7.0)))
     name = "\\delta" if of == "delta" else "x"
     drawing.scale_bar(figure, ax, norm, f"norm of ${name}$, {matrix}{beyond}", cmap=cmap)
     return figure
@@ -194,8 +191,8 @@ def target_ranks(
     ranks = np.where(ranks < 0, np.nan, ranks)
     figure, ax = drawing.axes(ax, (width, 2.3))
     _, columns = _chosen(lens, matrix, positions, None, 10)
+    names = headings(lens)
     for pos in columns:
-        token = lens.tokens[pos]
         last = pos == lens.n_prompt - 1
         ax.plot(
             lens.layers,
@@ -205,12 +202,12 @@ def target_ranks(
             linewidth=1.6 if last else 0.9,
             marker="o",
             markersize=2.2,
-            label=drawing.label(f"{pos} {visible(token)}"),
+            label=drawing.label(f"{pos} {visible(names[pos])}"),
             zorder=3 if last else 2,
         )
     some = "" if len(columns) == len(lens.tokens) else _some(lens, columns, positions)
     ax.set(xlabel=f"layer{some}", ylabel=f"rank of {drawing.label(target, 24)}, {matrix}")
-    ax.yaxis.label.set_parse_math(False)
+    drawing.literal(ax.yaxis.label)
     # The rank's own order: the most probable word stands at the top.
     ax.set_ylim(lens.d_vocab * 1.04, -lens.d_vocab * 0.04)
     ax.set_xticks([int(layer) for layer in drawing.few(lens.layers)[1]])
@@ -302,12 +299,13 @@ def _tokens_below(
     """Names of the columns at `named`, place to position; how many are drawn, if not all."""
     tokens = headings(lens)
     labels = [drawing.label(visible(tokens[pos])) for pos in named.values()]
-    long = sum(map(len, labels)) > 42 or len(labels) > 8
+    room = ax.get_window_extent().width / ax.figure.dpi / max(1, len(columns))
+    widest = max((drawing.length(label, drawing.points(6.0)) for label in labels), default=0)
+    long = len(labels) > 8 or widest > room
     places = {"rotation": 60 if long else 0, "ha": "right" if long else "center"}
     ax.set_xticks(list(named), labels, **places)
     for pos, label in zip(named.values(), ax.get_xticklabels(), strict=True):
-        label.set_parse_math(False)
-        label.set_fontfamily(drawing.families(label.get_text()))
+        drawing.literal(label)
         if long:
             label.set_rotation_mode("anchor")
         if pos in lens.subject:
@@ -318,14 +316,15 @@ def _tokens_below(
 
 def _fit(figure: Figure, ax: Axes, texts: list[Any], n_pos: int) -> None:
     """Shrink each word to its cell (to 4 pt), then shorten what is still too wide."""
+    dpi = figure.get_dpi()
+    figure.set_dpi(600)  # at a screen's few dots letters are narrower than in print
     figure.draw_without_rendering()
     room = ax.get_window_extent().width / n_pos * 0.92
     fitted: dict[str, tuple[float, str]] = {}  # few words are many cells
     for text in texts:
         word = text.get_text()
         if word not in fitted:
-            taken = text.get_window_extent().width
-            if taken > room:
+            if (taken := text.get_window_extent().width) > room:
                 text.set_fontsize(max(4.0, text.get_fontsize() * room / taken))
             if (taken := text.get_window_extent().width) > room:
                 keep = max(1, int(len(word) * room / taken))
@@ -336,3 +335,4 @@ def _fit(figure: Figure, ax: Axes, texts: list[Any], n_pos: int) -> None:
             fitted[word] = text.get_fontsize(), text.get_text()
         text.set_fontsize(fitted[word][0])
         text.set_text(fitted[word][1])
+    figure.set_dpi(dpi)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bwlens.show.colors import css, ink, shade, signed
+from bwlens.show.colors import shade, signed, themed
 from bwlens.show.sheet import document
 from bwlens.show.words import quoted, visible
 
@@ -30,8 +30,7 @@ color:light-dark(#1c2128,#e6e9ee)}
 .bwlens-heads .both{position:relative;display:inline-block;min-height:190px;padding-right:280px}
 .bwlens-heads table{border-collapse:separate;border-spacing:2px;width:auto}
 .bwlens-heads th{font-weight:400;padding:0 4px;text-align:right;border:0}
-.bwlens-heads td{width:2.6em;height:1.5em;padding:0;text-align:center;border:0;font-size:11px;
-background:light-dark(var(--l),var(--d));color:light-dark(var(--a),var(--b))}
+.bwlens-heads td{width:2.6em;height:1.5em;padding:0;text-align:center;border:0;font-size:11px}
 .bwlens-heads td:focus,.bwlens-heads td:hover{outline:2px solid light-dark(#c9400a,#ffa94d)}
 .bwlens-heads .pop{display:none;position:absolute;right:0;top:4px;width:250px;padding:8px;
 background:#fff;color:#111;border:1px solid #999;border-radius:6px;text-align:left}
@@ -72,8 +71,7 @@ class HeadTable:
         if place not in self._cells:
             return "<td></td>"
         value = self._cells[place]
-        light, dark = shade(value / high), shade(value / high, dark=True)
-        style = f"--l:{css(light)};--d:{css(dark)};--a:{css(ink(light))};--b:{css(ink(dark))}"
+        style = themed(shade(value / high), shade(value / high, dark=True))
         title = f"L{place[0]} H{place[1]}: {value:.3g}"
         pop = f'<div class="pop">{title}<br>{self._pops.get(place, "")}</div>'
         return f'<td tabindex="0" style="{style}">{100 * value / high:.0f}{pop}</td>'
@@ -136,15 +134,14 @@ def head_scores_figure(scores: HeadScores, score: Any = "reversed") -> Figure:
     """Layers by heads as a figure, for papers."""
     from matplotlib.colors import Normalize
 
-    from bwlens.show.drawing import SCALE, axes, plain, scale_bar
+    from bwlens.show.drawing import SCALE, axes, few, plain, scale_bar
 
     means = scores.mean(score).float().cpu().numpy()
     figure, ax = axes(None, (0.16 * means.shape[1] + 1.3, 0.11 * means.shape[0] + 0.7))
     norm = Normalize(0, float(means.max()) or 1.0)
     ax.imshow(means, origin="lower", aspect="auto", cmap=SCALE, norm=norm)
     ax.set_xticks(range(len(scores.heads)), [str(head) for head in scores.heads])
-    step = max(1, len(scores.layers) // 10)
-    ax.set_yticks(range(0, len(scores.layers), step), [str(n) for n in scores.layers[::step]])
+    ax.set_yticks(*few(scores.layers, 10))
     ax.set_xlabel("head")
     ax.set_ylabel("layer")
     plain(ax)
@@ -156,7 +153,7 @@ def head_maps_figure(
     maps: ReversedAttention, heads: Sequence[tuple[int, int]] | int = 3, *, prompt: int = 0
 ) -> Figure:
     """R and A of heads, a column for each, one symmetric scale for all R."""
-    from bwlens.show.drawing import Drawing, label, plain
+    from bwlens.show.drawing import Drawing, label, literal, plain
 
     places = maps.strongest(heads) if isinstance(heads, int) else list(heads)
     figure = Drawing(figsize=(1.7 * len(places) + 0.4, 3.6), layout="constrained")
@@ -172,6 +169,7 @@ def head_maps_figure(
             ax.set_title(f"L{layer} H{head}, {'R' if row == 0 else 'A'}", fontsize=6)
             ax.set_xticks(range(len(names)), names, rotation=90)
             ax.set_yticks(range(len(names)), names if ax is grid[row][0] else [])
+            literal(*ax.get_xticklabels(), *ax.get_yticklabels())
             plain(ax)
             ax.tick_params(labelsize=4)
     return figure

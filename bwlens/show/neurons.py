@@ -108,7 +108,7 @@ def cumulative_figure(found: Any, layers: Any = None) -> Figure:
         drawing.plain(one)
     ax.legend(fontsize=5, frameon=False)
     title = drawing.label(f"{found.prompt} → {quoted(found.target)}", 70)
-    figure.suptitle(title, fontsize=7).set_parse_math(False)
+    drawing.literal(figure.suptitle(title, fontsize=7))
     return figure
 
 

@@ -103,6 +103,9 @@ def pack(
     def places(ids: Any) -> Any:
         return place[ids]
 
+    many = width > picking.DRAWN
+    chosen = picking.columns(lens, matrices[-1]) if many else keep
+    columns = [at for at, pos in enumerate(keep) if pos in chosen]
     entries: list[dict[str, Any]] = []
     by_matrix: dict[str, Any] = {}
     for matrix in matrices:
@@ -133,7 +136,7 @@ def pack(
         by_matrix[matrix] = {
             "delta": _digits(lens.norms(matrix, "delta")[:, keep]),
             "x": _digits(lens.norms(matrix, "x")[:, keep]),
-            "top": limit(lens.norms(matrix)[:, keep]),
+            "top": limit(lens.norms(matrix)[:, keep][:, columns]),
             "readings": at,
         }
         if matrix in moved:
@@ -142,13 +145,12 @@ def pack(
                  for each in cell]
                 for cell in moved[matrix]
             ]  # fmt: skip
-    many = width > picking.DRAWN
-    names, chosen = headings(lens), picking.columns(lens, matrices[-1]) if many else keep
+    names = headings(lens)
     return {
         "k": k,
         "of": has,
         "about": about(lens),
-        "columns": [at for at, pos in enumerate(keep) if pos in chosen],
+        "columns": columns,
         "at": keep,
         "subject": [at for at, pos in enumerate(keep) if pos in lens.subject],
         "vocab": lens.d_vocab,

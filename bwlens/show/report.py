@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from bwlens.show import circuits
 from bwlens.show.heads import head_maps_figure, head_table
-from bwlens.show.sheet import definitions, document, svg
+from bwlens.show.sheet import definitions, document, grid, svg
 from bwlens.show.table import first_matrix, table, titled
 from bwlens.show.trusting import section
 from bwlens.show.words import model_name, visible
@@ -113,10 +113,7 @@ def _segments(lens: BackwardLens, matrix: str) -> str:
             f"layer {lens.layers[layer]}, “{token}”",
         )  # fmt: skip
         rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    heads = "".join(f"<th>{h}</th>" for h in ("part", "tokens", "mean norm", "largest", "where"))
-    return (
-        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>{"".join(rows)}</table></div>'
-    )
+    return grid(("part", "tokens", "mean norm", "largest", "where"), rows)
 
 
 def _figures(lens: BackwardLens, matrix: str) -> str:

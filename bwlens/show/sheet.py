@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,18 @@ def svg(figure: Figure) -> str:
     figure.savefig(drawn, format="svg", metadata={"Date": None})
     _, tag, rest = drawn.getvalue().partition("<svg")
     return tag + rest
+
+
+def grid(
+    heads: Sequence[str], rows: Iterable[str], numbers: Sequence[int] = (), name: str = ""
+) -> str:
+    """Rows of HTML under heads, those of the columns `numbers` to the right."""
+    kinds = [' class="number"' if at in numbers else "" for at in range(len(heads))]
+    top = "".join(f"<th{kind}>{head}</th>" for kind, head in zip(kinds, heads, strict=True))
+    return (
+        f'<div class="scroll"><table{f" id={name}" if name else ""}><thead><tr>{top}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
 
 
 def definitions(rows: Iterable[tuple[str, str]], kind: str = "", code: bool = False) -> str:

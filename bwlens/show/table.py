@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bwlens.show import picking, trusting
-from bwlens.show.colors import CHANGES, STEPS, TARGET, changes, css, ink, limit, scale
+from bwlens.show.colors import CHANGES, STEPS, TARGET, changes, css, ink, limit, scale, themed
 from bwlens.show.pack import compressed, pack
 from bwlens.show.picking import DRAWN
 from bwlens.show.sheet import document
@@ -243,11 +243,7 @@ def _style() -> str:
     rules = [f"--target:light-dark({TARGET[0]},{TARGET[1]});"]
     for name, shades in (("s", scale), ("d", changes)):
         for step, (light, dark) in enumerate(zip(shades(), shades(dark=True), strict=True)):
-            back, front = (
-                f"light-dark({css(a)},{css(b)})"
-                for a, b in ((light, dark), (ink(light), ink(dark)))
-            )
-            rules.append(f".{name}{step}{{background-color:{back};color:{front}}}")
+            rules.append(f".{name}{step}{{{themed(light, dark)}}}")
     return f"{_asset('_table.css')}:is(.bwlens, #bwlens){{{''.join(rules)}}}"
 
 

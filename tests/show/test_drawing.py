@@ -6,7 +6,9 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.font_manager import fontManager
 
+from bwlens.show import drawing
 from bwlens.show.drawing import (
     LINES,
     axes,
@@ -14,8 +16,10 @@ from bwlens.show.drawing import (
     drawable,
     families,
     label,
+    length,
     line_color,
     line_style,
+    literal,
     panels,
 )
 
@@ -28,6 +32,18 @@ def summary(line, values, **columns):
     ).assign(**columns)
 
 
+@pytest.fixture
+def few_fonts(monkeypatch):
+    """Those that matplotlib brings: what machines have besides differs."""
+    own = [entry for entry in fontManager.ttflist if "matplotlib" in entry.fname]
+    monkeypatch.setattr(fontManager, "ttflist", own)
+    for known in (drawing._font_with, drawing._warn_of):
+        known.cache_clear()
+    yield
+    drawing._font_with.cache_clear()
+
+
+@pytest.mark.usefixtures("few_fonts")
 @pytest.mark.filterwarnings("ignore:no installed font")
 def test_characters_that_fonts_lack_are_named():
     assert drawable("Messi δ") == "Messi δ"
@@ -36,6 +52,7 @@ def test_characters_that_fonts_lack_are_named():
     assert label("日本の町の名前") == label(drawable("日本の町の名前"))
 
 
+@pytest.mark.usefixtures("few_fonts")
 def test_installed_fonts_are_looked_for_and_what_none_has_is_said_once():
     with mpl.rc_context({"font.family": ["cmr10"]}):  # which has no é
         assert drawable("é") == "é"
@@ -44,6 +61,16 @@ def test_installed_fonts_are_looked_for_and_what_none_has_is_said_once():
     with pytest.warns(UserWarning, match="no installed font has the characters of SYLOTI"):
         drawable("ꠀ")
     assert drawable("ꠁ") == "<A801>"  # and no more warnings
+
+
+def test_text_of_models_is_no_mathematics_and_has_its_fonts():
+    with mpl.rc_context({"font.family": ["cmr10"]}):
+        figure = drawing.Drawing(figsize=(2.0, 1.0))
+        text = figure.text(0, 0, "$é_{$ $")
+        literal(text)
+        assert text.get_fontfamily() == families("é")
+        figure.draw_without_rendering()
+    assert length("日本", 6.0) > length("ab", 6.0) > 0
 
 
 def test_text_stays_text():

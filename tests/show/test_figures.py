@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import bwlens
-from bwlens.show import figures, picking
+from bwlens.show import picking
 from bwlens.show.colors import limit
 from tests import tiny
 from tests.fake_lens import fake_lens, words_alike
@@ -56,12 +56,17 @@ def test_table_says_what_the_lens_says(lens):
     assert [label.get_text() for label in ax.get_xticklabels()] == list(lens.tokens)
 
 
-def test_words_stay_within_their_cells(lens):
-    figure = lens.figure("table", width=1.6)
-    ax = figure.axes[0]
-    figure.draw_without_rendering()
-    room = ax.get_window_extent().width / len(lens.tokens)
-    assert all(text.get_window_extent().width <= room for text in ax.texts)
+@pytest.mark.parametrize("dpi", [100, 200])  # letters of few dots are narrower
+def test_words_stay_within_their_cells(lens, dpi):
+    long = ["compromis", "disadvant", "interpre", "howe", "nonsense", "AlmostEqual", "policym"]
+    wide = fake_lens(long * 10, 9, 7, silent=False)
+    for shown, width in ((lens, 1.6), (wide, 3.3)):
+        figure = shown.figure("table", width=width)
+        figure.set_dpi(dpi)
+        ax = figure.axes[0]
+        figure.draw_without_rendering()
+        room = ax.get_window_extent().width / len(shown.tokens)
+        assert all(text.get_window_extent().width <= 0.975 * room for text in ax.texts)
 
 
 def test_ranks_leave_out_what_has_no_gradient(lens):
@@ -71,11 +76,31 @@ def test_ranks_leave_out_what_has_no_gradient(lens):
     assert drawn == [False, False, False, True]  # the last layer: only the last token
 
 
+BYTES = ["<|im_start|>", r"\xe6\x97", r"\xa5", "é", " a", "1", "8"]
+
+
 @pytest.mark.filterwarnings("ignore:no installed font")
-def test_characters_without_a_glyph_are_named():
-    assert figures.drawable("café") == "café"
-    assert figures.drawable("日") == "<65E5>"
-    assert figures.drawable("$x_{$") == "$x_{$"
+def test_names_of_tokens_lie_apart_and_say_the_text():
+    lens = fake_lens([*BYTES, *words_alike(200)], 4, 7, tokens=BYTES, silent=False)
+    for kind in ("table", "norms"):
+        figure = lens.figure(kind)
+        figure.draw_without_rendering()
+        labels = figure.axes[0].get_xticklabels()
+        assert all(label.get_rotation() == 60 for label in labels)  # the first would lie on others
+        assert labels[3].get_text() == "é"
+        assert labels[1].get_text().endswith(" 1/2")
+    names = [text.get_text() for text in lens.figure("target_ranks").axes[0].get_legend().texts]
+    assert names[1].endswith(" 1/2")
+    assert names[0] == "0 <|im_start|>"
+    few = fake_lens(["a", "b"] * 50, 4, 4, tokens=["a", "b", "a", "b"])
+    figure = few.figure("table")
+    assert not any(label.get_rotation() for label in figure.axes[0].get_xticklabels())
+
+
+def test_a_target_that_is_written_leftward_stands_after_its_arrow():
+    lens = fake_lens([" روما", *words_alike(200)], 4, 4, target=0, silent=False)
+    title = lens.figure("table").axes[0].get_title(loc="right")
+    assert title == '\u200e→ " روما"'  # the mark keeps the line's direction
 
 
 @pytest.mark.usefixtures("unchecked")

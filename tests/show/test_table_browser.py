@@ -149,10 +149,23 @@ def test_the_mouse_and_the_keys_find_each_other(show, lens):
     view = show(table(lens))
     cell(view, 2, 1).click()
     view.keyboard.press("Escape")
-    view.wait_for_timeout(550)  # a mouse that rests does not take the cell from the keys
     cell(view, 1, 2).hover()
     view.keyboard.press("ArrowRight")
     check_panel(view, lens, "W_out", 1, 3)
+    # Events of a mouse that rests while cells move below it, as browsers send them.
+    rest = """e => e.dispatchEvent(new PointerEvent("pointerover", { bubbles: true,
+        pointerType: "mouse", clientX: at.x, clientY: at.y }))"""
+    box = cell(view, 1, 2).bounding_box()
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    view.evaluate("place => { window.at = place; }", place)
+    view.mouse.move(place["x"], place["y"])
+    view.keyboard.press("ArrowRight")
+    view.wait_for_timeout(600)
+    cell(view, 0, 0).evaluate(rest)
+    check_panel(view, lens, "W_out", 1, 4)
+    view.evaluate("at.x += 1")
+    cell(view, 0, 0).evaluate(rest)
+    check_panel(view, lens, "W_out", 0, 0)
 
 
 def test_a_cell_says_which_neurons_the_step_moves_most_there(show, lens):
@@ -167,7 +180,14 @@ def test_a_cell_says_which_neurons_the_step_moves_most_there(show, lens):
         for text, each in zip(said, moved, strict=True):
             value = float(text.split()[1].replace("−", "-"))
             assert value == pytest.approx(each.value, rel=6e-3)
-            assert text.endswith(" ␣w5") == (layer == 1)
+            assert text.split()[2:] == ["␣w5"] * (layer == 1)
+        # Heads stand above what they name, beside the name of the row.
+        lefts = view.locator(".bw-neurons").evaluate("""list => [...list.querySelectorAll("small"),
+            ...list.querySelector(".bw-neuron").children].map(e => {
+                const { left, top } = e.getBoundingClientRect(); return [left, top]; })""")
+        heads, values = lefts[:3], [lefts[0], *lefts[3:]]
+        assert [left for left, _ in heads[1:]] == [left for left, _ in values[1:]]
+        assert values[1][1] > heads[1][1]
     large = fake_lens(words_alike(900), 30, 80, ("W_out",), silent=False)
     assert show(table(large)).locator(".bw-neuron").count() == 0  # held by no one's wish
 
@@ -412,6 +432,7 @@ def test_nothing_overflows_and_headings_stay(show, width, n_layers, n_pos):
     if n_layers == 48:
         box = "document.querySelector('.bw-scroll')"
         view.evaluate(f"{box}.scrollTo(900, 500)")
+        settled(view)
         left, top = view.evaluate(f"""() => {{
             const at = {box}.getBoundingClientRect();
             const one = s => document.querySelector(`.bw-grid ${{s}} th`).getBoundingClientRect();

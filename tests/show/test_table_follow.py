@@ -76,6 +76,14 @@ def test_places_of_followed_words_are_held_in_every_cell(show):
         "paths => paths.map(path => path.getAttribute('d').split(/[ML]/).slice(1).map("
         "point => point.split(' ').map(Number)))"
     )
+    strokes = view.locator(".bw-curve path").evaluate_all(
+        "paths => paths.map(path => getComputedStyle(path).stroke)"
+    )
+    names = view.locator(".bw-facts dt[class]").evaluate_all(
+        "terms => terms.map(term => getComputedStyle(term).textDecorationColor)"
+    )
+    assert names == strokes
+    assert len({*strokes}) == 4
     pos = int(view.inner_text(".bw-cell").split("position ")[1].split()[0])
     heights = [y for _, y in lines[2]]
     order = sorted(range(6), key=lambda layer: int(places[" w11"][layer, pos]))

@@ -68,6 +68,12 @@ def test_on_paper_nothing_is_cut_and_nothing_lies_on_the_table(show, n_pos):
     assert len(view.evaluate(SEEN_CELLS)) == 1
 
 
+def test_a_printed_table_of_thirty_layers_is_on_one_page(show):
+    view = show(page(fake_lens(words_alike(900), DEEP, 6, silent=False)), "dark")
+    pdf = view.pdf(format="A4", margin=dict.fromkeys(("top", "bottom", "left", "right"), "10mm"))
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf)) == 1
+
+
 def test_two_lenses_on_paper(show):
     names = [f" token{at}" for at in range(9)]
     lens = fake_lens(300, DEEP, 9, tokens=names)
@@ -145,6 +151,37 @@ def test_forced_colours_leave_the_shades_and_their_ink(show):
         getComputedStyle(e).color, getComputedStyle(e).backgroundColor])""")
     assert len({back for _, back in colors}) > 5
     assert min(contrast(rgb(front), rgb(back)) for front, back in colors) >= 4.5
+
+
+@pytest.mark.parametrize("forced", ["none", "active"])
+@pytest.mark.parametrize("n_layers", [6, 30])
+def test_the_target_and_a_followed_word_have_marks_of_their_own(show, n_layers, forced):
+    lens = fake_lens(40, n_layers, 5, silent=False)
+    view = show(page(lens))
+    view.emulate_media(forced_colors=forced)
+    view.get_by_role("combobox").fill(lens.target)
+    colors = view.evaluate("""() => ["--target", "--mark"].map(name => {
+        const probe = document.querySelector(".bwlens").appendChild(document.createElement("i"));
+        probe.style.cssText = `color: var(${name}); forced-color-adjust: none`;
+        return getComputedStyle(probe).color; })""")
+    marks = view.locator(".bw-grid td.bw-hit.bw-up").evaluate_all("""cells => cells.map(cell => {
+        const { boxShadow, borderTopColor, backgroundImage } = getComputedStyle(cell);
+        return [boxShadow + borderTopColor, backgroundImage]; })""")
+    assert len(marks) >= 2
+    for frame, image in marks:
+        assert colors[0] in frame
+        assert colors[1] not in frame
+        assert colors[1] in image
+    promoted, suppressed = (
+        view.locator(f".bw-grid .bw-{name}").first.evaluate(
+            "e => getComputedStyle(e).backgroundImage"
+        )
+        for name in ("up", "down")
+    )
+    assert promoted != suppressed
+    style = "e => { const s = getComputedStyle(e); return [s.color, s.backgroundColor]; }"
+    for heading in view.locator(".bw-grid th.bw-here").all():
+        assert contrast(*map(rgb, heading.evaluate(style))) >= 4.5
 
 
 def test_right_to_left_pages_keep_the_order_of_tokens(show):

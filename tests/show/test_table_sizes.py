@@ -69,6 +69,18 @@ def test_no_outlier_no_change():
     assert limit(torch.tensor([[2.0]])) == 2
 
 
+def test_what_is_common_is_no_outlier(show):
+    """Norms of long prompts fall by and by: a scale for the many small ones would say nothing."""
+    norms = torch.logspace(0, -3, 40).repeat(30, 1) * torch.linspace(1, 4, 30)[:, None]
+    assert float((norms[:, 1:] > limit(norms)).double().mean()) <= 0.02
+    lens = fake_lens(words_alike(900), 10, 400, ("W_out",), silent=False)
+    for gradient in lens.gradients.values():
+        gradient.delta[:] *= 0.98 ** torch.arange(400)[:, None]
+    view = show(page(lens))
+    beyond = view.locator(".bw-grid td.bw-beyond").count()
+    assert beyond <= 0.05 * view.locator(".bw-grid td").count()
+
+
 @pytest.mark.parametrize("n_layers", [30, 48])
 def test_all_layers_are_on_one_laptop_screen(show, n_layers):
     lens = fake_lens(words_alike(900), n_layers, 6, silent=False)

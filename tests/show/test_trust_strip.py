@@ -94,7 +94,7 @@ def test_the_strip_in_a_browser(scheme, show):
     assert [float(row["r"]) for row in rows] == pytest.approx(list(R), abs=1e-3)
     assert {row["shown"] for row in rows} == {"visible"}
     assert all(row["title"].startswith(f"Layer {at}:") for at, row in enumerate(rows))
-    pale = [bool(re.search(r"[/,] ?0?\.5\d*\)", row["ink"])) for row in rows]
+    pale = [bool(re.search(r"[/,] ?0?\.6\d*\)", row["ink"])) for row in rows]
     assert pale == [True, True, False, False]
     assert f"below {FLOOR}" in view.inner_text(".bw-legend")
     view.get_by_role("radio", name="W_in", exact=True).check(force=True)

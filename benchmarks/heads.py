@@ -42,7 +42,7 @@ def heads(setting: Setting) -> list[Row | Note]:
 
     ours = partial(bwlens.reversed_attention, model, tokens, TARGET)
     lens = partial(bwlens.backward_lens, model, tokens, TARGET)
-    at_once = partial(bwlens.head_scores, model, rows, TARGET, batch_size=n)
+    at_once = partial(bwlens.head_scores, model, rows, TARGET)
     few = max(1, setting.repeats // 2)
     many = f"{n} prompts' head scores at once / one by one, throughput"
     return [

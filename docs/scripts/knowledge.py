@@ -12,22 +12,24 @@ from __future__ import annotations
 
 import random
 import sys
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 import bwlens
 from bwlens.data.prose import read_prose
-from bwlens.experiments import prose_edits, read_sweep, sweep
+from bwlens.experiments import ResidualRemoval, prose_edits, read_sweep, sweep
 
 RESULTS = Path(__file__).parents[1] / "results"
+PARTS = ("mlp", "attention")
 
 
 def main(name: str, facts: str, prose: str, folder: str, n: str) -> None:
     """Run it, or carry on, and write the figures and the means."""
     tables = []
-    for kind in ("facts", "prose"):
-        where = Path(folder) / kind
+    for part, kind in product(PARTS, ("prose", "facts")):
+        where = Path(folder) / part / kind
         if "--write" not in sys.argv:
             if kind == "facts":
                 every = bwlens.read_records(facts).records
@@ -36,13 +38,15 @@ def main(name: str, facts: str, prose: str, folder: str, n: str) -> None:
                 edits = prose_edits(read_prose(prose))
                 chosen = random.Random(0).sample(edits, min(len(edits), 2 * int(n) // 3))
             model = bwlens.load_model(name)
-            sweep("residual_removal", model, chosen, where, max_memory=2**27, page=False)
+            task = ResidualRemoval(part=part)
+            sweep(task, model, chosen, where, max_memory=2**28, page=False)
         result = read_sweep(where)["residual_removal"]
-        tables.append(result.summary.assign(text=kind))
-        result.figure().savefig(RESULTS / f"residual_removal-{name}-{kind}.png", dpi=110)
-        print(f"{kind}: {result.rows['item'].nunique()} prompts")
+        tables.append(result.summary.assign(part=part, text=kind))
+        stem = f"residual_removal-{name}-{kind}" + ("" if part == "mlp" else f"-{part}")
+        result.figure().savefig(RESULTS / f"{stem}.png", dpi=110)
+        print(f"{part}, {kind}: {result.rows['item'].nunique()} prompts")
     table = pd.concat(tables)[
-        ["text", "layer", "condition", "quantity", "mean", "low", "high", "n"]
+        ["part", "text", "layer", "condition", "quantity", "mean", "low", "high", "n"]
     ]
     table.round(3).to_csv(RESULTS / f"residual_removal-{name}.csv", index=False)
 

@@ -112,11 +112,10 @@ class ResidualRemoval(Experiment):
             parted = streams.parted(branch)
             mean = of_text.parted(branch).added[text.mask].mean(0)
             given = self._given(parted, mean, batch, branch.layer)
-            for condition, stream in zip(CONDITIONS, (None, *given), strict=True):
-                one = own
-                if stream is not None:
-                    left = parted.handed_on(stream.to(parted.stream))
-                    one = streams.after(branch.layer, left, positions=positions)
+            left = parted.handed_on(torch.cat(given).to(parted.stream))
+            where = positions.repeat(len(given), 1)
+            after = streams.after(branch.layer, left, positions=where).chunk(len(given))
+            for condition, one in zip(CONDITIONS, (own, *after), strict=True):
                 loss, top_1, kl = _judged(one, own, answers)
                 columns.append(
                     {

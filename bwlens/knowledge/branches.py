@@ -92,12 +92,12 @@ class Parted:
     Attributes:
         stream: s [batch, pos, d_model].
         added: What the part adds to it.
-        handed_on: From a stream in place of s + added to what leaves the block.
+        handed_on: From streams in place of s + added, batch after batch, to what leaves the block.
     """
 
     stream: Float[Tensor, "batch pos d_model"]
     added: Float[Tensor, "batch pos d_model"]
-    handed_on: Callable[[Tensor], Tensor]
+    handed_on: Callable[[Float[Tensor, "rows pos d_model"]], Float[Tensor, "rows pos d_model"]]
 
 
 class Streams:
@@ -189,7 +189,7 @@ class Streams:
         draw = torch.Generator().manual_seed(0)
         if matrix != "W_O" or self._last_to_add(branch, own, draw):
             stream = self.replaced(branch, torch.zeros_like(own))
-            return Parted(stream, out - stream, lambda handed_on: handed_on)
+            return Parted(stream, out - stream, lambda streams: streams)
         # Where W_O is given what takes the stream away and puts one vector in the place of every
         # token, nothing but that vector goes on.
         entering = self.entering(branch.layer)
@@ -203,7 +203,12 @@ class Streams:
                 f" (measured, off by {off:.1%}): a norm or a factor stands between, so that the"
                 f" residual round this attention cannot be taken away here; name other layers"
             )
-        return Parted(entering, own, lambda handed_on: self.replaced(branch, handed_on - entering))
+
+        def handed_on(streams: Tensor) -> Tensor:
+            by = repeat(entering, "batch ... -> (n batch) ...", n=len(streams) // len(entering))
+            return self.replaced(branch, streams - by)
+
+        return Parted(entering, own, handed_on)
 
     def _last_to_add(self, branch: Branch, own: Tensor, draw: torch.Generator) -> bool:
         """Whether more of a product leaves the block as so much more, nothing else reading it."""

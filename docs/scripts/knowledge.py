@@ -3,8 +3,8 @@
     python docs/scripts/knowledge.py smollm2 counterfact_requests.json wikitext.txt runs/smollm2 24
     python docs/scripts/knowledge.py demo demo demo runs/demo 60
 
-So many facts in a seeded order, and two thirds as many lines of prose, each cut before a word.
-Nothing was tuned on either. Stopped and started again it carries on; `--write` only writes what is
+So many facts in a seeded order, and 26 beginnings of lines of prose, each cut before a word; round
+the feed-forward part of each block and round its attention. Nothing was tuned on either. Stopped and started again it carries on; `--write` only writes what is
 there.
 """
 
@@ -22,24 +22,26 @@ from bwlens.data.prose import read_prose
 from bwlens.experiments import ResidualRemoval, prose_edits, read_sweep, sweep
 
 RESULTS = Path(__file__).parents[1] / "results"
-PARTS = ("mlp", "attention")
+PARTS = ("attention", "mlp")
+PROSE, WORDS = 26, 32
+"""How many lines, and how many words of a line are read."""
 
 
 def main(name: str, facts: str, prose: str, folder: str, n: str) -> None:
     """Run it, or carry on, and write the figures and the means."""
     tables = []
-    for part, kind in product(PARTS, ("prose", "facts")):
+    for kind, part in product(("prose", "facts"), PARTS):
         where = Path(folder) / part / kind
         if "--write" not in sys.argv:
             if kind == "facts":
                 every = bwlens.read_records(facts).records
                 chosen = [every[i] for i in random.Random(0).sample(range(len(every)), int(n))]
             else:
-                edits = prose_edits(read_prose(prose))
-                chosen = random.Random(0).sample(edits, min(len(edits), 2 * int(n) // 3))
+                lines = [" ".join(line.split()[:WORDS]) for line in read_prose(prose)]
+                chosen = random.Random(0).sample(prose_edits(lines), PROSE)
             model = bwlens.load_model(name)
             task = ResidualRemoval(part=part)
-            sweep(task, model, chosen, where, max_memory=2**28, page=False)
+            sweep(task, model, chosen, where, max_memory=2**29, page=False)
         result = read_sweep(where)["residual_removal"]
         tables.append(result.summary.assign(part=part, text=kind))
         stem = f"residual_removal-{name}-{kind}" + ("" if part == "mlp" else f"-{part}")

@@ -100,10 +100,22 @@ def test_taking_the_largest_away_costs_more_than_others(found, demo):
 
 
 def test_frequent_ones_are_as_frequent(demo):
-    from bwlens.knowledge._controls import firing_rates
+    text = ["Lionel Messi plays for Barcelona."]
+    rates = knowledge.firing_rates(demo, range(4), text)
+    assert set(rates) == {(layer, None) for layer in range(4)}
+    for store, rate in rates.items():
+        assert float(rate.mean()) == pytest.approx(0.1, abs=0.02)
+        alone = knowledge.firing_rates(demo, {store[0]}, text)
+        assert torch.equal(alone[store], rate)
 
-    rates = firing_rates(demo, {2}, ["Lionel Messi plays for Barcelona."])[2, None]
-    assert float(rates.mean()) == pytest.approx(0.1, abs=0.02)
+
+def test_rates_counted_before_are_taken(found, demo):
+    settings = {"n": 5, "draws": 1, "text": ["The ball was red."]}
+    rates = knowledge.firing_rates(demo, found.layers, settings["text"])
+    one, other = (
+        knowledge.controls(demo, found, **settings, **more) for more in ({}, {"rates": rates})
+    )
+    assert one.rows.equals(other.rows)
 
 
 def test_pages(found, demo, tmp_path):

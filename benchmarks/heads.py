@@ -41,11 +41,11 @@ def heads(setting: Setting) -> list[Row | Note]:
 
     def bare_passes(size: int) -> Any:
         """Forward and backward passes of every prompt, those alike in length at once."""
-        ordered = sorted(rows, key=len)
+        ordered, streams = sorted(rows, key=len), []
         for at in range(0, n, size):
             some = [torch.tensor(row) for row in ordered[at : at + size]]
             padded = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
-            streams: list[Any] = []
+            streams.clear()
             embed = model.embed.register_forward_hook(lambda m, args, out: streams.append(out))
             with shown_scores(model):
                 logits = model(padded, return_type="logits")

@@ -4,8 +4,8 @@
     python docs/scripts/knowledge.py demo demo demo runs/demo 60
 
 So many facts in a seeded order, and 26 beginnings of lines of prose, each cut before a word; round
-the feed-forward part of each block and round its attention. Nothing was tuned on either. Stopped and started again it carries on; `--write`
-only writes what is there.
+the feed-forward part of each block and round its attention. Nothing was tuned on either. Stopped
+and started again it carries on; `--write` only writes what is there.
 """
 
 from __future__ import annotations

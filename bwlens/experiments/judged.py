@@ -1,4 +1,4 @@
-"""What experiments on heads share: some prompts are taken first, others judge, by targets' ranks."""
+"""What experiments on heads share: some prompts come first, others judge, by targets' ranks."""
 
 from __future__ import annotations
 

@@ -58,7 +58,8 @@ def lines(summary: pd.DataFrame, kinds: Sequence[str], by: str, over: str) -> tu
 
     figure, ax = axes(None, (3.6, 2.6))
     for kind, style in zip(kinds, _STYLES, strict=False):
-        line: Any = summary[summary[by] == kind].sort_values(over)
+        own: Any = summary[summary[by] == kind]
+        line = own.sort_values(over)
         if len(line):
             (drawn,) = ax.plot(line[over], line["mean"], linestyle=style, label=kind, lw=1)
             color = drawn.get_color()

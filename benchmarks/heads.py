@@ -16,6 +16,8 @@ from benchmarks.setting import Setting
 from bwlens.model.attention import shown_scores
 
 N_PROMPTS = 100
+AT_ONCE = 32
+"""As many as `head_scores` takes at once."""
 
 
 def heads(setting: Setting) -> list[Row | Note]:
@@ -37,14 +39,33 @@ def heads(setting: Setting) -> list[Row | Note]:
         embed.remove()
         return torch.autograd.grad(loss, streams)
 
+    def bare_passes(size: int) -> Any:
+        """Forward and backward passes of every prompt, those alike in length at once."""
+        ordered, streams = sorted(rows, key=len), []
+        for at in range(0, n, size):
+            some = [torch.tensor(row) for row in ordered[at : at + size]]
+            padded = torch.nn.utils.rnn.pad_sequence(some, batch_first=True)
+            streams.clear()
+            embed = model.embed.register_forward_hook(lambda m, args, out: streams.append(out))
+            with shown_scores(model):
+                logits = model(padded, return_type="logits")
+            embed.remove()
+            last = logits[torch.arange(len(some)), torch.tensor([len(row) - 1 for row in some])]
+            loss = torch.nn.functional.cross_entropy(last, torch.full((len(some),), TARGET))
+            torch.autograd.grad(loss, streams)
+
     def loop() -> Any:
         return [bwlens.head_scores(model, row, TARGET) for row in rows]
 
     ours = partial(bwlens.reversed_attention, model, tokens, TARGET)
     lens = partial(bwlens.backward_lens, model, tokens, TARGET)
-    at_once = partial(bwlens.head_scores, model, rows, TARGET, batch_size=n)
+    at_once = partial(bwlens.head_scores, model, rows, TARGET)
     few = max(1, setting.repeats // 2)
     many = f"{n} prompts' head scores at once / one by one, throughput"
+    gain = race(
+        "bare passes at once / one by one", timed(partial(bare_passes, AT_ONCE)),
+        timed(partial(bare_passes, 1)), few, 1.0, throughput=True,
+    )  # fmt: skip
     return [
         race("R of all heads / bare passes", timed(ours), timed(bare), setting.repeats, 1.3),
         race(
@@ -53,4 +74,5 @@ def heads(setting: Setting) -> list[Row | Note]:
         ),
         race(many, timed(at_once), timed(loop), few, 5.0, throughput=True),
         Note(f"heads: {setting.real_name}; the bare passes are the same bridge's, eager attention"),
+        Note(f"heads: bare passes of the same prompts gain {gain.ratio:.1f} from running together"),
     ]  # fmt: skip

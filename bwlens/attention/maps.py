@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.gradient.objectives import as_objective
+from bwlens.gradient.objectives import NLL, LogitDifference, as_objective
 from bwlens.model.attention import Attended, attended, lowest
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.losses import Run, check_mode
@@ -157,11 +157,23 @@ def reversed_attention(
     check_mode()
     objective = as_objective(objective)
     batch = batch_of(model, prompts, objective, prepend_bos, attention_mask)
-    run, passed = attended(model, batch, objective, layers)
+    run, passed = passes(model, batch, objective, layers)
     taking = Taking(heads)
     taking.expect(run, passed)
     run.gradients(*lowest(passed))
     return taking.taken(model, batch)
+
+
+def passes(
+    model: Any, batch: Batch, objective: Any, layers: Layers
+) -> tuple[Run, dict[int, Attended]]:
+    """As `attended`; where an objective reads the answers alone, they alone are unembedded."""
+    if not isinstance(objective, NLL | LogitDifference):
+        return attended(model, batch, objective, layers)
+    positions, alone = batch.answers()
+    return attended(
+        model, batch, lambda logits, _: objective(logits, alone), layers, positions=positions
+    )
 
 
 class Taking:

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bwlens.attention.maps import Heads, batch_of, check_all_came, chosen, expect
+from bwlens.attention.maps import Heads, batch_of, check_all_came, chosen, expect, passes
 from bwlens.gradient.objectives import as_objective
-from bwlens.model.attention import Attended, attended, lowest
+from bwlens.model.attention import Attended, lowest
 from bwlens.model.locking import one_thread_at_a_time
 from bwlens.model.losses import check_mode
 from bwlens.model.passes import wide
@@ -164,7 +164,7 @@ def _of_batch(
     temperature: float | None,
 ) -> tuple[dict[str, Tensor], Tensor, dict[int, list[int]]]:
     """Each score [prompt, layer, head], the losses, and the heads of each layer."""
-    run, passed = attended(model, batch, objective, layers)
+    run, passed = passes(model, batch, objective, layers)
     numbers = {layer: chosen(one, heads) for layer, one in passed.items()}
     if len({*map(tuple, numbers.values())}) > 1:
         counts = {layer: len(some) for layer, some in numbers.items()}

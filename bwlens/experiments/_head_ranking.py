@@ -14,11 +14,11 @@ import torch
 from bwlens.attention.ablating import losses_without
 from bwlens.attention.patching import without_heads
 from bwlens.attention.scores import HeadScores, head_scores
+from bwlens.experiments.judged import by_rank, check_names, check_split, lines, means
 from bwlens.gradient.objectives import NLL
 from bwlens.model.identity import fingerprint
 from bwlens.model.passes import device_of, run
 from bwlens.model.prompts import Batch, make_batch
-from bwlens.runs.intervals import mean_ci
 from bwlens.runs.parts import Part, in_parts
 
 if TYPE_CHECKING:
@@ -60,57 +60,19 @@ class HeadRanking:
 
     def summary(self, top: int = 1) -> pd.DataFrame:
         """Accuracy with its 95 % bootstrap interval over prompts, by ranking and share kept."""
-        import pandas as pd
-
-        out: list[dict[str, Any]] = []
-        grouped: Any = self.rows.groupby(["ranking", "kept"], sort=False)
-        for (ranking, kept), group in grouped:
-            values = group.groupby("prompt")[f"top{top}"].mean().to_numpy(float)
-            ci = mean_ci(values[:, None])
-            out.append(
-                {
-                    "ranking": ranking, "kept": kept, "mean": ci.mean[0], "low": ci.low[0],
-                    "high": ci.high[0], "n": int(ci.n[0]),
-                }
-            )  # fmt: skip
-        return pd.DataFrame(out)
+        return means(self.rows, ["ranking", "kept"], f"top{top}")
 
     def area(self, top: int = 1) -> pd.DataFrame:
         """The mean accuracy over the shares kept, one figure each, with its interval."""
-        import pandas as pd
-
-        out: list[dict[str, Any]] = []
-        grouped: Any = self.rows.groupby("ranking", sort=False)
-        for ranking, group in grouped:
-            ci = mean_ci(group.groupby("prompt")[f"top{top}"].mean().to_numpy(float)[:, None])
-            out.append(
-                {
-                    "ranking": ranking, "mean": ci.mean[0], "low": ci.low[0], "high": ci.high[0],
-                    "seconds": self.seconds.get(str(ranking)),
-                }
-            )  # fmt: skip
-        return pd.DataFrame(out)
+        found = means(self.rows, ["ranking"], f"top{top}").drop(columns="n")
+        return found.assign(seconds=[self.seconds.get(name) for name in found["ranking"]])
 
     def plot(self, top: int = 1) -> Figure:
         """Accuracy over the share of heads kept, a line for each ranking."""
-        from bwlens.show.drawing import axes, plain
-
-        figure, ax = axes(None, (3.6, 2.6))
-        summary: Any = self.summary(top)
-        styles = ["-", "--", "-.", ":", (0, (1, 1)), (0, (3, 1, 1, 1)), (0, (5, 1)),
-                  (0, (1, 3))]  # fmt: skip
-        for ranking, style in zip(RANKINGS, styles, strict=True):
-            line = summary[summary["ranking"] == ranking].sort_values("kept")
-            if len(line):
-                (drawn,) = ax.plot(line["kept"], line["mean"], linestyle=style, label=ranking, lw=1)
-                ax.fill_between(
-                    line["kept"], line["low"], line["high"], color=drawn.get_color(), alpha=0.08
-                )
+        figure, ax = lines(self.summary(top), RANKINGS, "ranking", "kept")
         ax.set_xlabel("share of heads kept")
         ax.set_ylabel(f"top-{top} accuracy")
         ax.set_ylim(-0.02, 1.02)
-        ax.legend(fontsize=5, frameon=False)
-        plain(ax)
         return figure
 
 
@@ -156,7 +118,10 @@ def head_ranking(
     """
     import pandas as pd
 
-    _check(rankings, kept, n_ranking, len(prompts), len(targets))
+    check_names("rankings", rankings, RANKINGS)
+    if bad := [share for share in kept if not 0 <= share <= 1]:
+        raise ValueError(f"kept is {bad[0]}; expected shares of the heads, 0 to 1")
+    check_split(len(prompts), len(targets), n_ranking, "n_ranking", "ranks")
     batch = make_batch(model, list(prompts), list(targets), prepend_bos=prepend_bos)
     first = [ids[0] for ids in batch.targets]
     rows_of = [batch.tokens[i, : int(batch.prompt_lengths[i])].tolist() for i in range(len(batch))]
@@ -267,32 +232,12 @@ def _judged(
     """The target's rank for each prompt with the top of the order."""
     import pandas as pd
 
-    rows: list[dict[str, Any]] = []
+    rows: list[pd.DataFrame] = []
     targets = torch.tensor([ids[0] for ids in judged.targets], device=judged.tokens.device)
     for share in kept:
         with without_heads(model, order[round(share * len(order)) :]):
             logits = run(model, judged.tokens, positions=judged.last[:, None]).logits[:, 0]
         goal = logits.gather(1, targets[:, None].to(logits.device))
         ranks = (logits > goal).sum(1).tolist()
-        rows += [
-            {"ranking": ranking, "kept": share, "prompt": i, "rank": r}
-            | {f"top{k}": r < k for k in (1, 2, 3)}
-            for i, r in enumerate(ranks)
-        ]
-    return pd.DataFrame(rows)
-
-
-def _check(
-    rankings: Sequence[str], kept: Sequence[float], n_ranking: int, n: int, n_targets: int
-) -> None:
-    if unknown := [name for name in rankings if name not in RANKINGS] or not rankings:
-        raise ValueError(f"rankings {unknown!r}; expected some of {', '.join(RANKINGS)}")
-    if bad := [share for share in kept if not 0 <= share <= 1]:
-        raise ValueError(f"kept is {bad[0]}; expected shares of the heads, 0 to 1")
-    if n != n_targets:
-        raise ValueError(f"{n} prompts but {n_targets} targets; expected one for each")
-    if not 1 <= n_ranking < n:
-        raise ValueError(
-            f"n_ranking is {n_ranking} of {n} prompts; expected at least one that ranks and one"
-            f" that judges"
-        )
+        rows.append(by_rank(ranks).assign(ranking=ranking, kept=share))
+    return pd.concat(rows, ignore_index=True)

@@ -12,11 +12,11 @@ import torch
 
 from bwlens.attention.maps import ReversedAttention, reversed_attention
 from bwlens.attention.patching import attention_patching, of_other_heads
+from bwlens.experiments.judged import by_rank, check_names, check_split, lines, means
 from bwlens.gradient.objectives import NLL
 from bwlens.model.identity import fingerprint
 from bwlens.model.passes import run, wide
 from bwlens.model.prompts import make_batch
-from bwlens.runs.intervals import mean_ci
 from bwlens.runs.parts import Part, in_parts
 
 if TYPE_CHECKING:
@@ -40,39 +40,15 @@ class PatchingAlphas:
 
     def summary(self, value: str = "top1") -> pd.DataFrame:
         """The mean of a column with its 95 % bootstrap interval over prompts, by kind and alpha."""
-        import pandas as pd
-
-        out: list[dict[str, Any]] = []
-        grouped: Any = self.rows.groupby(["kind", "alpha"], sort=False)
-        for (kind, alpha), group in grouped:
-            ci = mean_ci(group[value].to_numpy(float)[:, None])
-            out.append(
-                {
-                    "kind": kind, "alpha": alpha, "mean": ci.mean[0], "low": ci.low[0],
-                    "high": ci.high[0], "n": int(ci.n[0]),
-                }
-            )  # fmt: skip
-        return pd.DataFrame(out)
+        return means(self.rows, ["kind", "alpha"], value)
 
     def plot(self, value: str = "top1") -> Figure:
         """A line for each kind over alpha, on a scale that is logarithmic beyond 1."""
-        from bwlens.show.drawing import axes, plain
-
-        figure, ax = axes(None, (3.6, 2.6))
-        summary: Any = self.summary(value)
-        for kind, style in zip(KINDS, ("-", "--", ":"), strict=True):
-            line = summary[summary["kind"] == kind].sort_values("alpha")
-            if len(line):
-                (drawn,) = ax.plot(line["alpha"], line["mean"], linestyle=style, label=kind, lw=1)
-                ax.fill_between(
-                    line["alpha"], line["low"], line["high"], color=drawn.get_color(), alpha=0.12
-                )
+        figure, ax = lines(self.summary(value), KINDS, "kind", "alpha")
         ax.set_xscale("symlog", linthresh=1.0)
         ax.axvline(0.0, color="grey", lw=0.5)
         ax.set_xlabel("alpha (below 0: down the loss)")
         ax.set_ylabel(f"top-{value[3:]} accuracy" if value.startswith("top") else value)
-        ax.legend(fontsize=6, frameon=False)
-        plain(ax)
         return figure
 
 
@@ -111,19 +87,8 @@ def patching_alphas(
 
     Source: Katz and Wolf, "Reversed Attention", NAACL 2025, section on attention patching.
     """
-    import pandas as pd
-
-    if not kinds or {*kinds} - {*KINDS}:
-        raise ValueError(f"kinds {list(kinds)!r}; expected some of {', '.join(KINDS)}")
-    if len(prompts) != len(targets):
-        raise ValueError(
-            f"{len(prompts)} prompts but {len(targets)} targets; expected one for each"
-        )
-    if not 1 <= n_training < len(prompts):
-        raise ValueError(
-            f"n_training is {n_training} of {len(prompts)} prompts; expected at least one that"
-            f" trains and one that judges"
-        )
+    check_names("kinds", kinds, KINDS)
+    check_split(len(prompts), len(targets), n_training, "n_training", "trains")
     batch = make_batch(model, list(prompts), list(targets), prepend_bos=prepend_bos)
     lengths = batch.prompt_lengths.tolist()
     if len({*lengths}) > 1:
@@ -153,10 +118,8 @@ def patching_alphas(
                 scores.append(run(model, some, positions=last).logits[:, 0].cpu())
         log_probs = wide(torch.cat(scores)).log_softmax(-1)
         goal = log_probs.gather(1, first[n_training:, None])
-        table = pd.DataFrame({"loss": -goal[:, 0].numpy(), "rank": (log_probs > goal).sum(1)})
-        for k in (1, 2, 3):
-            table[f"top{k}"] = table["rank"] < k
-        return Part({"rows": table.assign(kind=kind, alpha=alpha, prompt=range(len(table)))})
+        table = by_rank((log_probs > goal).sum(1).tolist()).assign(loss=-goal[:, 0].numpy())
+        return Part({"rows": table.assign(kind=kind, alpha=alpha)})
 
     settings = {
         **{"model": fingerprint(model), "prompts": rows.tolist(), "targets": first.tolist()},

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from bwlens.knowledge._ablate import ablate as ablate
     from bwlens.knowledge._controls import Controls as Controls
     from bwlens.knowledge._controls import controls as controls
+    from bwlens.knowledge._controls import firing_rates as firing_rates
     from bwlens.knowledge._neurons import Neuron as Neuron
     from bwlens.knowledge._neurons import Neurons as Neurons
     from bwlens.knowledge._neurons import neurons as neurons
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 # Where each name above is.
 _HOMES = {
     "_ablate": ("ablate",),
-    "_controls": ("Controls", "controls"),
+    "_controls": ("Controls", "controls", "firing_rates"),
     "_neurons": ("Neuron", "Neurons", "neurons"),
     "_pages": ("NeuronPage", "neuron_page"),
     "backpack.adapter": ("Backpack", "BackpackConfig"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SETS = ("largest share", "moved most", "another prompt's", "as frequent", "random")
 """Which neurons are taken away."""
+
+FiringRates = dict[tuple[int, Any], Float[Tensor, " d_mlp"]]
 
 PROMPTS = ("the prompt", "paraphrase", "another subject")
 
@@ -81,6 +83,7 @@ def controls(
     others: Sequence[str] = (),
     another: Neurons | None = None,
     text: str | Sequence[str] = "demo",
+    rates: FiringRates | None = None,
     draws: int = 5,
     seed: int = 0,
 ) -> Controls:
@@ -100,6 +103,8 @@ def controls(
         others: The same question of other subjects.
         another: What `neurons` gave of another prompt.
         text: Where frequencies are counted: lines, or a source as for `neuron_page`.
+        rates: What `firing_rates` gave of these layers, counted once for several prompts; None
+            counts them.
         draws: How many times the random sets are drawn.
         seed: Of the draws.
 
@@ -123,7 +128,8 @@ def controls(
         for (kind, _), row in zip(asked, before, strict=True)
     ]
     largest = found.top(max(sizes))
-    rates = firing_rates(model, {one.layer for one in largest}, text)
+    if rates is None:
+        rates = firing_rates(model, {one.layer for one in largest}, text)
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for size in sizes:
@@ -131,8 +137,8 @@ def controls(
         sets = [("largest share", 0, chosen), ("moved most", 0, found.top(size, by="moved"))]
         sets += [] if another is None else [("another prompt's", 0, another.top(size))]
         for draw in range(draws):
-            sets.append(("as frequent", draw, _alike(chosen, rates, generator)))
-            sets.append(("random", draw, _alike(chosen, rates, generator, closest=None)))
+            sets.append(("as frequent", draw, alike(chosen, rates, generator)))
+            sets.append(("random", draw, alike(chosen, rates, generator, closest=None)))
         for name, draw, some in sets:
             with ablate(model, some):
                 after = _log_probs(model, texts)
@@ -152,44 +158,46 @@ def controls(
 
 
 def firing_rates(
-    model: LensModel, layers: set[int], text: str | Sequence[str] = "demo"
-) -> dict[tuple[int, Any], Float[Tensor, " d_mlp"]]:
-    """How often each neuron is among the strongest tenth of its layer, by layer and expert."""
+    model: LensModel, layers: Collection[int], text: str | Sequence[str] = "demo"
+) -> FiringRates:
+    """How often each neuron is among the strongest tenth of its layer, by (layer, expert).
+
+    Strong is |a_j| |W_out[j]|, at each token of the text's first 32 lines.
+
+    Args:
+        model: A TransformerBridge or HookedTransformer.
+        layers: Whose neurons.
+        text: Lines, or a source as for `neuron_page`.
+    """
     lines = read_prose(text) if isinstance(text, str) else list(text)
-    rates: dict[tuple[int, Any], Tensor] = {}
-    for layer in layers:
-        lengths: dict[Any, Tensor] = {}
-        counts: dict[Any, Tensor] = {}
-        seen = 0
-        for tap in find_taps(model, "W_out", layer):
-            if isinstance(tap, ExpertTap):
-                for expert in range(len(tap.experts.down_proj)):
-                    site = Neuron(layer, 0, expert).site
-                    lengths[expert] = wide(parameter_of(tap, site)[1].detach()).norm(dim=1).cpu()
-            else:
-                lengths[tap.site.expert] = (
-                    wide(parameter_of(tap, tap.site)[1].detach()).norm(dim=1).cpu()
-                )
-        for batch, weights in activations(model, lines[:32], layer):
-            seen += batch.n_rows
-            for expert, length in lengths.items():
-                try:
-                    a = weights.store(Neuron(layer, 0, expert))[batch.mask.cpu()]
-                except ValueError:
-                    continue  # no token of the batch passed this expert
-                strength = a.abs() * length
-                k = max(1, round(STRONGEST * len(length)))
-                least = strength.topk(k, dim=1).values[:, -1:].clamp_min(1e-30)
-                counts[expert] = counts.get(expert, 0) + (strength >= least).sum(0)
-        for expert, length in lengths.items():
-            counted = counts.get(expert, torch.zeros(len(length)))
-            rates[layer, expert] = counted.float() / max(1, seen)
-    return rates
+    lengths: dict[tuple[int, Any], Tensor] = {}
+    for tap in find_taps(model, "W_out", sorted(layers)):
+        if isinstance(tap, ExpertTap):
+            sites = [Neuron(tap.layer, 0, at).site for at in range(len(tap.experts.down_proj))]
+        else:
+            sites = [tap.site]
+        for site in sites:
+            rows = wide(parameter_of(tap, site)[1].detach())
+            lengths[site.layer, site.expert] = rows.norm(dim=1).cpu()
+    counts = {store: torch.zeros(len(length)) for store, length in lengths.items()}
+    seen = 0
+    for batch, weights in activations(model, lines[:32], sorted(layers)):
+        seen += batch.n_rows
+        for (layer, expert), length in lengths.items():
+            try:
+                a = weights.store(Neuron(layer, 0, expert))[batch.mask.cpu()]
+            except ValueError:
+                continue  # no token of the batch passed this expert
+            strength = a.abs() * length
+            k = max(1, round(STRONGEST * len(length)))
+            least = strength.topk(k, dim=1).values[:, -1:].clamp_min(1e-30)
+            counts[layer, expert] += (strength >= least).sum(0)
+    return {store: counted / max(1, seen) for store, counted in counts.items()}
 
 
-def _alike(
+def alike(
     chosen: Sequence[Neuron],
-    rates: dict[tuple[int, Any], Tensor],
+    rates: FiringRates,
     generator: torch.Generator,
     closest: int | None = 10,
 ) -> list[Neuron]:

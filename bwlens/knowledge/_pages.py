@@ -109,7 +109,7 @@ def neuron_page(
     limit = int(getattr(model.cfg, "n_ctx", 512) or 512)
     found: list[tuple[float, list[int], int]] = []
     n_tokens = 0
-    for batch, weights in activations(model, lines, one.layer, limit):
+    for batch, weights in activations(model, lines, [one.layer], limit):
         column = weights(one)
         n_tokens += batch.n_rows
         sizes = column.abs().masked_fill(~batch.mask.cpu(), -1.0)
@@ -133,21 +133,23 @@ def neuron_page(
     return NeuronPage(one, tuple(ends[0]), tuple(ends[1]), tuple(contexts), n_tokens)
 
 
-def activations(model: LensModel, lines: Sequence[str], layer: int, limit: int = 512) -> Any:
+def activations(
+    model: LensModel, lines: Sequence[str], layers: Sequence[int], limit: int = 512
+) -> Any:
     """Batches of lines, and for each a function from a neuron to its weights [batch, pos].
 
     Lines that are too long are cut; an expert's weight is 0 where a token does not pass it.
     """
-    taps = find_taps(model, "W_out", layer)
+    taps = find_taps(model, "W_out", list(layers))
     tokens = [make_batch(model, line).tokens[0, :limit].tolist() for line in lines]
     for at in range(0, len(tokens), _AT_ONCE):
         batch = make_batch(model, tokens[at : at + _AT_ONCE])
-        passed = run(model, batch.tokens, taps=taps, until=model.blocks[layer])
+        passed = run(model, batch.tokens, taps=taps, until=model.blocks[max(layers)])
         yield batch, _Weights(batch, passed.flows)
 
 
 class _Weights:
-    """What passed a layer's stores."""
+    """What passed some stores."""
 
     def __init__(self, batch: Batch, flows: Sequence[Any]) -> None:
         self._shape, self._flows = tuple(batch.tokens.shape), flows

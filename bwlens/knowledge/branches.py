@@ -1,8 +1,9 @@
-"""The feed-forward part of a block as a branch of the stream: what it adds, and how it gets there.
+"""A part of a block as a branch of the stream: what it adds, and how it gets there.
 
-Its product (what W_out gives, a mixture's experts together) reaches the stream as it is, scaled, or
-through a norm; the stream reaches the last block as it is, or scaled. Both are measured, not looked
-up: `held` is the linear map that the model itself applies, a norm's scale held where it is.
+A feed-forward part's product (what W_out gives, a mixture's experts together) reaches the stream as
+it is, scaled, or through a norm; the stream reaches the last block as it is, or scaled. Both are
+measured, not looked up: `held` is the linear map that the model itself applies, a norm's scale held
+where it is.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LINEAR = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """The feed-forward part of one layer: the taps of its W_out, and where its product passes."""
+    """A part of one layer: the taps of its last matrix, and where its product passes."""
 
     layer: int
     taps: tuple[Tap | ExpertTap, ...]
@@ -65,6 +66,40 @@ def mlp_branches(model: LensModel, layers: Layers = None) -> list[Branch]:
     return branches
 
 
+def attention_branches(model: LensModel, layers: Layers = None) -> list[Branch]:
+    """The attention of each layer that has one, as far as its W_O.
+
+    Raises:
+        ValueError: No layer asked for has one.
+        NotImplementedError: A W_O that cannot be read, or several in a block.
+    """
+    branches = []
+    for tap in find_taps(model, "W_O", layers):
+        assert isinstance(tap, Tap)
+        if branches and branches[-1].layer == tap.site.layer:
+            raise NotImplementedError(
+                f"layer {tap.site.layer} has several W_O, so its attention's product passes no one"
+                f" place; name other layers"
+            )
+        branches.append(Branch(tap.site.layer, (tap,), tap.z))
+    return branches
+
+
+@dataclass(frozen=True, eq=False)
+class Parted:
+    """The stream s that passes by a part, what the part adds to it, and what becomes of their sum.
+
+    Attributes:
+        stream: s [batch, pos, d_model].
+        added: What the part adds to it.
+        handed_on: From streams in place of s + added, batch after batch, to what leaves the block.
+    """
+
+    stream: Float[Tensor, "batch pos d_model"]
+    added: Float[Tensor, "batch pos d_model"]
+    handed_on: Callable[[Float[Tensor, "rows pos d_model"]], Float[Tensor, "rows pos d_model"]]
+
+
 class Streams:
     """One batch's pass, with the stream behind each block and each branch's product.
 
@@ -84,7 +119,9 @@ class Streams:
     ) -> None:
         self._model, self._tokens = model, tokens
         self._outputs = [Point(block, "output") for block in model.blocks]
+        self._first = Point(model.blocks[0], "input")
         points = {point for branch in branches for point in branch.points} | set(self._outputs)
+        points |= {self._first}
         taps = [tap for branch in branches for tap in branch.taps]
         self.passed = run(
             model, tokens, taps=taps, points=points, keeping=list(model.blocks), graph=graph
@@ -92,11 +129,17 @@ class Streams:
 
     def out(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
         """The stream that leaves a block."""
-        stream = stream_of(self.passed.seen.get(self._outputs[layer]))
+        return self._stream(self._outputs[layer], f"leaves block {layer}")
+
+    def entering(self, layer: int) -> Float[Tensor, "batch pos d_model"]:
+        """The stream that enters a block."""
+        return self.out(layer - 1) if layer else self._stream(self._first, "enters block 0")
+
+    def _stream(self, point: Point, what: str) -> Float[Tensor, "batch pos d_model"]:
+        stream = stream_of(self.passed.seen.get(point))
         if stream is None or stream.shape[:-1] != self._tokens.shape:
             raise NotImplementedError(
-                f"what leaves block {layer} is no stream [batch, pos, d_model] that bwlens can"
-                f" follow"
+                f"what {what} is no stream [batch, pos, d_model] that bwlens can follow"
             )
         return stream
 
@@ -130,6 +173,49 @@ class Streams:
         stream = stream_of([passed.left[block]])
         assert stream is not None
         return stream
+
+    def parted(self, branch: Branch) -> Parted:
+        """What passes by a branch, and what the branch adds to it.
+
+        A feed-forward part, and attention beside it, adds to what leaves the block. Attention below
+        it adds to what enters the block: that product and stream meet as they are is measured.
+
+        Raises:
+            NotImplementedError: Something stands between attention's product and the stream.
+        """
+        out, own = self.out(branch.layer), self.product(branch)
+        own = own.reshape(*out.shape[:2], -1)
+        matrix = branch.taps[0].matrices[-1]
+        draw = torch.Generator().manual_seed(0)
+        if matrix != "W_O" or self._last_to_add(branch, own, draw):
+            stream = self.replaced(branch, torch.zeros_like(own))
+            return Parted(stream, out - stream, lambda streams: streams)
+        # Where W_O is given what takes the stream away and puts one vector in the place of every
+        # token, nothing but that vector goes on.
+        entering = self.entering(branch.layer)
+        one = torch.randn(entering.shape[-1], generator=draw).to(entering)
+        one *= entering.norm(dim=-1).max() / one.norm()
+        left = wide(self.replaced(branch, one - entering))
+        off = float((left - left[:1, :1]).norm(dim=-1).max() / left[0, 0].norm())
+        if not off <= max(LINEAR, 30 * torch.finfo(entering.dtype).eps):
+            raise NotImplementedError(
+                f"what W_O of layer {branch.layer} gives does not meet the stream as it is"
+                f" (measured, off by {off:.1%}): a norm or a factor stands between, so that the"
+                f" residual round this attention cannot be taken away here; name other layers"
+            )
+
+        def handed_on(streams: Tensor) -> Tensor:
+            by = repeat(entering, "batch ... -> (n batch) ...", n=len(streams) // len(entering))
+            return self.replaced(branch, streams - by)
+
+        return Parted(entering, own, handed_on)
+
+    def _last_to_add(self, branch: Branch, own: Tensor, draw: torch.Generator) -> bool:
+        """Whether more of a product leaves the block as so much more, nothing else reading it."""
+        more = torch.randn(own.shape, generator=draw).to(own)
+        more *= (own.norm(dim=-1, keepdim=True) / more.norm(dim=-1, keepdim=True)).clamp_min(1e-6)
+        change = wide(self.replaced(branch, own + more)) - wide(self.out(branch.layer))
+        return float((change - more).norm() / more.norm()) <= 10 * LINEAR
 
     def after(
         self, layer: int, streams: Float[Tensor, "rows pos d_model"], **options: Any

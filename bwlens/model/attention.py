@@ -227,6 +227,7 @@ def attended(
     batch: Batch,
     objective: Callable[[Tensor, Batch], Tensor],
     layers: Layers = None,
+    **options: Any,
 ) -> tuple[Run, dict[int, Attended]]:
     """A forward pass with its losses, and what passed the attention of each layer.
 
@@ -235,13 +236,14 @@ def attended(
         batch: The prompts.
         objective: Gives their losses.
         layers: Which; None is all that have a map.
+        options: As `passes.run` has them.
 
     Raises:
         NotImplementedError: As `attentions`; a layer asked for takes no softmax of queries times
             keys (a recurrence), several, or not of one key for each token.
     """
     with watched(model, layers) as seen:
-        run = forward(model, batch, objective, around=seen.around)
+        run = forward(model, batch, objective, around=seen.around, **options)
     return run, seen.passed(batch)
 
 

@@ -126,6 +126,20 @@ class Batch:
         """Number of real tokens in all."""
         return int(self.lengths.sum())
 
+    def answers(self) -> tuple[Int[Tensor, "batch answer"], Batch]:
+        """The positions whose logits give the targets, and the batch as it is seen there alone.
+
+        Answers shorter than the longest are filled up with their last position.
+        """
+        counts = torch.tensor([len(ids) for ids in self.targets] or [1] * len(self))
+        steps = torch.arange(int(counts.max()))
+        steps = torch.minimum(steps, counts[:, None] - 1).to(self.last.device)
+        positions = self.last[:, None] + steps
+        lengths = counts.to(self.lengths)
+        tokens = self.tokens.gather(1, positions)
+        alone = Batch(tokens, lengths, torch.ones_like(lengths), self.targets, self.others)
+        return positions, alone
+
     def only(self, *indices: int) -> Batch:
         """Some prompts of the batch, without padding that none of them needs."""
         keep = list(indices)

@@ -103,3 +103,12 @@ def luminance(color: tuple[int, int, int]) -> float:
 def css(color: tuple[int, int, int]) -> str:
     """A colour as CSS writes it."""
     return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def painted(value: float) -> str:
+    """A background of the colour of a change in [-1, 1] with ink on it, in light and dark mode."""
+    light, dark = signed(value), signed(value, dark=True)
+    return (
+        f"background:light-dark({css(light)},{css(dark)});"
+        f"color:light-dark({css(ink(light))},{css(ink(dark))})"
+    )

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from bwlens.show import drawing
-from bwlens.show.colors import css, ink, signed
+from bwlens.show.colors import painted
 from bwlens.show.sheet import document, svg
 from bwlens.show.words import quoted, spaced, visible
 
@@ -47,7 +47,8 @@ def table(found: Any, columns: int = 8) -> str:
         )
     heads = "".join(f"<th>{n + 1}</th>" for n in range(columns))
     return (
-        f'<div class="bw-neurons" style="overflow-x:auto"><p style="margin:.3em 0">'
+        f'<div class="bw-neurons" style="overflow-x:auto;color-scheme:light dark">'
+        f'<p style="margin:.3em 0">'
         f"<b>{escape(visible(found.prompt, trim=False))} → {escape(quoted(found.target))}</b>, p"
         f" {found.probability:.2f}. Its logit is {found.logit:.2f} above the mean of all words;"
         f" feed-forward parts give {float(found.mlps.sum()):.2f} of it. A cell is a row of W_out:"
@@ -58,7 +59,6 @@ def table(found: Any, columns: int = 8) -> str:
 
 
 def _cell(row: Any, found: Any, top: float) -> str:
-    color = signed(row.share / top)
     word = row.promoted[0] if row.promoted else ""
     says = [f"neuron {row.neuron}", f"weight {row.weight:.3g}, share {row.share:+.3f}"]
     says += [f"{100 * row.share / found.logit:.1f} % of the logit, log p {row.log_prob:+.3f}"]
@@ -66,8 +66,8 @@ def _cell(row: Any, found: Any, top: float) -> str:
     says += [f"lowers {' '.join(map(spaced, row.suppressed))}"]
     mark = ";outline:2px solid #c9400a;outline-offset:-2px" if word == found.target else ""
     return (
-        f'<td title="{escape(chr(10).join(says))}" style="background:{css(color)};'
-        f'color:{css(ink(color))};padding:.1em .5em;text-align:center{mark}">'
+        f'<td title="{escape(chr(10).join(says))}" style="{painted(row.share / top)};'
+        f'padding:.1em .5em;text-align:center{mark}">'
         f"{escape(visible(word)) if word else ''}"
         f'<br><span style="font-size:10px">{row.share:+.2f}</span></td>'
     )
@@ -140,7 +140,8 @@ def neuron(one: Any) -> str:
         for context in one.contexts
     )
     return (
-        f'<div class="bw-neuron"><h3>neuron {escape(str(one.neuron))}</h3>{ends}'
+        f'<div class="bw-neuron" style="color-scheme:light dark">'
+        f"<h3>neuron {escape(str(one.neuron))}</h3>{ends}"
         f"<p>Where its weight is largest, of {one.n_tokens} tokens:</p>"
         f'<table style="{_STYLE}">{lines}</table></div>'
     )
@@ -148,12 +149,11 @@ def neuron(one: Any) -> str:
 
 def _marked(context: Any, top: float) -> str:
     """The context, its strongest token marked."""
-    color = signed(context.weight / top)
     before, token, after = (
         escape("".join(spaced(t) for t in part))
         for part in (context.before, [context.token], context.after)
     )
-    style = f"background:{css(color)};color:{css(ink(color))}"
+    style = painted(context.weight / top)
     return f'{before}<mark style="{style}">{token}</mark>{after}'
 
 

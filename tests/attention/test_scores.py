@@ -50,6 +50,33 @@ def test_a_saturated_head_keeps_its_warm_score(boot):
     assert scores.mean().max() < 0.05 * scores.mean("warm").min()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_answers_alone_are_unembedded_and_give_the_same(name, bridge):
+    """Answers of several tokens and of one, against the same loss of all the logits."""
+    model, targets, widths = bridge(name), [[5, 8, 3], [9], [33, 2], [21], [8]], []
+    unembed = model.unembed.register_forward_hook(lambda m, x, out: widths.append(out.shape))
+    loss = bwlens.NLL(targets)
+    other = bwlens.LogitDifference(TARGETS, 7)
+    for objective, n in ((loss, 3), (other, 1)):
+        widths.clear()
+        scores = bwlens.head_scores(model, PROMPTS, objective)
+        assert [shape[1] for shape in widths] == [n]
+
+        class Whole:
+            """A loss of one's own, that is handed all the logits."""
+
+            target, other = objective.target, getattr(objective, "other", None)
+
+            def __call__(self, logits, batch, own=objective):
+                return own(logits, batch)
+
+        whole = bwlens.head_scores(model, PROMPTS, Whole())
+        assert widths[1][1] > n
+        torch.testing.assert_close(scores.losses, whole.losses)
+        torch.testing.assert_close(scores.reversed, whole.reversed, rtol=1e-4, atol=1e-7)
+    unembed.remove()
+
+
 def test_order_and_frame(bridge):
     scores = bwlens.head_scores(bridge("llama"), PROMPTS, TARGETS, layers=[0, 2], heads=[1, 3])
     order, frame = scores.order(), scores.frame()

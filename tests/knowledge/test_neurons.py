@@ -1,5 +1,6 @@
 """What a user holds: the rows that give an answer, their pictures, controls and pages."""
 
+import re
 from dataclasses import fields
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 import bwlens
 from bwlens import knowledge
+from bwlens.show import colors
 from tests import tiny
 
 PROMPT = "Lionel Messi plays for"
@@ -100,10 +102,22 @@ def test_taking_the_largest_away_costs_more_than_others(found, demo):
 
 
 def test_frequent_ones_are_as_frequent(demo):
-    from bwlens.knowledge._controls import firing_rates
+    text = ["Lionel Messi plays for Barcelona."]
+    rates = knowledge.firing_rates(demo, range(4), text)
+    assert set(rates) == {(layer, None) for layer in range(4)}
+    for store, rate in rates.items():
+        assert float(rate.mean()) == pytest.approx(0.1, abs=0.02)
+        alone = knowledge.firing_rates(demo, {store[0]}, text)
+        assert torch.equal(alone[store], rate)
 
-    rates = firing_rates(demo, {2}, ["Lionel Messi plays for Barcelona."])[2, None]
-    assert float(rates.mean()) == pytest.approx(0.1, abs=0.02)
+
+def test_rates_counted_before_are_taken(found, demo):
+    settings = {"n": 5, "draws": 1, "text": ["The ball was red."]}
+    rates = knowledge.firing_rates(demo, found.layers, settings["text"])
+    one, other = (
+        knowledge.controls(demo, found, **settings, **more) for more in ({}, {"rates": rates})
+    )
+    assert one.rows.equals(other.rows)
 
 
 def test_pages(found, demo, tmp_path):
@@ -220,3 +234,17 @@ def test_smollm2_says_which_rows_give_paris(smollm2):
     with knowledge.ablate(smollm2, one.top(30)):
         less = knowledge.neurons(smollm2, "The capital of France is", " Paris")
     assert less.probability < one.probability
+
+
+def test_the_strongest_stands_out_in_light_and_dark(found, demo):
+    """Against the page's own backgrounds, more than the weakest that is shown."""
+    page = knowledge.neuron_page(demo, found.top(1)[0], ["Lionel Messi plays for Barcelona."])
+    assert abs(page.contexts[0].weight) > 2 * abs(page.contexts[-1].weight)
+    for html in (page._repr_html_(), found._repr_html_()):
+        marks = re.findall(r"background:light-dark\(#(\w+),#(\w+)\)", html)
+        for side, background in ((0, (255, 255, 255)), (1, (20, 24, 29))):
+            shades = [tuple(bytes.fromhex(mark[side])) for mark in marks]
+            contrasts = [colors.contrast(shade, background) for shade in shades]
+            assert max(contrasts) > 2 * min(contrasts)
+            if html == page._repr_html_():
+                assert contrasts[0] == max(contrasts)

@@ -89,7 +89,11 @@ def main(requests: str, text: str, folder: str, *names: str, kind: str = "") -> 
     ]
     layers = range(LAYER - 4, LAYER + 1)
     statistics = key_statistics(model, text, matrix="W_out", layers=layers, max_tokens=TOKENS)
-    texts = {"generation_every": 10, "generation_tokens": 100, "perplexity_every": 25}
+    texts: dict[str, Any] = {
+        "generation_every": 10,
+        "generation_tokens": 100,
+        "perplexity_every": 25,
+    }
     if kind == "more":
         texts = {"generation_every": 0, "perplexity_every": 0}
     evaluations: list[Evaluation] = []

@@ -63,8 +63,10 @@ def measured(requests: str, text: str) -> tuple[Any, torch.Tensor, torch.Tensor]
         where(model, record, statistics, layers=LAYERS)
         for record in known_records(model, others, limit=RECORDS)
     ]
-    kinds = ("paraphrases", "neighbours")
-    return found[0].sites, *(torch.stack([getattr(one, kind) for one in found]) for kind in kinds)
+    paraphrases, neighbours = (
+        torch.stack([getattr(one, kind) for one in found]) for kind in ("paraphrases", "neighbours")
+    )
+    return found[0].sites, paraphrases, neighbours
 
 
 if __name__ == "__main__":

@@ -151,7 +151,8 @@ def write(table: pd.DataFrame) -> None:
     table.to_csv(RESULTS / "many_edits-smollm2.csv", index=False)
     print(table[table["metric"] == "S"].to_string(), flush=True)
     figure = drawing.Drawing(figsize=(2 * drawing.COLUMN, 2.4), layout="constrained")
-    for axes, metric in zip(figure.subplots(1, 2), ("S", "efficacy"), strict=True):
+    both = figure.subplots(1, 2)
+    for axes, metric in zip(both, ("S", "efficacy"), strict=True):
         lines = table[table["metric"] == metric].groupby("method")
         for color, (name, rows) in zip(drawing.LINES, lines, strict=False):
             shown = {"color": color, "marker": "o", "markersize": 2.5, "linewidth": 1.0}
@@ -159,7 +160,7 @@ def write(table: pd.DataFrame) -> None:
             axes.fill_between(rows["edits"], rows["low"], rows["high"], color=color, alpha=0.12)
         axes.set(xscale="log", xlabel="edits at once", ylabel=metric, ylim=(0, 100))
         drawing.plain(axes)
-    drawing.legend(axes)
+    drawing.legend(both[-1])
     figure.savefig(RESULTS / "many_edits-smollm2.png", dpi=200)
 
 

@@ -135,7 +135,7 @@ def main(name: str = "smollm2") -> None:
     of_both = pd.DataFrame(shares).assign(relation="both")
     # Several draws and prompts of a fact are one fact.
     by = ["item", "neurons", "size", "prompt"]
-    each = pd.concat(ablated).groupby(by, as_index=False)[["change", "kept"]].mean()
+    each: Any = pd.concat(ablated).groupby(by, as_index=False)[["change", "kept"]].mean()
     sizes = tuple(map(str, SIZES))
     tables = {
         "shares": summarize(

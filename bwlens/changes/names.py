@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +23,7 @@ from bwlens.changes.export import find_rows
 from bwlens.model.places import Tap
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site, available_matrices, find_taps
-from bwlens.model.weights import Weight, weights_of
+from bwlens.model.weights import Weight, weights_among, weights_of
 
 WRAPPED = "_original_component."
 
@@ -112,15 +111,7 @@ def refused_like(model: LensModel) -> None:
 def weights_there(model: LensModel) -> dict[Site, Weight]:
     """The weights of all matrices that can be changed alone; not experts of one 3-D parameter."""
     taps = [t for matrix in available_matrices(model) for t in find_taps(model, matrix)]
-    sites = [tap.site for tap in taps if isinstance(tap, Tap)]
-    try:
-        return weights_of(model, sites)
-    except NotImplementedError:
-        weights: dict[Site, Weight] = {}
-        for site in sites:
-            with suppress(NotImplementedError):
-                weights |= weights_of(model, [site])
-        return weights
+    return weights_among(model, [tap.site for tap in taps if isinstance(tap, Tap)])
 
 
 def _d_in_first(weight: Weight, parameter: Tensor) -> bool:

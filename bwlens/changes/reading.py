@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bwlens.changes.change import WeightChange
-from bwlens.changes.streams import partner_of, stream_side
+from bwlens.changes.streams import partners_of, stream_side
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.head import Head
 from bwlens.model.protocol import LensModel
@@ -97,7 +98,7 @@ class Usual:
         sampled: int,
         seed: int,
     ) -> None:
-        self._d_model, self.partners = head.W_U.shape[0], {s: partner_of(model, s) for s in change}
+        self._d_model, self.partners = head.W_U.shape[0], partners_of(model, change)
         self._known: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         generator = torch.Generator().manual_seed(seed)
         for name in dict.fromkeys(site.matrix for site in change):
@@ -129,18 +130,21 @@ class Usual:
         self, scores: Float[Tensor, "n d_vocab"], side: str, names: Sequence[str]
     ) -> Float[Tensor, "n d_vocab"]:
         """Scores over the vocabulary as z, less what is usual; written over the scores."""
-        z = standardised(scores)
-        for name in dict.fromkeys(names):
+        z, start = standardised(scores), 0
+        for name, together in groupby(names):
             mean, spread = self._known[name, side]
-            here = torch.tensor([i for i, other in enumerate(names) if other == name])
-            z[here] = (z[here] - mean) / spread
+            here = z[start : start + len(list(together))]
+            here.sub_(mean).div_(spread)
+            start += len(here)
         return z
 
 
 def standardised(scores: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:
     """Each row less its mean, over its spread; in place."""
-    centre, spread = scores.mean(1, keepdim=True), scores.std(1, keepdim=True)
-    return scores.sub_(centre).div_(spread.clamp_min(1e-12))
+    scores.sub_(scores.mean(1, keepdim=True))
+    # Twice as fast as `std`, which means once more.
+    spread = scores.norm(dim=1, keepdim=True) / math.sqrt(scores.shape[1] - 1)
+    return scores.div_(spread.clamp_min(1e-12))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,16 +12,18 @@ meets and a key as the queries that meet it, rotary embeddings left out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
+from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.lens.rows import READ_THROUGH
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site
-from bwlens.model.weights import weight_of
+from bwlens.model.weights import weights_among
 
 PARTNERS = {
     "W_in": "W_out",
@@ -35,20 +37,29 @@ PARTNERS = {
 """Where the side that is not as wide as the stream leads, or comes from."""
 
 
-def partner_of(model: LensModel, site: Site) -> Float[Tensor, "d_model width"] | None:
-    """The partner's weight with its stream side first; None where the model keeps no such matrix.
+def partners_of(
+    model: LensModel, change: Mapping[Site, LowRankMatrix]
+) -> dict[Site, Float[Tensor, "d_model width"] | None]:
+    """Each matrix' partner, its stream side first; None where the model keeps no such matrix.
 
     With grouped queries the key and value heads are repeated, or summed, as the queries use them.
     """
-    try:
-        weight = weight_of(model, replace(site, matrix=PARTNERS[site.matrix]))
-        own = weight_of(model, site)
-    except (ValueError, NotImplementedError):
-        return None
-    rows = weight.read()
+    partner = {site: replace(site, matrix=PARTNERS[site.matrix]) for site in change}
+    there = weights_among(model, partner.values())
+    return {
+        site: _paired(site, change[site].shape, there[other].read(), model)
+        if (other := partner[site]) in there
+        else None
+        for site in change
+    }
+
+
+def _paired(
+    site: Site, shape: tuple[int, int], rows: Float[Tensor, "_ _"], model: LensModel
+) -> Float[Tensor, "d_model width"] | None:
     stream_first = READ_THROUGH[PARTNERS[site.matrix]] == "x"
     table = rows if stream_first else rows.T
-    width = own.shape[0] if READ_THROUGH[site.matrix] == "delta" else own.shape[1]
+    width = shape[0] if READ_THROUGH[site.matrix] == "delta" else shape[1]
     if width == table.shape[1]:
         return table
     d_head = getattr(model.cfg, "d_head", None)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from bisect import bisect_left
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from types import CellType, FunctionType
@@ -119,18 +120,29 @@ def weights_of(model: LensModel, sites: Iterable[Site]) -> dict[Site, Weight]:
     """The weights of several sites, by the sites asked for; raises as `weight_of` does."""
     check_model(model)
     memory = _Memory(model)
-    weights = {}
+    return {site: _weight(model, site, memory) for site in sites}
+
+
+def weights_among(model: LensModel, sites: Iterable[Site]) -> dict[Site, Weight]:
+    """Those of the sites' weights that `weight_of` would give."""
+    check_model(model)
+    memory, weights = _Memory(model), dict[Site, Weight]()
     for site in sites:
-        taps = find_taps(model, [site.matrix], site.layer)
-        own = Site(site.matrix, resolve_layers(model, site.layer)[0], site.expert)
-        parameter, live = _stored(taps, own)
-        _check_stored(parameter, own)
-        memory.check_unshared(parameter, own)
-        live = live.detach()
-        per_head_in = live.ndim == 3 and own.matrix == "W_O"
-        d_in = live.shape[0] * live.shape[1] if per_head_in else live.shape[0]
-        weights[site] = Weight(own, live, (d_in, live.numel() // d_in))
+        with suppress(ValueError, NotImplementedError):
+            weights[site] = _weight(model, site, memory)
     return weights
+
+
+def _weight(model: LensModel, site: Site, memory: _Memory) -> Weight:
+    taps = find_taps(model, [site.matrix], site.layer)
+    own = Site(site.matrix, resolve_layers(model, site.layer)[0], site.expert)
+    parameter, live = _stored(taps, own)
+    _check_stored(parameter, own)
+    memory.check_unshared(parameter, own)
+    live = live.detach()
+    per_head_in = live.ndim == 3 and own.matrix == "W_O"
+    d_in = live.shape[0] * live.shape[1] if per_head_in else live.shape[0]
+    return Weight(own, live, (d_in, live.numel() // d_in))
 
 
 def parameter_of(tap: Tap | ExpertTap, site: Site) -> tuple[Any, Tensor]:

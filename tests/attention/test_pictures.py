@@ -70,7 +70,9 @@ def test_a_lens_holds_its_heads(name, bridge):
     handle.remove()
     assert len(passes) == alone
     assert lens.attention.layers == maps.layers
-    assert torch.equal(lens.attention.reversed, maps.reversed)
+    # By themselves, maps unembed the answers alone: no other sums, but in another order.
+    same = {"rtol": 1e-4, "atol": 1e-8}
+    torch.testing.assert_close(lens.attention.reversed, maps.reversed, **same)
     assert torch.equal(lens.attention.forward, maps.forward)
     assert [place[:2] for place in lens.heads(3)] == maps.strongest(3)
     for site, gradient in plain.gradients.items():
@@ -78,7 +80,7 @@ def test_a_lens_holds_its_heads(name, bridge):
         assert torch.equal(lens.gradients[site].x, gradient.x)
     layer = maps.layers[-1]
     some = bwlens.backward_lens(model, prompt, 17, layers=[layer], attention=True)
-    assert torch.equal(some.reversed_attention(layer, 2), maps.map(layer, 2))
+    torch.testing.assert_close(some.reversed_attention(layer, 2), maps.map(layer, 2), **same)
     with pytest.raises(ValueError, match="attention=True"):
         plain.heads()
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from bwlens.show.circuits import OfflineHTML
 
 _STYLE = """
-.bwlens-heads{font:13px system-ui,sans-serif;color-scheme:light dark;
-color:light-dark(#1c2128,#e6e9ee)}
+.bwlens-heads{font:13px system-ui,sans-serif}
 .bwlens-heads .both{position:relative;display:inline-block;min-height:190px;padding-right:280px}
 .bwlens-heads table{border-collapse:separate;border-spacing:2px;width:auto}
 .bwlens-heads th{font-weight:400;padding:0 4px;text-align:right;border:0}

@@ -47,7 +47,7 @@ def table(found: Any, columns: int = 8) -> str:
         )
     heads = "".join(f"<th>{n + 1}</th>" for n in range(columns))
     return (
-        f'<div class="bw-neurons" style="overflow-x:auto;color-scheme:light dark">'
+        f'<div class="bw-neurons" style="overflow-x:auto">'
         f'<p style="margin:.3em 0">'
         f"<b>{escape(visible(found.prompt, trim=False))} → {escape(quoted(found.target))}</b>, p"
         f" {found.probability:.2f}. Its logit is {found.logit:.2f} above the mean of all words;"
@@ -140,7 +140,7 @@ def neuron(one: Any) -> str:
         for context in one.contexts
     )
     return (
-        f'<div class="bw-neuron" style="color-scheme:light dark">'
+        f'<div class="bw-neuron">'
         f"<h3>neuron {escape(str(one.neuron))}</h3>{ends}"
         f"<p>Where its weight is largest, of {one.n_tokens} tokens:</p>"
         f'<table style="{_STYLE}">{lines}</table></div>'

@@ -248,3 +248,5 @@ def test_the_strongest_stands_out_in_light_and_dark(found, demo):
             assert max(contrasts) > 2 * min(contrasts)
             if html == page._repr_html_():
                 assert contrasts[0] == max(contrasts)
+        # Light or dark is the host page's to say; by itself it would follow the system.
+        assert "color-scheme" not in html

@@ -18,14 +18,13 @@ from torch import Tensor
 from bwlens.edit.editor import Factors
 from bwlens.model.flows import as_rows
 from bwlens.model.losses import forward
-from bwlens.model.passes import Addition, run, wide
+from bwlens.model.passes import Addition, prompts_at_once, run, wide
 from bwlens.model.prompts import Batch, make_batch, padded
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Tap
 from bwlens.runs.parts import progress_bar
 from bwlens.runs.tensors import read_tensors, write_tensors
 
-_AT_ONCE = 64  # Prompts whose blocks below are run together.
 _IN_FILE = 1024
 
 
@@ -112,8 +111,9 @@ class Passes:
                     advance(len(chunk))
                 else:
                     streams = []
-                    for at in range(0, len(chunk), _AT_ONCE):
-                        several = chunk[at : at + _AT_ONCE]
+                    at_once = prompts_at_once(self._model)
+                    for at in range(0, len(chunk), at_once):
+                        several = chunk[at : at + at_once]
                         left = self._below(several)
                         streams += [
                             row[: len(ids)].clone() for ids, row in zip(several, left, strict=True)

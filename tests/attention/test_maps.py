@@ -14,8 +14,9 @@ from tests.attention import hugging_face
 TOKENS, MASK = cases.padded(cases.PROMPTS, "left")
 OBJECTIVE = bwlens.NLL(cases.TARGETS)
 NO_MAPS = {"rwkv": "a recurrence"}
+FAINT = {"starcoder2"}  # R of one head is so small that float32 rounds it by 3e-5, theirs too.
 NOT_GIVEN = {"recurrent_gemma": "transformers gives out something else as its pattern"}
-EXACT = {torch.float32: 5e-5, torch.float64: 1e-11}
+EXACT = {torch.float32: 3e-5, torch.float64: 1e-11}
 
 
 def maps_of(model, **settings):
@@ -64,8 +65,10 @@ def test_further_architectures_against_hugging_face(name, boot):
     for line, why in architectures.ARCHITECTURES[name].not_on.items():
         if tiny.HAS_HOOKED_TRANSFORMER and line == "3.":
             pytest.skip(why)
-    model, hf = boot(name), tiny.hf_model(name)
-    check_against_hugging_face(model, hf, name, torch.float32, ("left",))
+    dtype = torch.float64 if name in FAINT else torch.float32
+    with oracle.TrueFloat64() if name in FAINT else nullcontext():
+        model, hf = boot(name, dtype), tiny.hf_model(name, dtype)
+        check_against_hugging_face(model, hf, name, dtype, ("left",))
 
 
 @pytest.mark.skipif(not tiny.HAS_HOOKED_TRANSFORMER, reason="TransformerLens 4 has none")

@@ -315,7 +315,7 @@ def read_change(
         model, list(PROMPTS) if prompts is None else prompts, prepend_bos=prepend_bos
     )
     texts = _texts(model, batch)
-    inputs = inputs_of(model, batch, given)
+    inputs, old = inputs_of(model, batch, given)
     random = random_change(given, seed)
     cells: dict[Site, Directions] = {}
     null: dict[Site, Directions] = {}
@@ -329,13 +329,14 @@ def read_change(
     largest = max(float(one.s[0]) for one in cells.values())
     usual = Usual(model, head, given, usual_of, seed + 1)
     read = {s: read_side(head, cells, s, largest, top_k, usual, follow_ids) for s in SIDES}
-    null_read = {side: read_side(head, null, side, largest, 1, usual) for side in SIDES}
+    null_read = {side: read_side(head, null, side, largest, 0, usual) for side in SIDES}
     names = [site.matrix for site, one in cells.items() for _ in one.s]
     null_names = [site.matrix for site, one in null.items() for _ in one.s]
     measured = None
     if effect:
         try:
-            measured = effect_of(model, batch, texts, given, random, min(top_k, model.cfg.d_vocab))
+            k = min(top_k, model.cfg.d_vocab)
+            measured = effect_of(model, batch, texts, given, random, old, k)
         except NotImplementedError as error:
             remarks.append(f"the effect was not measured: {error}")
     if blind := next((s for s, partner in usual.partners.items() if partner is None), None):

@@ -65,19 +65,22 @@ class ChangeEffect:
         return float(self.divergences.mean())
 
 
-def inputs_of(model: LensModel, batch: Batch, sites: Iterable[Site]) -> dict[Site, Tensor]:
-    """What enters each matrix, padding left out: x [n, d_in] by site, and the next logits."""
+def inputs_of(
+    model: LensModel, batch: Batch, sites: Iterable[Site]
+) -> tuple[dict[Site, Tensor], Float[Tensor, "batch d_vocab"]]:
+    """What enters each matrix, padding left out: x [n, d_in] by site; and the next words' log p."""
     wanted = set(sites)
     taps = find_taps(model, list({s.matrix for s in wanted}), {s.layer for s in wanted})
     keep = batch.mask.flatten()
     inputs: dict[Site, Tensor] = {}
-    for flow in run(model, batch.tokens, taps=taps).flows:
+    passed = run(model, batch.tokens, taps=taps)
+    for flow in passed.flows:
         rows = as_rows(flow.x)
         here = keep if flow.tokens is None else keep[flow.tokens.to(keep.device)]
         for site, _ in flow.parts:
             if site in wanted:
                 inputs[site] = rows[here.to(rows.device)]
-    return inputs
+    return inputs, last_logits(passed.logits.float(), batch).log_softmax(-1)
 
 
 def effect_of(
@@ -86,11 +89,14 @@ def effect_of(
     prompts: tuple[str, ...],
     change: WeightChange,
     random: WeightChange,
+    old: Float[Tensor, "batch d_vocab"],
     top_k: int,
 ) -> ChangeEffect:
-    """Measured with the change in effect, and with a random one of the same spectrum."""
+    """Measured with the change in effect, and with a random one of the same spectrum.
+
+    `old` are the next words' log-probabilities as the model is.
+    """
     with alone_with(model):
-        old = _log_probs(model, batch, WeightChange())
         new = _log_probs(model, batch, change)
         control = _log_probs(model, batch, random)
     shares, losses = new.exp() * (new - old), old.exp() * (old - new)

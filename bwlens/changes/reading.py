@@ -115,7 +115,7 @@ class Usual:
                     mean, square = torch.zeros(()), torch.zeros(())
                     for chunk in vectors.split(_ROWS):
                         z = standardised(all_scores(head, chunk).float())
-                        mean, square = mean + z.sum(0), square + z.square().sum(0)
+                        mean, square = mean + z.sum(0), square + z.norm(dim=0).square()
                     mean, square = mean / len(vectors), square / len(vectors)
                     self._known[name, side] = mean, (square - mean**2).clamp_min(1).sqrt()
 
@@ -174,7 +174,7 @@ def read_side(
     usual: Usual,
     targets: Sequence[int] = (),
 ) -> Side:
-    """One side of all directions, read by a head."""
+    """One side of all directions, read by a head; with `top_k` 0 without a readout of each."""
     rows, at, weights, layers, names = [], [], [], [], []
     n = 0
     for site, one in cells.items():
@@ -188,48 +188,56 @@ def read_side(
         n += len(one.s)
     d_vocab = head.W_U.shape[1]
     if not rows:
-        return _unread(n, top_k, len(targets))
+        none: dict[int | None, Any] = {None: (torch.zeros(0, dtype=torch.long), torch.zeros(0))}
+        return Side(_blank(n, top_k, len(targets)), torch.full((n,), float("nan")), none, none)
     device = head.W_U.device
     vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1).to(device)
     weight, layer = torch.cat(weights), torch.tensor(layers)
-    tally = {1: _Tally(d_vocab), -1: _Tally(d_vocab)}
+    tally = _Tally(d_vocab)
     read, legibility = [], torch.full((n,), float("nan"))
     for chunk in torch.arange(len(vectors)).split(_ROWS):
         scores = all_scores(head, vectors[chunk]).float()
-        lead, places = (len(chunk),), torch.arange(len(chunk), device=device)
-        lengths, doubtful = vectors[chunk].norm(dim=1), torch.zeros_like(places, dtype=torch.bool)
-        read.append(readout_of_scores(scores, lengths, doubtful, places, lead, top_k, targets))
+        if top_k:
+            lead, places = (len(chunk),), torch.arange(len(chunk), device=device)
+            lengths, doubtful = vectors[chunk].norm(dim=1), torch.zeros_like(places) > 0
+            read.append(readout_of_scores(scores, lengths, doubtful, places, lead, top_k, targets))
         z = usual.z(scores, side, [names[i] for i in chunk.tolist()])
         legibility[torch.tensor(at)[chunk]] = z.amax(1).to(legibility)
-        for sign, each in tally.items():
-            each.add(z, sign, weight[chunk], layer[chunk])
-    joined = _joined(read).placed(at, n)
-    return Side(joined, legibility, tally[1].words(), tally[-1].words())
+        tally.add(z, weight[chunk], layer[chunk])
+    joined = _joined(read).placed(at, n) if read else _blank(n, 0, 0)
+    return Side(joined, legibility, tally.words(1), tally.words(-1))
 
 
 class _Tally:
-    """Nats beyond chance of each word, by layer."""
+    """Nats beyond chance of each word, by layer and end."""
 
     def __init__(self, d_vocab: int) -> None:
         self._bar = math.log(d_vocab)
-        self._found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
-    def add(self, z: Tensor, sign: int, weight: Tensor, layer: Tensor) -> None:
+    def add(self, z: Tensor, weight: Tensor, layer: Tensor) -> None:
         edge = math.sqrt(2 * self._bar)
-        cell, word = (z > edge if sign > 0 else z < -edge).nonzero(as_tuple=True)
-        nats = (z[cell, word].square() / 2 - self._bar) * weight.to(z)[cell]
+        # Few words stand out anywhere: find those first, then where.
+        words = ((z.amax(0) > edge) | (z.amin(0) < -edge)).nonzero()[:, 0]
+        z = z[:, words]
+        cell, word = (z.abs() > edge).nonzero(as_tuple=True)
+        beyond, word = z[cell, word], words[word]
+        nats = (beyond.square() / 2 - self._bar) * weight.to(z)[cell]
         for one in layer[cell.cpu()].unique().tolist():
             here = layer.to(cell.device)[cell] == one
-            self._found.setdefault(one, []).append((word[here], nats[here]))
+            self._found.setdefault(one, []).append((word[here], nats[here], beyond[here] > 0))
 
-    def words(self) -> dict[int | None, tuple[Tensor, Tensor]]:
-        some = [pair for pairs in self._found.values() for pair in pairs]
-        return {None: self._summed(some)} | {
-            layer: self._summed(pairs) for layer, pairs in sorted(self._found.items())
+    def words(self, sign: int) -> dict[int | None, tuple[Tensor, Tensor]]:
+        some = {
+            layer: [(w[up == (sign > 0)], nats[up == (sign > 0)]) for w, nats, up in parts]
+            for layer, parts in sorted(self._found.items())
+        }
+        return {None: self._summed([pair for pairs in some.values() for pair in pairs])} | {
+            layer: self._summed(pairs) for layer, pairs in some.items()
         }
 
     def _summed(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        if not pairs:
+        if not any(len(words) for words, _ in pairs):
             return torch.zeros(0, dtype=torch.long), torch.zeros(0)
         words, at = torch.cat([word for word, _ in pairs]).unique(return_inverse=True)
         nats = torch.zeros(len(words), device=words.device).index_add(
@@ -244,15 +252,13 @@ def _joined(parts: Sequence[Readout]) -> Readout:
     return Readout(**{name: torch.cat([getattr(p, name) for p in parts]) for name in names})
 
 
-def _unread(n: int, top_k: int, n_targets: int) -> Side:
+def _blank(n: int, top_k: int, n_targets: int) -> Readout:
     nan, no = torch.full((n, top_k), float("nan")), torch.full((n, top_k), -1)
     flags = torch.zeros(n, dtype=torch.bool)
-    read = Readout(
+    return Readout(
         no, nan, no, nan, torch.zeros(n), ~flags, torch.zeros(n), flags,
         torch.full((n, n_targets), -1), torch.full((n, n_targets), float("nan")),
     )  # fmt: skip
-    empty: dict[int | None, Any] = {None: (torch.zeros(0, dtype=torch.long), torch.zeros(0))}
-    return Side(read, torch.full((n,), float("nan")), empty, empty)
 
 
 def chances(

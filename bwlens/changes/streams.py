@@ -47,8 +47,8 @@ def partners_of(
     partner = {site: replace(site, matrix=PARTNERS[site.matrix]) for site in change}
     there = weights_among(model, partner.values())
     return {
-        site: _paired(site, change[site].shape, there[other].read(), model)
-        if (other := partner[site]) in there
+        site: _paired(site, change[site].shape, weight.live.reshape(weight.shape), model)
+        if (weight := there.get(partner[site]))
         else None
         for site in change
     }

@@ -14,7 +14,7 @@ import bwlens
 from benchmarks.measure import Note, Row, race, size, timed
 from benchmarks.setting import Setting
 from bwlens.experiments import GradientRank, SegmentNorms, TargetRank
-from bwlens.experiments.base import Batches
+from bwlens.experiments.running import Batches
 
 N_PROMPTS = 96
 SHORTEST, LONGEST = 5, 15

@@ -33,10 +33,12 @@ from torch import Tensor
 from bwlens.changes.change import WeightChange
 from bwlens.changes.streams import partners_of, stream_side
 from bwlens.gradient.matrix import LowRankMatrix
+from bwlens.lens.rows import READ_THROUGH
 from bwlens.model.head import Head
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Site
-from bwlens.reading.readouts import Readout, all_scores, readout_of_scores
+from bwlens.reading.readouts import Readout, readout_of_scores
+from bwlens.reading.scoring import all_scores
 
 SIDES: tuple[Literal["x", "delta"], ...] = ("x", "delta")
 _ROWS = 64  # Directions whose scores over the vocabulary are in memory at a time.
@@ -87,7 +89,8 @@ class Usual:
     """What random directions of each kind of matrix look like, and their way into the stream.
 
     Some words stand out in whatever is read (white space, in many models). A word's z counts by its
-    mean and spread over random directions of the same kind of matrix and side.
+    mean and spread over random directions of the same kind of matrix and side. Sides that are in
+    the stream by themselves are of one kind, whatever their matrix.
     """
 
     def __init__(
@@ -99,12 +102,14 @@ class Usual:
         seed: int,
     ) -> None:
         self._d_model, self.partners = head.W_U.shape[0], partners_of(model, change)
-        self._known: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self._known: dict[str, tuple[Tensor, Tensor]] = {}
         generator = torch.Generator().manual_seed(seed)
         for name in dict.fromkeys(site.matrix for site in change):
             sites = [site for site in change if site.matrix == name]
             each = -(-sampled // len(sites))
             for axis, side in enumerate(SIDES):
+                if _kind(name, side) in self._known:
+                    continue
                 widths = [change[site].shape[axis] for site in sites]
                 drawn = [torch.randn(each, width, generator=generator) for width in widths]
                 pairs = zip(sites, drawn, strict=True)
@@ -117,7 +122,7 @@ class Usual:
                         z = standardised(all_scores(head, chunk).float())
                         mean, square = mean + z.sum(0), square + z.norm(dim=0).square()
                     mean, square = mean / len(vectors), square / len(vectors)
-                    self._known[name, side] = mean, (square - mean**2).clamp_min(1).sqrt()
+                    self._known[_kind(name, side)] = mean, (square - mean**2).clamp_min(1).sqrt()
 
     def carried(
         self, site: Site, side: Literal["x", "delta"], rows: Float[Tensor, "n width"]
@@ -131,12 +136,16 @@ class Usual:
     ) -> Float[Tensor, "n d_vocab"]:
         """Scores over the vocabulary as z, less what is usual; written over the scores."""
         z, start = standardised(scores), 0
-        for name, together in groupby(names):
-            mean, spread = self._known[name, side]
+        for kind, together in groupby(_kind(name, side) for name in names):
+            mean, spread = self._known[kind]
             here = z[start : start + len(list(together))]
             here.sub_(mean).div_(spread)
             start += len(here)
         return z
+
+
+def _kind(matrix: str, side: str) -> str:
+    return "stream" if READ_THROUGH[matrix] == side else f"{matrix} {side}"
 
 
 def standardised(scores: Float[Tensor, "n d_vocab"]) -> Float[Tensor, "n d_vocab"]:

@@ -33,7 +33,7 @@ from bwlens.experiments._target_rank import target_rank as target_rank
 from bwlens.experiments.base import Experiment as Experiment
 from bwlens.experiments.base import Reading as Reading
 from bwlens.experiments.base import Result as Result
-from bwlens.experiments.base import run as run
+from bwlens.experiments.running import run as run
 from bwlens.experiments.sweeps import Sweep as Sweep
 from bwlens.experiments.sweeps import read_sweep as read_sweep
 from bwlens.experiments.sweeps import sweep as sweep

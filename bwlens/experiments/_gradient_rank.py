@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result
+from bwlens.experiments.columns import frame
+from bwlens.experiments.running import run
 from bwlens.gradient.spectra import spectra
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers

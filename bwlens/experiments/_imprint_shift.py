@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result
+from bwlens.experiments.columns import frame
 from bwlens.experiments.own_steps import dense_taps, stepped
+from bwlens.experiments.running import run
 from bwlens.experiments.stepped_layer import WHICH, SteppedLayer, TargetLogit
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.objectives import NLL

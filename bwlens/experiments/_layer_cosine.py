@@ -18,10 +18,10 @@ from bwlens.experiments.base import (
     Result,
     check_effects,
     check_segment,
-    frame,
     measured_effects,
-    run,
 )
+from bwlens.experiments.columns import frame
+from bwlens.experiments.running import run
 from bwlens.gradient.objectives import NLL
 from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits
 from bwlens.data.records import Record
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result
+from bwlens.experiments.columns import frame
+from bwlens.experiments.running import run
 from bwlens.gradient.capturing import capture
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from bwlens.data.given import Edits, as_edits, as_list
 from bwlens.data.records import Record
-from bwlens.experiments.base import Experiment, Reading, Result, check_effects, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result, check_effects
+from bwlens.experiments.columns import frame
+from bwlens.experiments.running import run
 from bwlens.gradient.objectives import NLL
 from bwlens.model.prompts import Edit, make_batch
 from bwlens.model.protocol import LensModel

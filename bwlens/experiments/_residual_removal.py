@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bwlens.data.given import Edits
 from bwlens.data.prose import read_prose
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result
+from bwlens.experiments.columns import frame
+from bwlens.experiments.running import run
 from bwlens.knowledge.branches import Branch, Parted, Streams, attention_branches, mlp_branches
 from bwlens.model.prompts import Batch, make_batch
 from bwlens.model.protocol import LensModel

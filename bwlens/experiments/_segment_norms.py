@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from bwlens.data.given import Edits
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run, segment_columns
+from bwlens.experiments.base import Experiment, Reading, Result
+from bwlens.experiments.columns import frame, segment_columns
+from bwlens.experiments.running import run
 from bwlens.model.protocol import LensModel
 from bwlens.model.segments import SEGMENTS
 from bwlens.model.sites import Layers

@@ -17,7 +17,8 @@ from bwlens.data.given import Edits
 from bwlens.edit.given import FIRST_ONLY
 from bwlens.edit.shift import forward_pass_shift
 from bwlens.edit.smallest import smallest_steps
-from bwlens.experiments.base import Experiment, Reading, Result, frame, run
+from bwlens.experiments.base import Experiment, Reading, Result
+from bwlens.experiments.columns import frame
 from bwlens.experiments.own_steps import (
     Change,
     Step,
@@ -28,6 +29,7 @@ from bwlens.experiments.own_steps import (
     padded,
     stepped,
 )
+from bwlens.experiments.running import run
 from bwlens.model.prompts import Batch
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site, resolve_layers

@@ -18,11 +18,10 @@ from bwlens.experiments.base import (
     Result,
     check_effects,
     check_segment,
-    frame,
     measured_effects,
-    run,
-    segment_columns,
 )
+from bwlens.experiments.columns import frame, segment_columns
+from bwlens.experiments.running import run
 from bwlens.gradient.low_rank import LowRankGradient
 from bwlens.gradient.objectives import NLL
 from bwlens.lens.asking import readings_of

@@ -1,15 +1,13 @@
 """What every experiment is: rows measured on a batch of edits, their summary, a figure.
 
-An experiment is a frozen dataclass of its settings. `run` takes it over any number of edits in
-batches of like length: one forward and one backward pass a batch, shared by all experiments that
-are run together, with everything reduced to a few numbers a prompt on the model's device, so that
-memory does not grow with the number of prompts.
+An experiment is a frozen dataclass of its settings, which measures the gradients of a batch of
+edits. bwlens/experiments/running.py makes the batches.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -18,39 +16,30 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bwlens.data.given import Edits, as_edits
-from bwlens.gradient.capturing import Gradients, capture
+from bwlens.gradient.capturing import Gradients
 from bwlens.gradient.low_rank import LowRankGradient
-from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import UntrueGradientError
-from bwlens.model.prompts import Edit, make_batch
-from bwlens.model.segments import SEGMENTS, segment_codes
+from bwlens.model.prompts import Edit
+from bwlens.model.segments import SEGMENTS
 from bwlens.model.sites import (
     Layers,
     Site,
     Tap,
     available_matrices,
-    check_model,
     find_taps,
     resolve_layers,
     resolve_matrices,
 )
-from bwlens.model.targets import unwarned, warn_of_edits
 from bwlens.reading.effect import EffectOf
 from bwlens.reading.trust import true_effects
 from bwlens.runs.intervals import summarize
-from bwlens.runs.parts import Failure, Part, progress_bar
+from bwlens.runs.parts import Failure
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 E = TypeVar("E", bound="Experiment")
-
-MAX_MEMORY = 2**30
-"""Bytes that the activations and gradients of a batch may take, by a rough estimate."""
-
-_MOST_PROMPTS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,153 +227,6 @@ class Result:
         )
 
 
-def run(
-    experiment: Experiment,
-    model: Any,
-    records: Edits,
-    *,
-    prepend_bos: bool | None = None,
-    max_memory: int = MAX_MEMORY,
-    progress: bool = True,
-) -> Result:
-    """Run one experiment over edits, in memory.
-
-    Args:
-        experiment: With its settings.
-        model: A TransformerBridge or HookedTransformer.
-        records: Edits or records, one or several; `read_records` gives some.
-        prepend_bos: Whether prompts get a BOS token; None is the model's own default.
-        max_memory: Bytes that a batch may take, by a rough estimate.
-        progress: Show a bar.
-
-    Raises:
-        ValueError: No edits, none that can be read, or settings that do not fit the model.
-    """
-    work = Batches([experiment], model, records, prepend_bos, max_memory)
-    tables: list[pd.DataFrame] = []
-    failures = list(work.failures)
-    with progress_bar(experiment.title, sum(work.sizes), shown=progress) as advance:
-        for number, size in enumerate(work.sizes):
-            part = work(number)
-            tables.append(part.tables[experiment.name])
-            failures += part.failures
-            advance(size)
-    return Result(experiment, joined(tables), tuple(sorted(failures, key=lambda f: f.item)))
-
-
-def joined(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Rows of all parts, in the order of the data."""
-    import pandas as pd
-
-    rows = pd.concat([table for table in tables if len(table)] or list(tables), ignore_index=True)
-    if "item" not in rows:
-        return rows
-    return rows.sort_values("item", kind="stable", ignore_index=True)
-
-
-class Batches:
-    """Edits in batches of like length, and the work of some experiments on each.
-
-    Edits that cannot be tokenised, or are too long for the model, are set aside as `failures`.
-
-    Raises:
-        ValueError: No edits, none that can be read, or settings that do not fit the model.
-    """
-
-    def __init__(
-        self,
-        experiments: Sequence[Experiment],
-        model: Any,
-        edits: Edits,
-        prepend_bos: bool | None = None,
-        max_memory: int = MAX_MEMORY,
-    ) -> None:
-        check_model(model)
-        self._experiments, self._model, self._edits = list(experiments), model, as_edits(edits)
-        self._prepend_bos = prepend_bos
-        wanted = {m for experiment in experiments for m in experiment.wanted(model)}
-        self._matrices = [m for m in available_matrices(model) if m in wanted]
-        asked = [resolve_layers(model, experiment.layers) for experiment in experiments]
-        self._layers = sorted({layer for layers in asked for layer in layers})
-        lengths, self.failures = self._lengths()
-        if not lengths:
-            first = self.failures[0]
-            raise ValueError(f"none of the {len(self._edits)} edits can be read; {first.message}")
-        warn_of_edits(model, self._edits)
-        self.batches = _plan(lengths, max(1, max_memory // memory_per_token(model, self._matrices)))
-
-    @property
-    def sizes(self) -> list[int]:
-        """Number of edits of each batch."""
-        return [len(batch) for batch in self.batches]
-
-    @unwarned()
-    def __call__(self, number: int) -> Part:
-        """Measure one batch; where it fails as a whole, its edits one by one."""
-        items = self.batches[number]
-        try:
-            return Part(self._measure(items))
-        except (ValueError, FloatingPointError) as error:
-            if len(items) == 1:
-                return Part(self._nothing(), [self._failure(items[0], error)])
-        parts, failures = [self._nothing()], []
-        for item in items:
-            try:
-                parts.append(self._measure([item]))
-            except (ValueError, FloatingPointError) as error:
-                failures.append(self._failure(item, error))
-        tables = {e.name: joined([part[e.name] for part in parts]) for e in self._experiments}
-        return Part(tables, failures)
-
-    def _measure(self, items: Sequence[int]) -> dict[str, pd.DataFrame]:
-        edits = tuple(self._edits[item] for item in items)
-        prompts = [edit.text for edit in edits]
-        grads = capture(
-            self._model,
-            prompts,
-            NLL([edit.target_new for edit in edits]),
-            self._matrices or ("W_out",),
-            self._layers if self._matrices else [len(self._model.blocks) - 1],
-            prepend_bos=self._prepend_bos,
-        )
-        codes = segment_codes(self._model, edits, grads.batch, self._prepend_bos)
-        tables = {}
-        for experiment in self._experiments:
-            layers = tuple(resolve_layers(self._model, experiment.layers))
-            rows = experiment.measure(
-                Reading(self._model, edits, grads, codes, self._prepend_bos, layers)
-            )
-            if len(rows):
-                rows["item"] = torch.tensor(items)[torch.tensor(rows["item"].to_numpy())].numpy()
-            tables[experiment.name] = rows
-        return tables
-
-    def _nothing(self) -> dict[str, Any]:
-        import pandas as pd
-
-        return {experiment.name: pd.DataFrame() for experiment in self._experiments}
-
-    def _failure(self, item: int, error: Exception) -> Failure:
-        # A batch of one calls its only prompt "prompt 0".
-        message = str(error).replace("prompt 0", "the prompt")
-        return Failure(item, f"edit {item} ({self._edits[item].text!r}): {message}")
-
-    @unwarned()
-    def _lengths(self) -> tuple[dict[int, int], tuple[Failure, ...]]:
-        """Number of tokens of each edit that can be read, and what is wrong with the others."""
-        lengths: dict[int, int] = {}
-        failures: list[Failure] = []
-        for item, edit in enumerate(self._edits):
-            try:
-                batch = make_batch(
-                    self._model, edit.text, edit.target_new, prepend_bos=self._prepend_bos
-                )
-                lengths[item] = int(batch.lengths[0])
-            except ValueError as error:
-                failures.append(self._failure(item, error))
-        return lengths, tuple(failures)
-
-
 def check_segment(segment: str) -> None:
     """Raise a ValueError that names all segments if there is none of this name."""
     if segment not in SEGMENTS:
@@ -418,71 +260,3 @@ def check_effects(name: str, model: Any, matrices: Sequence[str]) -> None:
                 f"{name}: {', '.join(tap.matrices)} is a mixture of experts in some layer, where a"
                 f" token has a step of its own in each expert; its effect is not read"
             )
-
-
-def memory_per_token(model: Any, matrices: Sequence[str]) -> int:
-    """Bytes that a token takes in a forward and backward pass, by a rough estimate."""
-    cfg = model.cfg
-    d_model, n_layers = cfg.d_model, len(model.blocks)
-    d_mlp = getattr(cfg, "d_mlp", None) or 4 * d_model
-    # About thirty vectors of the residual stream's width and eight of the MLP's are kept for the
-    # backward pass of each layer, and six of the vocabulary's for the loss.
-    kept = n_layers * (30 * d_model + 8 * d_mlp) + 6 * cfg.d_vocab
-    held = n_layers * len(matrices) * (d_model + d_mlp)
-    return 4 * (kept + held)
-
-
-def _plan(lengths: Mapping[int, int], most_tokens: int) -> list[list[int]]:
-    """Edits of like length together, as many as a batch may hold of them."""
-    batches: list[list[int]] = []
-    for item in sorted(lengths, key=lambda item: (lengths[item], item)):
-        size = len(batches[-1]) if batches else 0
-        if size and size < _MOST_PROMPTS and (size + 1) * lengths[item] <= most_tokens:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
-    return batches
-
-
-def frame(columns: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """Rows out of columns, piece by piece; single values are repeated."""
-    import numpy as np
-    import pandas as pd
-
-    pieces = list(columns)
-    if not pieces:
-        return pd.DataFrame()
-    held: dict[str, Any] = {}
-    sizes = [max(np.size(value) for value in piece.values()) for piece in pieces]
-    for name in pieces[0]:
-        values = [
-            np.broadcast_to(np.asarray(piece[name]).reshape(-1), (size,))
-            for piece, size in zip(pieces, sizes, strict=True)
-        ]
-        held[name] = np.concatenate(values)
-    return pd.DataFrame(held)
-
-
-def segment_columns(
-    reading: Reading, site: Site, values: Float[Tensor, "n k"], names: Sequence[str]
-) -> dict[str, Any]:
-    """Columns of a site's values averaged over each segment of each prompt, where it has tokens."""
-    import numpy as np
-
-    gradient = reading.grads[site]
-    assert gradient.prompt is not None
-    means, _ = reading.by_segment(gradient, values)
-    group = gradient.prompt * len(SEGMENTS) + reading.segment_of(gradient)
-    tokens = torch.bincount(group, minlength=len(reading.edits) * len(SEGMENTS))
-    tokens = tokens.unflatten(0, (-1, len(SEGMENTS)))
-    prompt, segment = tokens.nonzero(as_tuple=True)
-    held = means[prompt, segment].cpu().numpy()
-    return {
-        "item": prompt.cpu().numpy(),
-        "matrix": site.matrix,
-        "layer": site.layer,
-        "expert": site.expert_number,
-        "segment": np.array(SEGMENTS)[segment.cpu().numpy()],
-        "tokens": tokens[prompt, segment].cpu().numpy(),
-        **{name: held[:, at] for at, name in enumerate(names)},
-    }

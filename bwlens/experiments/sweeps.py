@@ -16,7 +16,8 @@ from typing import Any
 
 from bwlens.data.given import Edits, as_edits
 from bwlens.data.records import Records, checked_limit, read_records
-from bwlens.experiments.base import MAX_MEMORY, Batches, Experiment, Result, joined
+from bwlens.experiments.base import Experiment, Result
+from bwlens.experiments.running import MAX_MEMORY, Batches, joined
 from bwlens.model.identity import fingerprint, model_label
 from bwlens.model.prompts import Edit
 from bwlens.runs.parts import (

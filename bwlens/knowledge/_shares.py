@@ -24,7 +24,7 @@ from bwlens.model.passes import wide
 from bwlens.model.places import Site
 from bwlens.model.sites import Layers
 from bwlens.model.weights import parameter_of
-from bwlens.reading.readouts import all_scores
+from bwlens.reading.scoring import all_scores
 
 
 @dataclass(frozen=True, eq=False)

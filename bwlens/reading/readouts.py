@@ -18,8 +18,8 @@ Source: Katz, Belinkov, Geva and Wolf, "Backward Lens", EMNLP 2024, sections 2 a
 # (torch leaves linalg, split, norm and others of its functions untyped.)
 
 import operator
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from math import prod, sqrt
 from typing import Any
 
@@ -29,10 +29,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bwlens.model.head import Head, head_of
+from bwlens.reading.scoring import ends, plan, ranks_among, score_dtype, score_rows, zero_is_uniform
 
-_BLOCK = 128  # The k best of a row lie in the k blocks with the best maxima.
-_TILE = 2048  # Vocabulary columns scored at a time: rows x tile stays in the cache.
-_SORT = 64  # From this many targets on, one sort of a row is cheaper than counting for each.
 _TRUSTED = 0.9  # Shrinkage below which a bias may speak louder than the vector.
 
 
@@ -188,7 +186,7 @@ def readout(
         lead = vectors.shape[:-1]
         rows = vectors.reshape(prod(lead), vectors.shape[-1])
         wanted = _target_ids(targets, lead, head)
-        step, width = _plan(head, top_k, wanted, max_memory)
+        step, width = plan(head, top_k, wanted, max_memory)
         parts = [
             _read_rows(head, chunk, top_k, ids, normalize, sign, log_probs, width)
             for chunk, ids in zip(rows.split(step), wanted.split(step), strict=True)
@@ -196,34 +194,11 @@ def readout(
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         joined = {name: part.reshape((*lead, *part.shape[1:])) for name, part in joined.items()}
         faint = (joined["shrinkage"] < _TRUSTED) & ~joined["zero"]
-        if faint.any() and _zero_is_uniform(head):
+        if faint.any() and zero_is_uniform(head):
             faint = torch.zeros_like(faint)
     if targets is None:
         del joined["ranks"], joined["target_scores"]
     return Readout(eps_regime=faint, **joined)
-
-
-def all_scores(
-    head: Head,
-    vectors: Float[Tensor, "n d_model"],
-    normalize: bool = False,
-    tokens: Int[Tensor, " some"] | None = None,
-) -> Float[Tensor, "n scored"]:
-    """The score of every token, as `readout` has them at its ends; nan where a vector is zero.
-
-    With `tokens` (ids), of those alone.
-    """
-    if tokens is not None:
-        b_U, lengths = (None if p is None else p[tokens] for p in (head.b_U, head.lengths))
-        head = replace(head, W_U=head.W_U.T[tokens].T, b_U=b_U, lengths=lengths)
-    with torch.no_grad():
-        rows = vectors.to(head.W_U.device, torch.promote_types(vectors.dtype, torch.float32))
-        zero = ~rows.any(1)
-        if normalize:
-            rows = torch.nn.functional.normalize(rows, dim=1)
-        scores = _final(head, _scores(head, rows.to(head.W_U.dtype)))
-        scores[zero] = float("nan")
-        return scores
 
 
 def readout_of_scores(
@@ -244,8 +219,8 @@ def readout_of_scores(
     there = ~scores.amin(1).isnan()  # A row's least is nan where any of it is.
     if not there.all():
         scores, at = scores[there], at[there]
-    top = _ends(scores, None, top_k, largest=True)
-    bottom = _ends(scores, None, top_k, largest=False)
+    top = ends(scores, None, top_k, largest=True)
+    bottom = ends(scores, None, top_k, largest=False)
     goals = scores[:, wanted]
     n = int(prod(lead))
     read = Readout(
@@ -257,7 +232,7 @@ def readout_of_scores(
         zero=torch.zeros_like(doubtful[there]),
         shrinkage=torch.ones_like(scores[:, 0]),
         eps_regime=doubtful[there],
-        ranks=_ranks(scores, goals, _TILE),
+        ranks=ranks_among(scores, goals),
         target_scores=goals,
     ).placed(at.tolist(), n)
     return read[torch.arange(n).reshape(lead)]
@@ -313,29 +288,6 @@ def _target_ids(targets: Any, lead: torch.Size, head: Head) -> Tensor:
     return ids.expand(*lead, n_targets).reshape(prod(lead), n_targets)
 
 
-def _plan(head: Head, top_k: int, targets: Tensor, max_memory: int) -> tuple[int, int]:
-    """How many rows, and how many vocabulary columns of W_U, to work on at a time."""
-    d_model, d_vocab = head.W_U.shape
-    item = _score_dtype(head).itemsize
-    width = min(_TILE, max(1, max_memory // (8 * d_model * item * _BLOCK)) * _BLOCK)
-    tiles = 6 * item * min(width, d_vocab)
-    ends = (3 * 8 + 2 * item) * _candidates(d_vocab, top_k)
-    ranks = (8 + item) * d_vocab if targets.shape[1] > _SORT else 0
-    per_row = item * (d_vocab + 8 * d_model) + 32 * targets.shape[1] + max(tiles, ends, ranks)
-    fixed = 0 if head.W_U.dtype == _score_dtype(head) else d_model * width * item
-    return max(1, (max_memory - fixed) // per_row), width
-
-
-def _score_dtype(head: Head) -> torch.dtype:
-    return torch.promote_types(head.W_U.dtype, torch.float32)
-
-
-def _candidates(d_vocab: int, k: int) -> int:
-    """How many logits of a row the search for its k best must look at one by one."""
-    blocked = k * _BLOCK + d_vocab % _BLOCK
-    return blocked if 2 * blocked <= d_vocab else d_vocab
-
-
 def _read_rows(
     head: Head,
     rows: Tensor,
@@ -347,7 +299,7 @@ def _read_rows(
     width: int,
 ) -> dict[str, Tensor]:
     """The fields of a Readout for rows [n, d_model] and their targets [n, n_targets]."""
-    device, dtype = head.W_U.device, _score_dtype(head)
+    device, dtype = head.W_U.device, score_dtype(head)
     rows = rows.to(device, torch.promote_types(rows.dtype, torch.float32))
     # Norms are taken relative to the largest entry, where squares neither over- nor underflow.
     peaks = torch.linalg.vector_norm(rows, float("inf"), dim=1)
@@ -359,7 +311,7 @@ def _read_rows(
     shrinkage, zero = _shrinkage(head, read.to(dtype))
 
     alive = (~zero).nonzero().squeeze(1)
-    found = _score_rows(head, read[alive], k, targets[alive], log_probs, width)
+    found = score_rows(head, read[alive], k, targets[alive], log_probs, width)
     every = {"norms": norms, "zero": zero, "shrinkage": shrinkage}
     for name, part in found.items():
         blank = float("nan") if part.is_floating_point() else -1
@@ -376,131 +328,3 @@ def _shrinkage(head: Head, read: Tensor) -> tuple[Tensor, Tensor]:
     lengths = torch.linalg.vector_norm(unit, dim=1)
     floor = sqrt(read.shape[1] * head.eps) / peaks
     return (lengths / torch.hypot(lengths, floor)).nan_to_num(0.0), peaks == 0
-
-
-def _score_rows(
-    head: Head, rows: Tensor, k: int, targets: Tensor, log_probs: bool, width: int
-) -> dict[str, Tensor]:
-    """Both ends, ranks and normaliser of the logits of rows [n, d_model] in the head's dtype."""
-    d_vocab = head.W_U.shape[1]
-    blocked = _candidates(d_vocab, k) < d_vocab
-    scores = rows.new_empty(len(rows), d_vocab, dtype=_score_dtype(head))
-    highs, lows = [], []
-    normalizer = scores.new_full((len(rows),), -float("inf"))
-    for tile in _tiles(head, rows, scores, width):
-        if blocked:
-            whole = tile[: len(tile) // _BLOCK * _BLOCK].unflatten(0, (-1, _BLOCK))
-            highs.append(whole.amax(1))
-            lows.append(whole.amin(1))
-        if log_probs:
-            normalizer = torch.logaddexp(normalizer, _final(head, tile).logsumexp(0))
-    top = _ends(scores, torch.cat(highs).T if blocked else None, k, largest=True)
-    bottom = _ends(scores, torch.cat(lows).T if blocked else None, k, largest=False)
-    found = {
-        "top_ids": top,
-        "top_scores": _final(head, scores.gather(1, top)),
-        "bottom_ids": bottom,
-        "bottom_scores": _final(head, scores.gather(1, bottom)),
-        "ranks": _ranks(scores, scores.gather(1, targets), width),
-        "target_scores": _final(head, scores.gather(1, targets)),
-    }
-    return found | ({"log_normalizer": normalizer} if log_probs else {})
-
-
-def _tiles(head: Head, rows: Tensor, out: Tensor, width: int) -> Iterator[Tensor]:
-    """Fill `out` with norm(rows) W_U + b_U, and hand over each tile of it, [columns, n].
-
-    The product is taken transposed: a tall matrix times a narrow one is a quarter faster on CPUs,
-    and so are the extremes of a tile.
-    """
-    hidden = head.norm(rows[:, None])[:, 0].to(out.dtype).T
-    b_U = None if head.b_U is None or not head.b_U.any() else head.b_U.to(out.dtype)
-    buffer = out.new_empty(min(width, out.shape[1]), len(rows))
-    for start in range(0, out.shape[1], width):
-        columns = slice(start, start + width)
-        W_U = head.W_U[:, columns].to(out.dtype).T
-        tile = buffer[: len(W_U)]
-        if b_U is None:
-            torch.mm(W_U, hidden, out=tile)
-        else:
-            torch.addmm(b_U[columns, None], W_U, hidden, out=tile)
-        if head.centre is not None:
-            tile -= head.centre.to(out.dtype) @ hidden
-        if head.lengths is not None:
-            tile /= head.lengths[columns, None].to(out.dtype)
-        out[:, columns] = tile.T
-        yield tile
-
-
-def _scores(head: Head, rows: Tensor) -> Tensor:
-    """norm(rows) W_U + b_U as it is scored, whole: faster than tile by tile where all is kept."""
-    dtype = _score_dtype(head)
-    hidden = head.norm(rows[:, None])[:, 0].to(dtype)
-    scores = hidden.new_empty(len(rows), head.W_U.shape[1])
-    # What is cast is cast a tile at a time, to hold no second unembedding.
-    width = scores.shape[1] if head.W_U.dtype == dtype else _TILE
-    for tile, W_U in zip(scores.split(width, 1), head.W_U.split(width, 1), strict=True):
-        torch.mm(hidden, W_U.to(dtype), out=tile)
-    if head.b_U is not None:
-        scores += head.b_U.to(dtype)
-    if head.centre is not None:
-        scores -= (hidden @ head.centre.to(dtype))[:, None]
-    if head.lengths is not None:
-        scores /= head.lengths.to(dtype)
-    return scores
-
-
-def _final(head: Head, scores: Tensor) -> Tensor:
-    """Logits out of norm(v) W_U + b_U: what the scale and the soft cap make of them."""
-    scores = scores if head.scale == 1 else head.scale * scores
-    return scores if head.soft_cap is None else head.soft_cap * (scores / head.soft_cap).tanh()
-
-
-def _zero_is_uniform(head: Head) -> bool:
-    scores = _scores(head, head.W_U.new_zeros(1, head.W_U.shape[0]))
-    return bool(scores.amin() == scores.amax())
-
-
-def _ends(scores: Tensor, blocks: Tensor | None, k: int, largest: bool) -> Tensor:
-    """The ids [n, k] of the k largest or smallest scores of each row, in order, ties by id.
-
-    `blocks` [n, d_vocab // _BLOCK] are the extremes of the whole blocks of a row. The k best scores
-    lie in the k best blocks or in the tail behind them: an element of any other block is preceded
-    by the extremes of all those k.
-    """
-    if blocks is None:
-        ids = _choose(scores, k, largest)
-    else:
-        inside = torch.arange(_BLOCK, device=scores.device)
-        ids = (_choose(blocks, k, largest)[:, :, None] * _BLOCK + inside).flatten(1)
-        tail = torch.arange(blocks.shape[1] * _BLOCK, scores.shape[1], device=scores.device)
-        ids = torch.cat([ids, tail.expand(len(ids), -1)], 1)
-        ids = ids.gather(1, _choose(scores.gather(1, ids), k, largest))
-    order = torch.sort(scores.gather(1, ids), dim=1, descending=largest, stable=True).indices
-    return ids.gather(1, order)
-
-
-def _choose(values: Tensor, k: int, largest: bool) -> Tensor:
-    """Ascending positions [n, k] of the k largest or smallest values, the first among equals."""
-    best, at = values.topk(min(k + 1, values.shape[1]), largest=largest)
-    at = at[:, :k]
-    # topk is free to choose among equals: where the k-th equals the next, a stable sort decides.
-    tied = (best[:, k - 1] == best[:, -1]).nonzero().squeeze(1)
-    if k < values.shape[1] and len(tied):
-        sort = torch.sort(values[tied], dim=1, descending=largest, stable=True)
-        at = at.index_copy(0, tied, sort.indices[:, :k])
-    return at.sort(1).values
-
-
-def _ranks(scores: Tensor, target_scores: Tensor, width: int) -> Tensor:
-    """How many scores of the row are strictly higher than each target's, [n, n_targets]."""
-    if target_scores.shape[1] > _SORT:
-        not_higher = torch.searchsorted(scores.sort(1).values, target_scores, right=True)
-        return scores.shape[1] - not_higher
-    ranks = torch.zeros_like(target_scores, dtype=torch.long)
-    higher = torch.empty_like(scores[:, :width])  # 0 and 1 as floats add up faster than booleans
-    for tile in scores.split(width, 1):
-        for i in range(ranks.shape[1]):
-            torch.gt(tile, target_scores[:, i : i + 1], out=higher[:, : tile.shape[1]])
-            ranks[:, i] += higher[:, : tile.shape[1]].sum(1).long()
-    return ranks

@@ -37,7 +37,7 @@ from bwlens.model.prompts import Batch, make_batch
 from bwlens.model.replay import Replay
 from bwlens.model.sites import Site
 from bwlens.reading.effect import AGREES, WRONG, EffectOf, correlation, tempered
-from bwlens.reading.readouts import all_scores
+from bwlens.reading.scoring import all_scores
 from bwlens.reading.standardised import head_by
 from bwlens.reading.transported import transported
 

@@ -25,7 +25,7 @@ from bwlens.gradient.capturing import captured
 from bwlens.gradient.objectives import NLL
 from bwlens.model.head import head_of
 from bwlens.reading.effect import EffectOf, tempered
-from bwlens.reading.readouts import all_scores
+from bwlens.reading.scoring import all_scores
 from bwlens.reading.standardised import dual_head
 
 LAYERS = (0, 6, 12, 15)

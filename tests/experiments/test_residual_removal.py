@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import bwlens
-from bwlens.experiments import base, prose_edits, residual_removal
+from bwlens.experiments import prose_edits, residual_removal, running
 from tests import oracle, tiny
 
 RECORDS = [
@@ -88,7 +88,7 @@ def test_batches_do_not_matter(part, boot, monkeypatch):
     model, records = boot("llama"), [*RECORDS, *RECORDS[::-1]]
     rows = {}
     for size in (1, 4):
-        monkeypatch.setattr(base, "_MOST_PROMPTS", size)
+        monkeypatch.setattr(running, "_MOST_PROMPTS", size)
         rows[size] = residual_removal(
             model, records, part=part, progress=False, reference=TEXT
         ).rows

@@ -6,7 +6,7 @@ import torch
 
 from bwlens import Edit, read_records
 from bwlens.experiments import EXPERIMENTS, GradientRank, SegmentNorms, read_sweep, sweep
-from bwlens.experiments.base import Batches, memory_per_token
+from bwlens.experiments.running import Batches, memory_per_token
 from bwlens.model.loading import load_model
 from bwlens.runs.parts import Process
 from tests import tiny

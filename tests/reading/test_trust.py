@@ -13,7 +13,8 @@ from bwlens.gradient.objectives import NLL
 from bwlens.gradient.probe import UntrueGradientError
 from bwlens.model.head import head_of
 from bwlens.reading.effect import EffectOf
-from bwlens.reading.readouts import all_scores, readout
+from bwlens.reading.readouts import readout
+from bwlens.reading.scoring import all_scores
 from bwlens.reading.trust import FLOOR, TOP, agreement, measure_trust, other_deltas
 from tests import tiny
 from tests.reading.test_readings import TOKENS, effect_by_hand, scores_of

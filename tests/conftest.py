@@ -3,6 +3,7 @@
 What takes long to import is imported by the fixtures: xdist's own process needs none of it.
 """
 
+import gc
 import os
 from functools import cache
 from pathlib import Path
@@ -58,6 +59,9 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+    # What has been imported is garbage at no time; without this a twentieth of the suite's time.
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
     # What torch warns of once a process would else fail one test or none, by their order.
     torch.set_warn_always(True)
 

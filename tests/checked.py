@@ -8,6 +8,7 @@ meets beartype alone. That was more than half of the suite's time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import wraps
 from inspect import isclass, isfunction
 from typing import Any, get_args
@@ -28,14 +29,20 @@ def _decorator(*, typechecker: Callable) -> Callable:
     def decorate(thing: Any) -> Any:
         if "<locals>" in thing.__qualname__:
             return thing
-        if not isfunction(thing):
-            return _jaxtyped(thing, typechecker=typechecker)
-        hints = {name: _meaning(text, thing) for name, text in thing.__annotations__.items()}
-        if any(map(_has_shape, hints.values())):
-            return _jaxtyped(thing, typechecker=typechecker)
-        return _plain(thing, hints)
+        if isfunction(thing):
+            return _checked(thing, typechecker)
+        if is_dataclass(thing) and "__init__" in vars(thing):
+            thing.__init__ = _checked(thing.__init__, typechecker)
+        return thing
 
     return decorate
+
+
+def _checked(function: Callable, typechecker: Any) -> Callable:
+    hints = {name: _meaning(text, function) for name, text in function.__annotations__.items()}
+    if any(map(_has_shape, hints.values())):
+        return _jaxtyped(function, typechecker=typechecker)
+    return _plain(function, hints)
 
 
 def _meaning(text: Any, function: Callable) -> Any:

@@ -38,6 +38,11 @@ class Pair:
 
     def text(self, end: str) -> str:
         return end
+
+@dataclass
+class Named:
+    name: str
+    of: Thing | None = None
 """
 
 
@@ -55,6 +60,7 @@ CALLS = {
     "fields that do not agree": lambda m: m.Pair(torch.ones(2, 3), torch.ones(3, 4)),
     "a type": lambda m: m.doubled(5),
     "a type given back": lambda m: m.doubled(""),
+    "a field's type": lambda m: m.Named(5),
     "a method's type": lambda m: m.Pair(torch.ones(2, 3), torch.ones(2, 4)).text(5),
 }
 
@@ -68,6 +74,7 @@ def test_what_does_not_fit_is_seen(call, module):
 def test_what_fits_is_let_through(module):
     assert module.added(torch.ones(2, 3), torch.ones(2, 3)).shape == (2, 3)
     assert module.doubled("a", of=object()) == "aa"
+    assert module.Named("a", of=object()).name == "a"
 
 
 def test_users_meet_no_checks(module, unchecked):

@@ -37,12 +37,31 @@ def pytest_report_header():
     return f"shared data: {SHARED}{missing}"
 
 
-SLOWEST = ("test_tutorials.py", "test_processes.py", "test_benchmarks.py", "test_release.py")
+SLOWEST = ("test_tutorials.py", "test_benchmarks.py")
+LONG = (*SLOWEST, "test_processes.py", "test_release.py")
 
 
 def pytest_collection_modifyitems(items):
     """What takes longest first, so that neither worker waits for the other at the end."""
-    items.sort(key=lambda item: item.path.name not in SLOWEST)
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests go to one worker, which has its fixtures; of the slowest each goes by itself.
+
+    With pytest 9.2 xdist 3.8 binds no group (pytest-xdist#1386), and says nothing of it.
+    """
+    from xdist.scheduler import LoadGroupScheduling
+
+    class Scheduling(LoadGroupScheduling):
+        def _split_scope(self, nodeid):
+            path, group = Path(nodeid.partition("::")[0]), super()._split_scope(nodeid)
+            apart = group != nodeid or path.name in SLOWEST
+            return group if apart else str(path)
+
+    config.option.loadscopereorder = False  # those that take longest stay the first
+    return Scheduling(config, log)
 
 
 def shared(path):

@@ -261,10 +261,13 @@ class TrueFloat64(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
         if func is torch.Tensor.float:
             func = torch.Tensor.double
+        for given in args:
+            if given is torch.float32:
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        if not kwargs:
+            return func(*args)
         if kwargs.get("dtype") is torch.float32:
-            kwargs["dtype"] = torch.float64
-        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+            kwargs = kwargs | {"dtype": torch.float64}
         return func(*args, **kwargs)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import BENCHMARKS, main
+from benchmarks.changes import read_some
 
 WORDS = {
     "capture": "bare forward",
@@ -35,6 +36,8 @@ def test_a_quick_run_prints_a_row_for_each(capsys, monkeypatch):
     monkeypatch.setattr("benchmarks.table._browser", lambda: nullcontext(None))
     # Two more processes that sweep would take most of the test's time.
     monkeypatch.setattr("benchmarks.sweep._peaks", lambda n: (2**20, 2**20))
+    # As would data sets, whose reading is weighed.
+    monkeypatch.setattr("benchmarks.changes.read_some", lambda m, texts: read_some(m, texts[:2]))
     main(QUICK)
     printed = capsys.readouterr().out
     assert set(WORDS) == set(BENCHMARKS)

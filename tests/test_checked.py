@@ -25,6 +25,12 @@ Rows = Float[Tensor, "n d"]
 def added(a: Rows, b: Rows) -> Rows | None:
     return a + b
 
+def tall(a: Float[Tensor, "n d"], n: int) -> Float[Tensor, "{n} d"]:
+    return a
+
+def first(rows: list[Float[Tensor, "n d"]], b: Float[Tensor, "n d"]) -> Tensor:
+    return rows[0]
+
 def wider(a: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return a[:, :1]
 
@@ -38,6 +44,11 @@ class Pair:
 
     def text(self, end: str) -> str:
         return end
+
+@dataclass
+class Named:
+    name: str
+    of: Thing | None = None
 """
 
 
@@ -51,10 +62,13 @@ def module(tmp_path, monkeypatch):
 
 CALLS = {
     "shapes that do not agree": lambda m: m.added(torch.ones(2, 3), torch.ones(2, 4)),
+    "a shape of a number": lambda m: m.tall(torch.ones(2, 3), 3),
+    "a shape in a list": lambda m: m.first([torch.ones(2, 3)], torch.ones(2, 4)),
     "a shape given back": lambda m: m.wider(torch.ones(2, 3)),
     "fields that do not agree": lambda m: m.Pair(torch.ones(2, 3), torch.ones(3, 4)),
     "a type": lambda m: m.doubled(5),
     "a type given back": lambda m: m.doubled(""),
+    "a field's type": lambda m: m.Named(5),
     "a method's type": lambda m: m.Pair(torch.ones(2, 3), torch.ones(2, 4)).text(5),
 }
 
@@ -67,7 +81,11 @@ def test_what_does_not_fit_is_seen(call, module):
 
 def test_what_fits_is_let_through(module):
     assert module.added(torch.ones(2, 3), torch.ones(2, 3)).shape == (2, 3)
+    assert module.tall(torch.ones(2, 3), 2).shape == (2, 3)
+    assert module.first([torch.ones(2, 3)], torch.ones(2, 3)).shape == (2, 3)
+    assert module.added(torch.ones(4, 5), torch.ones(4, 5)).shape == (4, 5)  # bound anew
     assert module.doubled("a", of=object()) == "aa"
+    assert module.Named("a", of=object()).name == "a"
 
 
 def test_users_meet_no_checks(module, unchecked):

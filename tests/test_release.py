@@ -98,7 +98,7 @@ def test_the_wheel_runs_without_the_repository(packages, tmp_path):
 import bwlens, sys
 print(bwlens.__file__, bwlens.__version__)
 bwlens.load_model("backpack-demo"), bwlens.demo.facts()
-bwlens.edit.rome(bwlens.load_model("demo"), bwlens.read_records("demo").edits[0])
+bwlens.edit.rome(bwlens.load_model("demo"), bwlens.read_records("demo").edits[0], steps=1)
 from bwlens.cli import main
 sys.argv = ["bwlens", "demo"]
 main()

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from bwlens.data.prose import read_prose
 from bwlens.demo import MODEL_DIR
 from bwlens.edit import WeightChange, key_statistics, load_statistics, save_statistics
 from bwlens.edit.statistics import demo_statistics
+from bwlens.evaluation import measuring
 from bwlens.evaluation.before_after import before_after, demo_company, next_words
+from bwlens.evaluation.harness import Harness
 from bwlens.model.prompts import Edit
 from bwlens.model.sites import Site
 from bwlens.runs.parts import read_table
@@ -31,6 +34,13 @@ def run(*args):
 @pytest.fixture
 def model(demo):
     return demo
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Evaluations without what other tests look at: an estimate of their time, long answers."""
+    monkeypatch.setattr(Harness, "estimate", lambda self: 1.0)
+    monkeypatch.setattr(measuring, "Options", partial(measuring.Options, greedy_tokens=2))
 
 
 def test_edit_shows_before_and_after(tmp_path):
@@ -140,6 +150,7 @@ def test_evaluate_prints_a_table_and_carries_on(tmp_path):
     assert "prepend_bos was None, is True" in " ".join(other.stderr.split())
 
 
+@pytest.mark.usefixtures("quick")
 def test_evaluate_says_what_is_left_out(tmp_path):
     good = {"prompt": "{} plays for", "subject": "Lionel Messi", "target_new": "Paris"}
     lines = [good, {"prompt": "{} is"}]
@@ -184,6 +195,7 @@ def test_methods_that_need_settings_are_chosen_by_name_alone():
         assert run(*MESSI, "--method", method).exit_code == 0
 
 
+@pytest.mark.usefixtures("quick")
 def test_statistics_are_counted_written_and_used(tmp_path, model):
     text, path = tmp_path / "text.txt", tmp_path / "keys.safetensors"
     text.write_text("\n\n\n".join(read_prose("demo")))
@@ -206,7 +218,17 @@ def test_statistics_are_counted_written_and_used(tmp_path, model):
         )
         for site, one in alone.items():
             torch.testing.assert_close(held[site].second_moment, one.second_moment)
-    edit = (*MESSI, "--method", "rome", "--set", "layer=2", "--set", "prefixes=()")
+    edit = (
+        *MESSI,
+        "--method",
+        "rome",
+        "--set",
+        "layer=2",
+        "--set",
+        "prefixes=()",
+        "--set",
+        "steps=3",
+    )
     assert run(*edit).output != run(*edit, "--statistics", str(path)).output
     out = tmp_path / "run"
     args = (
@@ -257,6 +279,7 @@ def test_settings_and_durations():
     ]
 
 
+@pytest.mark.usefixtures("quick")
 def test_bare_requests_become_records_of_known_facts(tmp_path):
     """Paraphrases and neighbours are made, and every fact is one that the model has right."""
     demo = [

@@ -48,7 +48,7 @@ def test_every_edit_is_measured_and_the_page_written(demo, tmp_path):
 
 
 def test_an_interrupted_sweep_ends_with_the_same_rows(demo, tmp_path, monkeypatch):
-    options = {"max_memory": small(demo), "progress": False}
+    options = {"max_memory": small(demo), "progress": False, "page": False}
     whole = sweep("gradient_rank", demo, EDITS, tmp_path / "whole", **options)
     held, calls = Batches.__call__, []
 
@@ -70,7 +70,7 @@ def test_an_interrupted_sweep_ends_with_the_same_rows(demo, tmp_path, monkeypatc
 def test_processes_share_a_sweep(demo, tmp_path):
     options = {"max_memory": small(demo), "progress": False}
     both = ["gradient_rank", "layer_cosine"]
-    whole = sweep(both, demo, EDITS, tmp_path / "whole", **options)
+    whole = sweep(both, demo, EDITS, tmp_path / "whole", page=False, **options)
     first, second = (
         sweep(both, demo, EDITS, tmp_path / "both", process=Process(index, 2), **options)
         for index in range(2)
@@ -82,7 +82,7 @@ def test_processes_share_a_sweep(demo, tmp_path):
 
 
 def test_other_settings_or_weights_are_refused(demo, tmp_path):
-    sweep("gradient_rank", demo, EDITS[:2], tmp_path, progress=False)
+    sweep("gradient_rank", demo, EDITS[:2], tmp_path, progress=False, page=False)
     with pytest.raises(ValueError, match=r"experiments\.gradient_rank\.layers was None, is \[1\]"):
         sweep(GradientRank((1,)), demo, EDITS[:2], tmp_path, progress=False)
     with pytest.raises(ValueError, match=r"data\.edits was 2, is 3"):
@@ -146,7 +146,7 @@ def test_an_edit_that_fails_in_its_batch_is_found(demo, tmp_path, monkeypatch):
         return measure(self, reading)
 
     monkeypatch.setattr(GradientRank, "measure", fails)
-    found = sweep("gradient_rank", demo, EDITS, tmp_path, progress=False)
+    found = sweep("gradient_rank", demo, EDITS, tmp_path, progress=False, page=False)
     assert sorted(found["gradient_rank"].rows["item"].unique()) == [0, 2, 3, 4]
     assert [failure.item for failure in found.failures] == [1]
     assert "loss of the prompt is nan" in found.failures[0].message

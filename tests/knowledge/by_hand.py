@@ -29,7 +29,8 @@ class ByHand:
         self.cap = getattr(config, "final_logit_softcapping", None) or getattr(
             config, "logits_soft_cap", None
         )
-        self.stream = self.out(len(self.blocks) - 1)
+        self.outs = [self.out(layer) for layer in range(len(self.blocks))]
+        self.stream = self.outs[-1]
         ones = torch.ones_like(self.stream)
         self.centred = bool(
             (self._score(self.stream + ones) - self._score(self.stream)).abs() < 1e-5
@@ -74,7 +75,7 @@ class ByHand:
         """What all of W_out (or one row of it) gives, by what is missing without it."""
         with self.without(layer, row, expert, what):
             less = self.out(layer)
-        return self.share(self.out(layer) - less)
+        return self.share(self.outs[layer] - less)
 
     def normed(self, layer):
         """Whether the product passes a norm before it enters the stream."""

@@ -228,6 +228,7 @@ def test_the_model_is_left_as_it_was(boot):
 
 
 @pytest.mark.real
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2_says_which_rows_give_paris(smollm2):
     one = knowledge.neurons(smollm2, "The capital of France is")
     assert one.target == " Paris"

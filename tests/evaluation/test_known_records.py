@@ -8,7 +8,7 @@ import bwlens
 from bwlens.data.records import Record, Records, read_records
 from bwlens.evaluation import known_records
 from bwlens.model.prompts import Edit
-from tests.evaluation.test_harness import QUICK, record, slow_answer, tokens_read
+from tests.evaluation.made_up import QUICK, record, slow_answer, tokens_read
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -195,20 +195,19 @@ def read_side(
             layers += [site.layer] * len(one.s)
             names += [site.matrix] * len(one.s)
         n += len(one.s)
-    d_vocab = head.W_U.shape[1]
+    tally, legibility = _Tally(head.W_U.shape[1]), torch.full((n,), float("nan"))
     if not rows:
-        none: dict[int | None, Any] = {None: (torch.zeros(0, dtype=torch.long), torch.zeros(0))}
-        return Side(_blank(n, top_k, len(targets)), torch.full((n,), float("nan")), none, none)
+        blank = _blank(n, top_k, len(targets))
+        return Side(blank, legibility, tally.words(1), tally.words(-1))
     device = head.W_U.device
     vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1).to(device)
     weight, layer = torch.cat(weights), torch.tensor(layers)
-    tally = _Tally(d_vocab)
-    read, legibility = [], torch.full((n,), float("nan"))
+    read: list[Readout] = []
     for chunk in torch.arange(len(vectors)).split(_ROWS):
         scores = all_scores(head, vectors[chunk]).float()
         if top_k:
             lead, places = (len(chunk),), torch.arange(len(chunk), device=device)
-            lengths, doubtful = vectors[chunk].norm(dim=1), torch.zeros_like(places) > 0
+            lengths, doubtful = vectors[chunk].norm(dim=1), torch.zeros_like(places).bool()
             read.append(readout_of_scores(scores, lengths, doubtful, places, lead, top_k, targets))
         z = usual.z(scores, side, [names[i] for i in chunk.tolist()])
         legibility[torch.tensor(at)[chunk]] = z.amax(1).to(legibility)

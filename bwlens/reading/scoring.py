@@ -86,9 +86,9 @@ def plan(head: Head, top_k: int, targets: Tensor, max_memory: int) -> tuple[int,
     item = score_dtype(head).itemsize
     width = min(_TILE, max(1, max_memory // (8 * d_model * item * _BLOCK)) * _BLOCK)
     tiles = 6 * item * min(width, d_vocab)
-    ends = (3 * 8 + 2 * item) * _candidates(d_vocab, top_k)
+    chosen = (3 * 8 + 2 * item) * _candidates(d_vocab, top_k)
     ranks = (8 + item) * d_vocab if targets.shape[1] > _SORT else 0
-    per_row = item * (d_vocab + 8 * d_model) + 32 * targets.shape[1] + max(tiles, ends, ranks)
+    per_row = item * (d_vocab + 8 * d_model) + 32 * targets.shape[1] + max(tiles, chosen, ranks)
     fixed = 0 if head.W_U.dtype == score_dtype(head) else d_model * width * item
     return max(1, (max_memory - fixed) // per_row), width
 

@@ -14,7 +14,8 @@ import transformers
 from transformers import PretrainedConfig
 
 VOCAB = 61
-LAYERS = 3
+LAYERS = 2
+"""Of most models here; some hybrids have three, so that attention is not in the last."""
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 16,
@@ -27,6 +28,7 @@ BASE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_HYBRID = BASE | {"num_hidden_layers": 3}
 _SMALL = {key: BASE[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
 _ENDS = {key: BASE[key] for key in ("bos_token_id", "eos_token_id")}
 _GPT = _ENDS | {"vocab_size": VOCAB, "n_embd": 16, "n_layer": LAYERS, "n_head": 4}
@@ -47,7 +49,7 @@ _DELTA_NET = {
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 4,
-    "layer_types": ["linear_attention", "full_attention", "full_attention"],
+    "layer_types": ["linear_attention", "full_attention"],
 }
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8}
 _VISION = {
@@ -127,7 +129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt_bigcode": _of("GPTBigCode", **_GPT, n_positions=64, multi_query=True),
     "gpt_neo": _of(
         "GPTNeo", **_SMALL | _ENDS, num_heads=4, max_position_embeddings=64, intermediate_size=24,
-        attention_types=[[["global", "local", "global"], 1]],
+        attention_types=[[["global", "local"], 1]],
     ),
     # Scales of the embedding, the residual contributions, the attention and the logits.
     "granite": _of(
@@ -204,7 +206,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "laguna": _of("Laguna", **BASE, **_MIXTURE, head_dim=4, num_experts=4),
     "llama4": _with(
         _unread(_MLP, r"Llama4TextExperts keeps .* \(transposed"), "Llama4Text", **BASE, head_dim=4,
-        intermediate_size_mlp=24, num_local_experts=4, num_experts_per_tok=1, moe_layers=[1, 2],
+        intermediate_size_mlp=24, num_local_experts=4, num_experts_per_tok=1, moe_layers=[1],
     ),
     "minimax_m2": _of(
         "MiniMaxM2", **BASE, head_dim=4, num_local_experts=4, num_experts_per_tok=2
@@ -218,7 +220,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "bamba": _of("Bamba", **BASE, **_MAMBA, attn_layer_indices=[1], mamba_n_groups=1),
     "falcon_h1": _of("FalconH1", **BASE, **_MAMBA, head_dim=4, mamba_d_ssm=32),
     "granite_moe_hybrid": _of(
-        "GraniteMoeHybrid", **BASE, **_MAMBA, num_local_experts=4, num_experts_per_tok=2,
+        "GraniteMoeHybrid", **_HYBRID, **_MAMBA, num_local_experts=4, num_experts_per_tok=2,
         shared_intermediate_size=20, layer_types=["mamba", "attention", "mamba"],
         position_embedding_type="rope",
     ),
@@ -231,10 +233,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8,
         mamba_dt_rank=4, use_mamba_kernels=False,
     ),
-    "lfm2": _of("Lfm2", **BASE, layer_types=["conv", "full_attention", "conv"]),
+    "lfm2": _of("Lfm2", **_HYBRID, layer_types=["conv", "full_attention", "conv"]),
     "lfm2_moe": _of(
         "Lfm2Moe", **BASE, **_MIXTURE, num_experts=4, num_dense_layers=1,
-        layer_types=["conv", "full_attention", "conv"],
+        layer_types=["conv", "full_attention"],
     ),
     "nemotron_h": _of(
         "NemotronH", **{k: v for k, v in BASE.items() if k != "num_hidden_layers"}, **_MIXTURE,
@@ -258,14 +260,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "recurrent_gemma": _of(
         "RecurrentGemma", **BASE, lru_width=16, head_dim=4, attention_window_size=32,
-        block_types=["recurrent", "recurrent", "attention"],
+        block_types=["recurrent", "attention"],
     ),
     # Its feed-forward part; in place of attention it has a recurrence.
     "rwkv": _of(
         "Rwkv", **_SMALL, attention_hidden_size=16, intermediate_size=24, context_length=64
     ),
     "zamba2": _with(
-        _unread(_MLP, "no such matrix"), "Zamba2", **BASE | {"num_key_value_heads": 4},
+        _unread(_MLP, "no such matrix"), "Zamba2", **_HYBRID | {"num_key_value_heads": 4},
         mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=4, mamba_headdim=8, hybrid_layer_ids=[1],
         layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, adapter_rank=4,
     ),

@@ -10,7 +10,7 @@ time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import is_dataclass
 from functools import wraps
 from inspect import isclass, isfunction
@@ -46,7 +46,7 @@ def _checked(function: Callable, typechecker: Any) -> Callable:
     dims = [dims for hint in hints.values() for dims in _dims_of(hint)]
     if any("{" in one for one in dims):  # of the arguments' values, which jaxtyping has to bind
         return _jaxtyped(function, typechecker=typechecker)
-    return _plain(function, hints, nullcontext() if not dims else _jaxtyped("context"))
+    return _plain(function, hints, _jaxtyped("context") if dims else None)
 
 
 def _meaning(text: Any, function: Callable) -> Any:
@@ -63,7 +63,7 @@ def _dims_of(hint: Any) -> list[str]:
 
 
 def _plain(
-    function: Callable, hints: dict[str, Any], shapes: AbstractContextManager[Any]
+    function: Callable, hints: dict[str, Any], shapes: AbstractContextManager[Any] | None
 ) -> Callable:
     function.__annotations__ = hints
     # As jaxtyping's own: a TypeError, which is what a wrong type would raise without any checks.
@@ -74,6 +74,8 @@ def _plain(
         __tracebackhide__ = True
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
+        if shapes is None:
+            return checked(*args, **kwargs)
         with shapes:
             return checked(*args, **kwargs)
 

@@ -14,6 +14,7 @@ from bwlens.lens.backward import READ_THROUGH, BackwardLens
 from bwlens.model.prompts import Batch
 from bwlens.model.sites import Site
 from bwlens.reading.readouts import Readout
+from bwlens.reading.scoring import ranks_among
 
 HOSTILE = (
     "</script>",
@@ -144,7 +145,7 @@ def _reading(held, matrix, n_layers, v, k, followed, normalized, make) -> Readou
     zero = norms == 0
     shrinkage = torch.ones_like(norms) if normalized else norms / torch.hypot(norms, norms.median())
     followed_scores = scores[..., followed]
-    ranks = (scores[..., None, :] > followed_scores[..., None]).sum(-1)
+    ranks = ranks_among(scores.flatten(0, 1), followed_scores.flatten(0, 1))
     return Readout(
         top_ids=top.indices.masked_fill(zero[..., None], -1),
         top_scores=top.values.masked_fill(zero[..., None], float("nan")),
@@ -154,6 +155,6 @@ def _reading(held, matrix, n_layers, v, k, followed, normalized, make) -> Readou
         zero=zero,
         shrinkage=shrinkage,
         eps_regime=(shrinkage < 0.65) & ~zero,
-        ranks=ranks.masked_fill(zero[..., None], -1),
+        ranks=ranks.view_as(followed_scores).masked_fill(zero[..., None], -1),
         target_scores=followed_scores,
     )

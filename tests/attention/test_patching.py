@@ -126,7 +126,7 @@ def test_bad_patching(bridge):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "qwen3_5_full_attention"])
 def test_without_heads_is_w_o_without_their_rows(name, boot):
-    model, heads = boot(name), [(0, 1), (2, 0), (2, 3)]
+    model, heads = boot(name), [(0, 1), (1, 0), (1, 3)]
     weights = {layer: bwlens.capture(model, PROMPT, 17, "W_O", layer) for layer, _ in heads}
     with without_heads(model, heads):
         mine = logits(model)

@@ -16,7 +16,7 @@ TARGETS = [5, 9, 33, 21, 8]
 def test_scores_are_the_norms_of_each_prompt_s_maps(name, batch_size, bridge):
     model = bridge(name)
     scores = bwlens.head_scores(model, PROMPTS, TARGETS, batch_size=batch_size, temperature=3.0)
-    assert scores.warm.shape == scores.reversed.shape == (5, tiny.LAYERS, 4)
+    assert scores.warm.shape == scores.reversed.shape == (5, len(model.blocks), 4)
     for at, (prompt, target) in enumerate(zip(PROMPTS, TARGETS, strict=True)):
         maps = bwlens.reversed_attention(model, prompt, target)
         for kind in ("reversed", "forward"):

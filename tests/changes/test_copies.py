@@ -99,7 +99,7 @@ def test_an_edited_copy_of_a_hooked_transformer(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_saved_and_loaded_onto_another_copy(dtype, boot, tmp_path):
     model, other = boot("qwen2_moe"), boot("qwen2_moe")
-    sites = (Site("W_in", 0, "shared"), Site("W_out", 1, 0), Site("W_K", 2))
+    sites = (Site("W_in", 0, "shared"), Site("W_out", 1, 0), Site("W_K", 1))
     change = change_of(model, *sites).to(dtype=dtype)
     change = WeightChange(change.parts, "a note", {"method": "by hand", "lr": 0.25})
     path = tmp_path / "change.safetensors"

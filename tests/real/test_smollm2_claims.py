@@ -16,8 +16,6 @@ FACTS = [
     for subject, target_new in (
         ("France", " Rome"),
         ("Japan", " Paris"),
-        ("Italy", " Madrid"),
-        ("Spain", " London"),
     )
 ]
 
@@ -70,7 +68,7 @@ def test_a_sweep_over_facts(smollm2, tmp_path):
     done = experiments.sweep(["segment_norms", "target_rank"], smollm2, FACTS, tmp_path / "sweep")
     assert done.finished
     assert not done.failures
-    assert done["segment_norms"].rows["item"].nunique() == 4
+    assert done["segment_norms"].rows["item"].nunique() == 2
     ranks = done["target_rank"].rows
     last = ranks[(ranks["segment"] == "last") & (ranks["matrix"] == "W_out")]
     by_layer = last.groupby("layer")["target_rank"].median()

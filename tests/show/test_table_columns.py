@@ -341,7 +341,7 @@ def test_the_followed_word_is_found_in_all_columns(show, lens, html):
     view.locator(".bw-grid tbody tr").first.locator("td").first.hover()
     order = sorted({*held_by["promoted"], *held_by["suppressed"]} - {(0, 1 - LAYERS)})
     assert len(order) > 10
-    for key, cells in (("Enter", order), ("Shift+Enter", order[-2::-1])):
+    for key, cells in (("Enter", order), ("Shift+Enter", order[-2:-7:-1])):
         for pos, layer in cells:
             view.get_by_role("combobox").press(key)
             assert f"layer {-layer} · position {pos}" in view.inner_text(".bw-cell")

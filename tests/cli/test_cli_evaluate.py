@@ -36,11 +36,15 @@ def model(demo):
     return demo
 
 
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch):
+    monkeypatch.setattr(measuring, "Options", partial(measuring.Options, greedy_tokens=2))
+
+
 @pytest.fixture
 def quick(monkeypatch):
-    """Evaluations without what other tests look at: an estimate of their time, long answers."""
+    """Evaluations without an estimate of their time, which takes as long as a record."""
     monkeypatch.setattr(Harness, "estimate", lambda self: 1.0)
-    monkeypatch.setattr(measuring, "Options", partial(measuring.Options, greedy_tokens=2))
 
 
 def test_edit_shows_before_and_after(tmp_path):

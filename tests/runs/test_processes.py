@@ -12,11 +12,11 @@ NAMES = ("evaluate", "sweep")
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory):
-    """Four records in two parts; and sixty in more."""
+    """Three records in two parts; and thirty in more."""
     prose = tmp_path_factory.mktemp("prose") / "prose.txt"
     prose.write_text("Once upon a time there was a little girl who had a dog.\n" * 3)
     evaluate = [
-        "evaluate", "--methods", "none,forward_pass_shift", "--limit", "4", "--generation-every",
+        "evaluate", "--methods", "none,forward_pass_shift", "--limit", "3", "--generation-every",
         "0", "--perplexity-every", "2", "--prose", str(prose),
     ]  # fmt: skip
     sweep = ["sweep", "gradient_rank", "--limit", "30", "--max-memory", "10MB"]
@@ -31,7 +31,7 @@ def rows(name, folder):
         assert found.index.exists()
         return found["gradient_rank"].rows
     found = read_tables(folder)["rows"].drop(columns="seconds")
-    assert len(found) == 2 * 4
+    assert len(found) == 2 * 3
     assert found["perplexity"].notna().sum() == 2 * 2
     assert (folder / "table1.csv").exists()
     return found

@@ -38,7 +38,10 @@ def pytest_report_header():
 
 
 SLOWEST = ("test_tutorials.py", "test_benchmarks.py")
-LONG = (*SLOWEST, "test_processes.py", "test_release.py")
+LONG = (
+    *SLOWEST, "test_processes.py", "test_release.py", "test_table_columns.py",
+    "test_architectures.py", "test_shares.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

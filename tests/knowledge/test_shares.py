@@ -60,6 +60,6 @@ def test_rows_and_bias_are_what_the_mlp_gives(name, boot):
                 weights = float(by_hand.given(layer, what=("weight",)))
                 assert rows == pytest.approx(weights, **close)
             assert rows + float(result.biases[at]) == pytest.approx(whole, **close)
-        for row in result.rows[::3][:4]:
+        for row in result.rows[::3][:2]:
             expected = by_hand.given_by_row(row.neuron)
             assert row.share == pytest.approx(float(expected), **close), row.neuron

@@ -18,7 +18,7 @@ import bwlens
 NOTEBOOKS = Path(bwlens.__file__).parents[1] / "notebooks"
 IN_A_KERNEL = "02_gradients.ipynb"
 SMALLER = {
-    "04_the_paper": {"N_EDITS": 6, "N_STEPPED": 2, "N_SWEPT": 6},
+    "04_the_paper": {"N_EDITS": 6, "N_STEPPED": 2, "N_SWEPT": 6, "STEPS": (0.03,)},
     # No fewer tokens: keys of SmolLM2 are 1,536 wide.
     "05_edit_a_fact": {
         "N_RECORDS": 2, "N_IN_TABLE": 1, "PERPLEXITY_EVERY": 0, "N_TOKENS": 1_664,

@@ -12,9 +12,9 @@ from bwlens.edit._rome import rome as rome
 from bwlens.edit._subject_shift import subject_shift as subject_shift
 from bwlens.edit._where import KeyResponses as KeyResponses
 from bwlens.edit._where import where as where
+from bwlens.edit.counting import key_statistics as key_statistics
 from bwlens.edit.gradient import gradient_step as gradient_step
 from bwlens.edit.shift import forward_pass_shift as forward_pass_shift
 from bwlens.edit.statistics import KeyStatistics as KeyStatistics
-from bwlens.edit.statistics import key_statistics as key_statistics
 from bwlens.edit.statistics import load_statistics as load_statistics
 from bwlens.edit.statistics import save_statistics as save_statistics

@@ -7,7 +7,8 @@ import torch
 
 from bwlens import Edit, Site, edit, load_model
 from bwlens.data.records import Record, Records
-from bwlens.edit.statistics import demo_statistics, key_statistics
+from bwlens.edit.counting import key_statistics
+from bwlens.edit.statistics import demo_statistics
 from bwlens.model.prompts import make_batch
 from bwlens.model.weights import weight_of
 

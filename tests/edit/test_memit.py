@@ -6,8 +6,8 @@ import torch
 from bwlens import Edit, Site
 from bwlens.changes.change import WeightChange
 from bwlens.edit._memit import memit, normal_rows
+from bwlens.edit.counting import key_statistics
 from bwlens.edit.keys import contexts_of, keys_of
-from bwlens.edit.statistics import key_statistics
 from bwlens.edit.value import ValueSearch, ValueSettings
 from bwlens.model.passes import run
 from bwlens.model.sites import Point

@@ -5,8 +5,8 @@ import torch
 
 from bwlens import Edit, Site
 from bwlens.edit._rome import rome
+from bwlens.edit.counting import key_statistics
 from bwlens.edit.keys import contexts_of, keys_of
-from bwlens.edit.statistics import key_statistics
 from bwlens.edit.value import ValueSearch, ValueSettings, prefixes_of
 from bwlens.model.prompts import make_batch
 from bwlens.model.weights import weight_of

@@ -7,10 +7,10 @@ import torch
 
 import bwlens.edit.keys as keys_module
 from bwlens import Site
+from bwlens.edit.counting import key_statistics
 from bwlens.edit.statistics import (
     KeyStatistics,
     demo_statistics,
-    key_statistics,
     load_statistics,
     save_statistics,
     statistics_for,
@@ -182,7 +182,7 @@ def test_kept_statistics_serve_a_model_loaded_anew(bridge, boot):
 
 
 def test_a_stopped_count_goes_on_where_it_was(bridge, monkeypatch):
-    monkeypatch.setattr("bwlens.edit.statistics._SAVED_EVERY", -1.0)
+    monkeypatch.setattr("bwlens.edit.counting._SAVED_EVERY", -1.0)
     plain = key_statistics(bridge("gpt2"), TEXTS, window=10, batch_size=3, cache=False)
     real, calls = keys_module.keys_of, []
 

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bwlens import Edit, edit
-from bwlens.edit.statistics import key_statistics
+from bwlens.edit.counting import key_statistics
 from tests import tiny
 
 FACT = Edit("{} t9 t30 t41", subject="t5 t6", target_new=" t17", target_true=" t23")

@@ -15,7 +15,8 @@ import torch
 
 from bwlens.data.texts import read_texts
 from bwlens.demo.triples import ROOM, facts
-from bwlens.edit.statistics import KeyStatistics, save_statistics, token_statistics
+from bwlens.edit.counting import token_statistics
+from bwlens.edit.statistics import KeyStatistics, save_statistics
 from bwlens.model.loading import load_model
 from bwlens.model.sites import MATRICES, Site
 from tools.demo.corpus import Corpus, split_prose

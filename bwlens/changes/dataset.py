@@ -299,7 +299,7 @@ def _rows_of(
             for at in here[best].tolist():
                 if sizes[at] > 0:
                     chosen.append((i, site.layer, int(pos[at]), float(sizes[at])))
-                    rows.append(delta[at])
+                    rows.append(delta[at].to(head.W_U.device))
         sketches.append(own.flatten(1))
     vectors = -torch.stack(rows)  # a descent step subtracts
     read = readout(head, vectors, top_k, normalize=True)

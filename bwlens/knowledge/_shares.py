@@ -111,6 +111,7 @@ class Shares:
         """Add a branch's stores; what it gives in all."""
         streams = self._streams
         product, out = streams.product(branch), streams.out(branch.layer)
+        along = along.to(out.device)
         gradient = _back(out, along, [product])[0]
         if gradient is None:
             raise NotImplementedError(_other(branch, None))

@@ -260,7 +260,8 @@ def stream_scales(model: LensModel) -> list[float]:
     total = []
     for layer, point in enumerate(outputs):
         left = stream_of(seen.get(point))
-        one, other = large.flatten().double(), left.flatten().double() if left is not None else None
+        one = large.flatten().double()
+        other = None if left is None else left.flatten().to(one)
         if other is None or len(other) != len(one):
             raise NotImplementedError(f"the stream of block {layer} is not to be followed")
         scale = float(one @ other / (one @ one))

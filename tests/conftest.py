@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # For notebooks' kernels and processes that tests start: several workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Tests give and compare the CPU's tensors, and models would go to a GPU that is there.
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import jaxtyping
 

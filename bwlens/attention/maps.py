@@ -107,7 +107,7 @@ class ReversedAttention:
                 "the layers have different numbers of heads, so they make no one tensor; take them"
                 " one by one with .map(layer, head), or ask for the same heads of each (heads=)"
             )
-        return torch.stack(parts, dim=1)
+        return torch.stack([part.to(self.losses.device) for part in parts], dim=1)
 
     def __repr__(self) -> str:
         n_heads = sum(map(len, self.heads.values()))

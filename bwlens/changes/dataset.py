@@ -22,10 +22,11 @@ from torch import Tensor
 
 from bwlens.changes.change import WeightChange
 from bwlens.changes.lens import READINGS
-from bwlens.changes.sketches import RANK, SKETCH, SUM, Summing, projections, sketching, widths
+from bwlens.changes.sketches import RANK, SUM, Summing, projections, sketching, widths
 from bwlens.changes.streaming import Parts, captured, counted, tokenised
 from bwlens.gradient.capturing import Gradients
 from bwlens.gradient.matrix import LowRankMatrix
+from bwlens.gradient.spectra import by_prompt
 from bwlens.lens.asking import whole_number
 from bwlens.model.identity import fingerprint, model_label
 from bwlens.model.protocol import LensModel
@@ -283,25 +284,21 @@ def _rows_of(
     rows: list[Tensor] = []
     for site in sites:
         gradient = grads[site]
-        x, delta, prompt, pos = gradient.x, gradient.delta, gradient.prompt, gradient.pos
-        assert prompt is not None
-        assert pos is not None
-        sizes = x.norm(dim=1) * delta.norm(dim=1)
-        P, Q = sketching(site, x.shape[1], delta.shape[1])
-        left, right = x @ P.to(x), delta @ Q.to(x)
-        own = torch.zeros(n, SKETCH, SKETCH)
-        for i in range(n):
-            here = (prompt == i).nonzero().flatten()
-            gram = (x[here] @ x[here].T) * (delta[here] @ delta[here].T)
-            squares[i] += float(gram.double().sum().clamp_min(0))
-            own[i] = (left[here].T @ right[here]).cpu()
-            best = sizes[here].topk(min(positions, len(here))).indices
-            for at in here[best].tolist():
-                if sizes[at] > 0:
-                    chosen.append((i, site.layer, int(pos[at]), float(sizes[at])))
-                    rows.append(delta[at])
-        sketches.append(own.flatten(1))
-    vectors = -torch.stack(rows)  # a descent step subtracts
+        assert gradient.prompt is not None
+        assert gradient.pos is not None
+        _, (x, delta, pos) = by_prompt(gradient.prompt, gradient.x, gradient.delta, gradient.pos)
+        P, Q = sketching(site, x.shape[2], delta.shape[2])
+        gram = (x @ x.mT) * (delta @ delta.mT)
+        squares += gram.double().sum((1, 2)).clamp_min(0).cpu()
+        sketches.append(((x @ P.to(x)).mT @ (delta @ Q.to(x))).flatten(1).cpu())
+        best = (x.norm(dim=2) * delta.norm(dim=2)).topk(min(positions, x.shape[1]))
+        sizes, places = best.values.tolist(), pos.gather(1, best.indices).tolist()
+        for i, pairs in enumerate(zip(places, sizes, strict=True)):
+            found = zip(*pairs, strict=True)
+            chosen += [(i, site.layer, at, size) for at, size in found if size > 0]
+        strongest = delta.gather(1, best.indices[..., None].expand(-1, -1, delta.shape[2]))
+        rows.append(strongest[best.values > 0].to(head.W_U.device))
+    vectors = -torch.cat(rows)  # a descent step subtracts
     read = readout(head, vectors, top_k, normalize=True)
     ids = torch.cat([read.top_ids, read.bottom_ids], 1).cpu()
     words = dict(

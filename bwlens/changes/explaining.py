@@ -14,6 +14,7 @@ import torch
 from bwlens.changes.streaming import captured, chunks, counted, numbered, tokenised
 from bwlens.changes.taking import as_change
 from bwlens.gradient.capturing import Gradients
+from bwlens.gradient.spectra import by_prompt
 from bwlens.model.protocol import LensModel
 from bwlens.model.sites import Layers, Site, resolve_layers, resolve_matrices
 from bwlens.runs.parts import Failure, progress_bar
@@ -104,21 +105,24 @@ def _key(site: Site, by: str) -> str:
 def _closeness(
     grads: Gradients, batch: Any, parts: Any, keys: Any, squares: dict[str, float]
 ) -> list[dict[str, Any]]:
-    n = len(batch)
-    inner = {key: torch.zeros(n, dtype=torch.float64) for key in squares}
-    norms = {key: torch.zeros(n, dtype=torch.float64) for key in squares}
+    n, device = len(batch), grads.losses.device
+    inner, norms = (
+        {key: torch.zeros(n, dtype=torch.float64, device=device) for key in squares}
+        for _ in range(2)
+    )
     for site, part in parts.items():
         if site not in grads:
             continue
         gradient = grads[site]
-        x, delta, prompt = gradient.x, gradient.delta, gradient.prompt
-        assert prompt is not None
-        each = ((x @ part.x.to(x).T) * (delta @ part.delta.to(x).T)).sum(1).double().cpu()
-        inner[keys[site]].index_add_(0, prompt.cpu(), -each)
-        for i in range(n):
-            own = (prompt == i).nonzero().flatten()
-            gram = (x[own] @ x[own].T).double() * (delta[own] @ delta[own].T).double()
-            norms[keys[site]][i] += float(gram.sum().clamp_min(0))
+        assert gradient.prompt is not None
+        numbers, (x, delta) = by_prompt(gradient.prompt, gradient.x, gradient.delta)
+        along = (x @ part.x.to(x).T) * (delta @ part.delta.to(x).T)
+        gram = (x @ x.mT).double() * (delta @ delta.mT).double()
+        for sums, each in ((inner, -along.double()), (norms, gram)):
+            each = each.sum((1, 2)).to(device)
+            sums[keys[site]].index_add_(0, numbers.to(device), each)
+    inner = {key: values.cpu() for key, values in inner.items()}
+    norms = {key: values.clamp_min(0).cpu() for key, values in norms.items()}
     total = sum(squares.values()) ** 0.5
     rows = []
     for i, (item, example, ids, _) in enumerate(batch):

@@ -317,14 +317,16 @@ def read_change(
     texts = _texts(model, batch)
     inputs, old = inputs_of(model, batch, given)
     random = random_change(given, seed)
+    head = head_by(model, reading, False)
+    device = head.W_U.device
     cells: dict[Site, Directions] = {}
     null: dict[Site, Directions] = {}
     writes: list[Tensor] = []
     for site, part in given.items():
-        cells[site], wrote = oriented(directions_of(part, directions), inputs.get(site))
-        null[site], _ = oriented(directions_of(random[site], directions), inputs.get(site))
+        cells[site], wrote = oriented(directions_of(part, directions, device), inputs.get(site))
+        by_chance = directions_of(random[site], directions, device)
+        null[site], _ = oriented(by_chance, inputs.get(site))
         writes.append(wrote)
-    head = head_by(model, reading, False)
     follow_ids = tuple(first_token(model, word) for word in follow)
     largest = max(float(one.s[0]) for one in cells.values())
     usual = Usual(model, head, given, usual_of, seed + 1)

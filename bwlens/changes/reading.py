@@ -54,13 +54,12 @@ class Directions(NamedTuple):
     """The Frobenius norm of the matrix' change, all directions."""
 
 
-def directions_of(part: LowRankMatrix, n: int) -> Directions:
-    """The n largest, fewer where the rank is lower."""
+def directions_of(part: LowRankMatrix, n: int, device: torch.device | str) -> Directions:
+    """The n largest, fewer where the rank is lower; wherever the part is, on this device."""
     U, S, Vh = part.svd()
     n = min(n, max(1, int((S[:1] * 1e-6 < S).sum())))
-    return Directions(
-        U.T[:n].float(), S[:n].float(), Vh[:n].float(), float(torch.linalg.vector_norm(S))
-    )
+    u, s, v = (rows[:n].to(device, torch.float32) for rows in (U.T, S, Vh))
+    return Directions(u, s, v, float(torch.linalg.vector_norm(S)))
 
 
 def random_like(part: LowRankMatrix, generator: torch.Generator) -> LowRankMatrix:
@@ -111,7 +110,10 @@ class Usual:
                 if _kind(name, side) in self._known:
                     continue
                 widths = [change[site].shape[axis] for site in sites]
-                drawn = [torch.randn(each, width, generator=generator) for width in widths]
+                drawn = [
+                    torch.randn(each, width, generator=generator).to(head.W_U.device)
+                    for width in widths
+                ]
                 pairs = zip(sites, drawn, strict=True)
                 there = [self.carried(site, side, rows) for site, rows in pairs]
                 rows = [row for row in there if row is not None]
@@ -200,7 +202,7 @@ def read_side(
         blank = _blank(n, top_k, len(targets))
         return Side(blank, legibility, tally.words(1), tally.words(-1))
     device = head.W_U.device
-    vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1).to(device)
+    vectors = torch.nn.functional.normalize(torch.cat(rows), dim=1)
     weight, layer = torch.cat(weights), torch.tensor(layers)
     read: list[Readout] = []
     for chunk in torch.arange(len(vectors)).split(_ROWS):

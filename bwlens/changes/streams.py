@@ -80,7 +80,12 @@ def stream_side(
     rows: Float[Tensor, "n width"],
     partner: Float[Tensor, "d_model width2"] | None,
 ) -> Float[Tensor, "n d_model"] | None:
-    """One side of some directions in the stream: as it is, or carried there by the partner."""
+    """One side of some directions in the stream: as it is, or carried there by the partner.
+
+    On the device and in the dtype of the rows, wherever the partner lies.
+    """
     if READ_THROUGH[site.matrix] == side:
         return rows
-    return None if partner is None else rows.to(partner) @ partner.T
+    if partner is None:
+        return None
+    return (rows.to(partner.device) @ partner.to(rows.dtype).T).to(rows.device)

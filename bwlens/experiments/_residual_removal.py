@@ -112,7 +112,8 @@ class ResidualRemoval(Experiment):
         columns = []
         for branch in branches:
             parted = streams.parted(branch)
-            mean = of_text.parted(branch).added[text.mask].mean(0)
+            added = of_text.parted(branch).added
+            mean = added[text.mask.to(added.device)].mean(0)
             given = self._given(parted, mean, batch, branch.layer)
             left = parted.handed_on(torch.cat(given).to(parted.stream))
             where = positions.repeat(len(given), 1)

@@ -1,7 +1,7 @@
 """Singular values of every prompt's gradient at once, by one batched QR and one batched SVD.
 
-One prompt after another would be overhead, as the matrices are tiny. Prompts are padded with zero
-rows, which add nothing to x^T delta.
+One prompt after another would be overhead, as the matrices are tiny, and on a GPU a wait for each.
+Prompts are padded with zero rows, which add nothing to x^T delta.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -62,19 +62,9 @@ def spectra(gradient: LowRankGradient) -> Spectra:
     x, delta = gradient.x.double(), gradient.delta.double()
     if not (x.isfinite().all() and delta.isfinite().all()):
         raise ValueError("a row of the gradient is nan or inf; singular values need finite rows")
-    numbers = torch.tensor(prompts, device=x.device)
-    row = torch.searchsorted(numbers, gradient.prompt.contiguous())
-    n = torch.bincount(row, minlength=len(prompts))
-    most = int(n.max())
-    order = torch.argsort(row, stable=True)
-    start = n.cumsum(0) - n
-    place = torch.arange(len(row), device=x.device) - start[row[order]]
-    tables: list[Tensor] = []
-    for rows in (x, delta):
-        padded = rows.new_zeros(len(prompts), most, rows.shape[1])
-        padded[row[order], place] = rows[order]
-        tables.append(triangle(padded))
-    values = torch.linalg.svdvals(tables[0] @ tables[1].mT)
+    _, row, n = gradient.prompt.unique(return_inverse=True, return_counts=True)
+    one, other = (triangle(rows) for rows in by_prompt(gradient.prompt, x, delta)[1])
+    values = torch.linalg.svdvals(one @ other.mT)
     norms = x.norm(dim=1) * delta.norm(dim=1)
     squares = norms.new_zeros(len(prompts)).index_add(0, row, norms.square())
     sums = norms.new_zeros(len(prompts)).index_add(0, row, norms)
@@ -82,3 +72,23 @@ def spectra(gradient: LowRankGradient) -> Spectra:
     threshold = torch.finfo(gradient.dtype).eps * squares.sqrt() + 4 * eps * sums
     active = torch.zeros_like(n).index_add(0, row, (norms > 0).long())
     return Spectra(prompts, n, active, values, (values > threshold[:, None]).sum(1))
+
+
+def by_prompt(prompt: Int[Tensor, " n"], *columns: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The prompts' numbers, ascending, and rows [n, ...] as tables [prompt, row, ...].
+
+    As long as the prompt with most rows has; zeros where another has fewer.
+
+    >>> by_prompt(torch.tensor([3, 0, 3]), torch.tensor([1.0, 2.0, 4.0]))
+    (tensor([0, 3]), [tensor([[2., 0.],
+            [1., 4.]])])
+    """
+    numbers, row, n = prompt.unique(return_inverse=True, return_counts=True)
+    order = row.argsort(stable=True)
+    place = torch.arange(len(row), device=row.device) - (n.cumsum(0) - n)[row[order]]
+    tables: list[Tensor] = []
+    for rows in columns:
+        table = rows.new_zeros(len(n), int(n.max()), *rows.shape[1:])
+        table[row[order], place] = rows[order]
+        tables.append(table)
+    return numbers, tables

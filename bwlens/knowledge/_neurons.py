@@ -376,7 +376,7 @@ def _rows(model: LensModel, shares: Shares, top_k: int) -> tuple[Row, ...]:
         indices = sizes.topk(min(top_k, len(sizes))).indices
         vectors = shares.added(store, indices)
         chosen.append((store, indices))
-        added.append(vectors)
+        added.append(vectors.to(shares.head.W_U.device))
         increases.append(shares.increases(store.site.layer, vectors))
     # A row whose weight is 0 adds nothing, which has no words.
     k = min(N_WORDS, shares.head.W_U.shape[1])

@@ -98,7 +98,7 @@ class Shares:
         def probe(rows: Tensor) -> Tensor:
             return (wide(norm(rows.to(head.W_U)[:, None])[:, 0]) - zero) @ u
 
-        found = held(wide(gradient), wide(leaf.detach()), given, probe)
+        found = held(wide(gradient), wide(leaf.detach()), given, probe, head.W_U.dtype)
         if found is None:
             raise NotImplementedError(
                 "the final norm is no LayerNorm or RMSNorm (nor linear), so that with its scale"
@@ -111,7 +111,8 @@ class Shares:
         """Add a branch's stores; what it gives in all."""
         streams = self._streams
         product, out = streams.product(branch), streams.out(branch.layer)
-        gradient = _back(wide(out), along, [product])[0]
+        along = along.to(out.device)
+        gradient = _back(out, along, [product])[0]
         if gradient is None:
             raise NotImplementedError(_other(branch, None))
         own = product.detach().reshape(1, out.shape[1], -1)
@@ -128,14 +129,16 @@ class Shares:
             return wide(streams.replaced(branch, several)[:, -1]) - without
 
         scale = float(gradient @ along / along.square().sum())
-        straight = float((gradient - scale * along).norm()) <= LINEAR * float(gradient.norm())
+        # A gradient in bfloat16 is off by its rounding alone.
+        close = max(LINEAR, torch.finfo(out.dtype).eps)
+        straight = float((gradient - scale * along).norm()) <= close * float(gradient.norm())
         if straight:
             w, centred = gradient, None
             off = abs(float(w @ at) - given) / float(w.norm() * at.norm() + 1e-30)
             if off > max(LINEAR, 30 * torch.finfo(out.dtype).eps):
                 raise NotImplementedError(_other(branch, off))
         else:
-            found = held(gradient, at, given, lambda rows: with_products(rows) @ along)
+            found = held(gradient, at, given, lambda rows: with_products(rows) @ along, out.dtype)
             if found is None:
                 raise NotImplementedError(_other(branch, None))
             w, centred = found
@@ -148,7 +151,7 @@ class Shares:
     def _add_stores(self, flows: list[Flow], product: Tensor, w: Tensor, last: int) -> None:
         backs: list[Any] = [w] * len(flows)
         if any(site.expert is not None for flow in flows for site, _ in flow.parts):
-            backs = _back(wide(product), w, [flow.z for flow in flows])
+            backs = _back(product, w, [flow.z for flow in flows])
         for flow, gradient in zip(flows, backs, strict=True):
             rows = [last] if flow.tokens is None else (flow.tokens == last).nonzero().flatten()
             for site, columns in flow.parts:
@@ -181,7 +184,7 @@ class Shares:
 @torch.enable_grad()
 def _back(passed: Tensor, along: Tensor, tensors: list[Tensor]) -> list[Tensor | None]:
     """The gradients of what passes at the last position, along a vector."""
-    total = (passed.reshape(-1, passed.shape[-1])[-1] * along).sum()
+    total = (wide(passed.reshape(-1, passed.shape[-1])[-1]) * along).sum()
     return list(torch.autograd.grad(total, tensors, retain_graph=True, allow_unused=True))
 
 

@@ -260,7 +260,8 @@ def stream_scales(model: LensModel) -> list[float]:
     total = []
     for layer, point in enumerate(outputs):
         left = stream_of(seen.get(point))
-        one, other = large.flatten().double(), left.flatten().double() if left is not None else None
+        one = large.flatten().double()
+        other = None if left is None else left.flatten().to(one)
         if other is None or len(other) != len(one):
             raise NotImplementedError(f"the stream of block {layer} is not to be followed")
         scale = float(one @ other / (one @ one))
@@ -281,6 +282,7 @@ def held(
     at: Float[Tensor, " d"],
     given: float,
     probe: Callable[[Float[Tensor, "n d"]], Float[Tensor, " n"]],
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, " d"], bool] | None:
     """The linear map that a norm (or anything linear) is at one place, its scale held.
 
@@ -293,6 +295,7 @@ def held(
         at: The place.
         given: along (f(at) - f(0)).
         probe: Rows [n, d] to along (f(row) - f(0)) [n].
+        dtype: What f computes in.
 
     Returns:
         w, and whether f takes the mean out; None where f is no such map.
@@ -308,7 +311,9 @@ def held(
         found.append((float((w @ v - value / scale).abs() / (w.norm() * v.norm())), w, centred))
     # The closer one: where the mean is small, both are close.
     off, w, centred = min(found, key=lambda one: one[0])
-    return (w, centred) if off <= LINEAR else None
+    # Entries are rounded each by itself, so that a product with v is off by less than each.
+    rounding = 2 * torch.finfo(dtype).eps / len(at) ** 0.5
+    return (w, centred) if off <= max(LINEAR, rounding) else None
 
 
 def rescaling(

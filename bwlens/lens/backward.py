@@ -294,7 +294,8 @@ class BackwardLens:
             rows = [stream_rows(self.gradients, matrix, k, of).norm(dim=1) for k in self.layers]
         else:
             rows = [neuron_norms(self.gradients, matrix, layer, of) for layer in self.layers]
-        return torch.stack(rows)
+        # Of a model on several devices each layer's are where the layer is.
+        return torch.stack([row.to(self.gradients.next_logits.device) for row in rows])
 
     def silent(self, matrix: str = "W_out") -> Bool[Tensor, "layer pos"]:
         """Cells without words: delta is zero and a step writes nothing, or they were not read."""

@@ -112,7 +112,8 @@ class Reading:
                 continue
             every = (stream_rows(self.grads, matrix, layer, factor) for layer in self.layers)
             # Only what is read is copied: of a long prompt that is little.
-            rows = torch.stack([r if chosen is None else r[chosen] for r in every])
+            read_of = (r if chosen is None else r[chosen] for r in every)
+            rows = torch.stack([r.to(of_x.W_U.device) for r in read_of])
             if factor == "delta" and reading == "transported":
                 rows = transported(self.jacobian, self.layers, rows)
             words = readout(
@@ -157,11 +158,11 @@ class Reading:
                     likely = torch.stack([task.probabilities_at(cells[i][1]) for i in there])
                     scores = tempered(scores, likely, self.temper)
                 norms = torch.stack(
-                    [self.grads[cells[i][0]].delta[cells[i][1]].norm() for i in there]
+                    [self.grads[cells[i][0]].delta[cells[i][1]].norm().to(scores) for i in there]
                 )
                 found[matrix] = readout_of_scores(
                     scores,
-                    norms.to(scores),
+                    norms,
                     ~effects.measured,
                     at.to(scores.device),
                     (len(self.layers), n_pos),

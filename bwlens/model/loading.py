@@ -181,8 +181,10 @@ def _from_gguf(
         device = get_device()
     placing = {key: options.pop(key) for key in gguf.PLACING if key in options}
     hf, tokenizer = gguf.read(file, dtype, device, **placing)
+    # Where it lies, which TransformerLens would take for its own choice; spread, it knows.
+    home = None if getattr(hf, "hf_device_map", None) else str(next(hf.parameters()).device)
     with gguf.taken_as_it_is(tokenizer):
-        return _bridge(label, dtype, None, {"hf_model": hf, "tokenizer": tokenizer} | options)
+        return _bridge(label, dtype, home, {"hf_model": hf, "tokenizer": tokenizer} | options)
 
 
 def _hooked(

@@ -238,7 +238,9 @@ def controls(
     """Random vectors and other deltas, both as long as the deltas they stand beside."""
     noise = torch.randn(deltas.shape, generator=torch.Generator().manual_seed(seed)).to(deltas)
     lengths = deltas.norm(dim=1, keepdim=True)
-    noise, others = (torch.nn.functional.normalize(rows, dim=1) for rows in (noise, others))
+    noise, others = (
+        torch.nn.functional.normalize(rows, dim=1) for rows in (noise, others.to(deltas))
+    )
     return noise * lengths, others * lengths
 
 
@@ -267,7 +269,8 @@ def other_deltas(
     if key not in kept:
         last = int(one.last[0])
         found = capture(model, one.tokens[0, : last + 1], NLL([one.targets[0][0]]), matrix, layers)
-        kept[key] = torch.stack([found[matrix, layer].delta[last] for layer in layers])
+        rows = (found[matrix, layer].delta[last] for layer in layers)
+        kept[key] = torch.stack([row.to(found.next_logits.device) for row in rows])
     return kept[key]
 
 
@@ -318,13 +321,13 @@ def measure_trust(
     # Blocks may be of several kinds: where one has no such matrix, nothing is measured (nan).
     rows = torch.tensor([at for at, n in enumerate(layers) if Site(matrix, n) in grads])
     wanted, layers = tuple(layers), [layers[at] for at in rows.tolist()]
-    others = other_deltas(model, grads, matrix, layers).to(task.device)
+    others = other_deltas(model, grads, matrix, layers)
     judged: dict[str, dict[int, Trust]] = {reading: {} for reading in readings}
     for position in positions:
         cells = [(Site(matrix, layer), position) for layer in layers]
         deltas = torch.stack([grads[site].delta[position].to(task.device) for site, _ in cells])
         effects, fall = true_effects(task, cells, list(deltas))
-        beside = torch.cat(controls(deltas, others.to(deltas)))
+        beside = torch.cat(controls(deltas, others))
         likely = task.probabilities_at(position)
         # A control is judged by the likely words, and by every so-manieth of the vocabulary.
         n_likely, apart = min(PLAUSIBLE, len(likely)), max(1, len(likely) // SAMPLE)

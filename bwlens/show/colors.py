@@ -56,7 +56,8 @@ def limit(norms: Any) -> float:
     them does, for what is common is no outlier. Where the largest norm exceeds 3.5 f, the scale
     ends at the largest norm up to f, and those beyond it are marked. 1 where all are 0.
     """
-    values = np.asarray(norms, dtype=float)
+    # A GPU's numbers are no array's until they are on the CPU.
+    values = np.asarray(norms.cpu() if hasattr(norms, "cpu") else norms, dtype=float)
     high = float(values.max(initial=0.0))
     rest = np.delete(values, values.max(0).argmax(), 1) if values.shape[1] > 2 else values
     rest = rest[rest > 0]

@@ -59,7 +59,7 @@ def table(
     Source: Backward Lens, figures 4 and 11-15.
     """
     rows, columns = _chosen(lens, matrix, positions, layers, max(6, int((width - 0.7) / 0.34)))
-    values = lens.norms(matrix).double().numpy()
+    values = lens.norms(matrix).double().cpu().numpy()
     norm, beyond = _norm(values, log, vmax)
     low, top = norm.vmin or 0.0, norm.vmax or 1.0
     words = lens.words(which, matrix)
@@ -123,7 +123,7 @@ def norms(
     Source: Backward Lens, figures 5 and 16-17.
     """
     rows, columns = _chosen(lens, matrix, positions, layers, len(lens.tokens))
-    values = lens.norms(matrix, of).double().numpy()
+    values = lens.norms(matrix, of).double().cpu().numpy()
     norm, beyond = _norm(values, log, vmax)
     figure, ax = drawing.axes(ax, (width, 2.2))
     shown = values[np.ix_(rows, columns)]
@@ -186,7 +186,7 @@ def target_ranks(
 
     Source: Backward Lens, figures 6 and 18.
     """
-    ranks = lens.target_ranks(matrix).double().numpy()
+    ranks = lens.target_ranks(matrix).double().cpu().numpy()
     target = quoted(lens.target_tokens[0])
     ranks = np.where(ranks < 0, np.nan, ranks)
     figure, ax = drawing.axes(ax, (width, 2.3))
@@ -229,7 +229,7 @@ def spectrum(
     n_layers = len(lens.layers)
     for at, layer in enumerate(lens.layers):
         parts = lens.gradients_of(matrix, layer).values()
-        values = np.concatenate([part.singular_values().numpy() for part in parts])
+        values = np.concatenate([part.singular_values().cpu().numpy() for part in parts])
         values = np.sort(values)[::-1]
         kept = values[values > 1e-9 * values.max()] if len(values) and values.max() > 0 else []
         if not len(kept):

@@ -6,9 +6,13 @@ import math
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bwlens
+from bwlens import Site
 from bwlens.changes.change import WeightChange
+from bwlens.changes.reading import directions_of
+from bwlens.changes.streams import stream_side
 from bwlens.changes.taking import as_change
 from bwlens.gradient.matrix import LowRankMatrix
 from bwlens.model.passes import run
@@ -308,6 +312,17 @@ def test_reading_leaves_the_model_as_it_was(boot, random_change):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert len(lens.to_frame()) == len(lens.sites)
+
+
+def test_directions_meet_on_one_device_wherever_change_and_weights_lie():
+    part = LowRankMatrix(torch.randn(2, 5), torch.randn(2, 8))
+    there = directions_of(part, 2, "meta")
+    assert {rows.device.type for rows in (there.u, there.s, there.v)} == {"meta"}
+    with FakeTensorMode():  # which knows GPUs where there is none
+        rows = torch.empty(3, 8)
+        partner = torch.empty(4, 8, device="cuda", dtype=torch.float16)
+        carried = stream_side(Site("W_in", 0), "delta", rows, partner)
+    assert (carried.device, carried.dtype) == (rows.device, rows.dtype)
 
 
 def test_mixtures_and_grouped_queries_are_read(boot, random_change):

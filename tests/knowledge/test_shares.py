@@ -63,3 +63,12 @@ def test_rows_and_bias_are_what_the_mlp_gives(name, boot):
         for row in result.rows[::3][:2]:
             expected = by_hand.given_by_row(row.neuron)
             assert row.share == pytest.approx(float(expected), **close), row.neuron
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2"])
+def test_half_precision_gives_the_same_shares_to_its_rounding(name, dtype, boot):
+    whole, half = (neurons(boot(name, one), TOKENS, TARGET) for one in (torch.float32, dtype))
+    assert half.stores == whole.stores
+    one, other = torch.cat(half.shares), torch.cat(whole.shares)
+    assert float((one - other).norm() / other.norm()) < 4 * torch.finfo(dtype).eps

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -340,11 +341,16 @@ def test_the_tokenizer_is_the_gguf_file_s_own(file, tmp_path):
         assert not model.tokenizer.init_kwargs.get("add_bos_token")
 
 
-def test_a_gguf_file_in_another_dtype_and_place(file, tmp_path):
+def test_a_gguf_file_in_another_dtype_and_place(file, monkeypatch):
     model = bwlens.load_model(file[0], dtype="bfloat16", device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    model = bwlens.load_model(file[0], device_map="cpu")
-    assert model.cfg.device == "cpu"
+    # As on a machine with a GPU, which TransformerLens would choose.
+    transformers = import_module("transformer_lens.model_bridge.sources.transformers")
+    chooses = getattr(transformers, "source", transformers)
+    monkeypatch.setattr(chooses, "get_device", lambda: torch.device("cuda"))
+    for place in ({"device_map": "cpu"}, {"device": "cpu"}):
+        model = bwlens.load_model(file[0], **place)
+        assert model.cfg.device == "cpu"
 
 
 def test_gguf_files_that_cannot_be_read(file, tmp_path):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bwlens.changes.dataset import read_dataset as read_dataset
     from bwlens.changes.explaining import explain as explain
     from bwlens.changes.lens import ChangeLens as ChangeLens
-    from bwlens.changes.lens import read_change as read_change
+    from bwlens.changes.making import read_change as read_change
     from bwlens.changes.steps import OptimizerStep as OptimizerStep
     from bwlens.changes.steps import optimizer_step as optimizer_step
     from bwlens.checking import CheckReport as CheckReport
@@ -77,7 +77,8 @@ _HOMES = {
     "changes.change": ("WeightChange",),
     "changes.dataset": ("DatasetLens", "read_dataset"),
     "changes.explaining": ("explain",),
-    "changes.lens": ("ChangeLens", "read_change"),
+    "changes.lens": ("ChangeLens",),
+    "changes.making": ("read_change",),
     "changes.steps": ("OptimizerStep", "optimizer_step"),
     "checking": ("CheckReport", "check"),
     "data.making": ("make_records",),

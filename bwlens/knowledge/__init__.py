@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from bwlens.knowledge._controls import Controls as Controls
     from bwlens.knowledge._controls import controls as controls
     from bwlens.knowledge._controls import firing_rates as firing_rates
+    from bwlens.knowledge._making import neurons as neurons
     from bwlens.knowledge._neurons import Neuron as Neuron
     from bwlens.knowledge._neurons import Neurons as Neurons
-    from bwlens.knowledge._neurons import neurons as neurons
     from bwlens.knowledge._pages import NeuronPage as NeuronPage
     from bwlens.knowledge._pages import neuron_page as neuron_page
     from bwlens.knowledge.backpack.architecture import Backpack as Backpack
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "_ablate": ("ablate",),
     "_controls": ("Controls", "controls", "firing_rates"),
-    "_neurons": ("Neuron", "Neurons", "neurons"),
+    "_making": ("neurons",),
+    "_neurons": ("Neuron", "Neurons"),
     "_pages": ("NeuronPage", "neuron_page"),
     "backpack.adapter": ("Backpack", "BackpackConfig"),
     "backpack.changing": (

@@ -104,8 +104,9 @@ FAULTS = (
         "kl = (original.exp() * (original - new)).sum(1)", "edit",
     ),
     Fault(
-        "MEND's KL is reversed", "edit/mend_training.py",
-        "kl = (before.exp() * (before - after))", "kl = (after.exp() * (after - before))", "edit",
+        "MEND's KL is reversed", "edit/mend_passes.py",
+        "return (log_p.exp() * (log_p - log_q))", "return (log_q.exp() * (log_q - log_p))",
+        "edit/test_mend.py",
     ),
     Fault(
         "ROME's default layer is one too deep", "edit/_rome.py",

@@ -215,6 +215,14 @@ def nll(
     return (losses * there).sum(-1) / lengths
 
 
+def divergence(
+    *, before: Float[Tensor, "row d_vocab"], after: Float[Tensor, "row d_vocab"]
+) -> Float[Tensor, " row"]:
+    """KL(before || after) of next words, from their logits, in nats."""
+    log_p, log_q = before.log_softmax(-1), after.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def _positions(prompts: Sequence[Prompt]) -> Int[Tensor, "row token"]:
     """Where each token of the target is predicted; the last of these again to fill a row."""
     n = max(max(len(prompt.target), 1) for prompt in prompts)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bwlens.edit.editor import Editors, nonzero
-from bwlens.edit.mend_passes import Passes, Prompt, nll
+from bwlens.edit.mend_passes import Passes, Prompt, divergence, nll
 from bwlens.runs.parts import progress_bar
 from bwlens.runs.tensors import read_tensors, write_tensors
 
@@ -154,11 +154,10 @@ class Training:
         said = [draw.choice(example.paraphrases) for example in examples]
         kept = [self._to_stay(example, draw) for example in examples]
         with torch.no_grad():
-            before = self._passes.logits(kept)[:, 0].log_softmax(-1)
+            before = self._passes.logits(kept)[:, 0]
         logits = self._passes.logits([*said, *kept], edits, [*owners, *owners])
-        after = logits[len(said) :, 0].log_softmax(-1)
-        kl = (before.exp() * (before - after)).sum(-1).mean()
-        return nll(logits[: len(said)], said).mean(), kl
+        kl = divergence(before=before, after=logits[len(said) :, 0])
+        return nll(logits[: len(said)], said).mean(), kl.mean()
 
     def _to_stay(self, example: Example, draw: random.Random) -> Prompt:
         """A beginning of a text, or now and then a neighbour's prompt."""

@@ -11,7 +11,7 @@ import bwlens
 from bwlens import Edit, Record, Site
 from bwlens.edit import Mend, gradient_step, mend
 from bwlens.edit.editor import Editor, Editors
-from bwlens.edit.mend_passes import Passes, nll, prompts_of
+from bwlens.edit.mend_passes import Passes, divergence, nll, prompts_of
 from bwlens.evaluation.methods import Method
 from bwlens.evaluation.presets import table1_methods
 from bwlens.model.identity import fingerprint
@@ -239,6 +239,13 @@ EIGHT = {**QUICK, "layers": [1, 2], "steps": 8}
 @pytest.fixture(scope="module")
 def undisturbed(bridge):
     return Mend.fit(bridge("gpt2"), records(), **EIGHT)
+
+
+def test_what_is_to_stay_is_judged_by_the_words_before():
+    before, after = torch.randn(2, 5, 61, generator=torch.Generator().manual_seed(0))
+    p, q = (torch.distributions.Categorical(logits=one) for one in (before, after))
+    expected = torch.distributions.kl_divergence(p, q)
+    torch.testing.assert_close(divergence(before=before, after=after), expected)
 
 
 @pytest.mark.parametrize("after", [0, 5])

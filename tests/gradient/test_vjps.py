@@ -261,3 +261,13 @@ def test_two_switches_that_exclude_each_other(boot):
         bwlens.vjps(model, TOKENS, 17, names)
     assert not model.cfg.use_attn_in
     assert not model.cfg.use_split_qkv_input
+
+
+def test_a_point_that_fires_twice_has_both_gradients(boot):
+    model, prompt = boot("gpt2"), [5, 9, 30, 41]
+    first, second = names = ["blocks.1.hook_in", "blocks.2.hook_in"]
+    alone = bwlens.vjps(model, prompt, 17, names)
+    again = model.blocks[1].hook_in
+    model.blocks[2].register_forward_pre_hook(lambda _, args: (again(args[0]), *args[1:]))
+    both = bwlens.vjps(model, prompt, 17, [first])
+    torch.testing.assert_close(both[first], alone[first] + alone[second])

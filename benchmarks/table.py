@@ -21,7 +21,7 @@ from benchmarks.measure import Note, Row, seconds, size
 from benchmarks.setting import Setting
 from bwlens.show.table import assets, page
 from bwlens.show.table import table as as_html
-from tests.browser import FLAGS
+from tests.browser import BROWSERS, FLAGS
 from tests.fake_lens import fake_lens, words_alike
 
 MATRICES = ("W_in", "W_gate", "W_out")
@@ -131,7 +131,8 @@ def _used(html: str, repeats: int) -> dict[str, float]:
 
 @contextmanager
 def _browser() -> Iterator[Any]:
-    path = shutil.which("chromium") or shutil.which("google-chrome")
+    # Those with a window first: what readers have.
+    path = next(filter(None, map(shutil.which, reversed(BROWSERS))), None)
     if path is None or find_spec("playwright") is None:
         yield None
         return

@@ -187,7 +187,7 @@ def noticed(fault: Fault, checkout: Path) -> bool:
 
 
 def main(names: list[str]) -> int:
-    """Try those that are named; how many are not noticed."""
+    """Try those that are named; 1 if one is not noticed."""
     chosen = [
         f for f in FAULTS if not names or any(name.lower() in f.name.lower() for name in names)
     ]
